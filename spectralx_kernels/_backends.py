@@ -1,0 +1,169 @@
+"""Which backends exist on this machine, which one runs an operator, and why.
+
+``eager`` is the reference in plain PyTorch and exists everywhere. ``cpp`` is C++ for the CPU and
+``cuda`` is CUDA C++, both in the extension module ``spectralx_kernels._C``; ``triton`` needs a
+GPU that Triton supports. Nothing here asks a device anything at import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Final
+
+BACKENDS: Final = ("eager", "cpp", "triton", "cuda")
+DEVICE_OF: Final = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+# A plain global, for the whole process: torch.compile guards on it and recompiles when it changes.
+_forced: str | None = None
+_forced_required = True
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    try:
+        from spectralx_kernels import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        if importlib.util.find_spec("spectralx_kernels._C") is None:
+            reason = "the extension module spectralx_kernels._C was not built"
+        else:
+            reason = f"spectralx_kernels._C does not load: {error}"
+        warnings.warn(f"spectralx_kernels runs on 'eager' only: {reason}", stacklevel=4)
+        return None, reason
+    return _C, ""
+
+
+_extension, _extension_missing = _load_extension()
+
+# (operator, backend) of every kernel that is registered, filled by `_operator.Operator`.
+_kernels: set[tuple[str, str]] = set()
+_operators: dict[str, None] = {}
+
+
+def extension() -> ModuleType | None:
+    """The extension module ``_C``, or None where it was not built."""
+    return _extension
+
+
+def add_operator(operator: str) -> None:
+    """List `operator` in `show_backends`."""
+    _operators[operator] = None
+
+
+def add_kernel(operator: str, backend: str) -> None:
+    """Record that `backend` has a kernel of `operator` here."""
+    _kernels.add((operator, backend))
+
+
+def operators() -> list[str]:
+    """Names of all operators, in order of definition."""
+    return list(_operators)
+
+
+def available(operator: str, device: str | None = None) -> list[str]:
+    """Backends that can run `operator` here, the default first.
+
+    Parameters
+    ----------
+    operator : name of the operator, as `show_backends` prints it.
+    device : "cpu" or "cuda" leaves out the backends of the other one.
+    """
+    if operator not in _operators:
+        raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(_operators)}")
+    return [
+        backend
+        for backend in ("cuda", "triton", "cpp")
+        if (operator, backend) in _kernels and device in (None, DEVICE_OF[backend])
+    ] + ["eager"]
+
+
+def why_not(operator: str, backend: str) -> str:
+    """One line saying why `backend` does not run `operator` here."""
+    if backend in ("cpp", "cuda") and _extension is None:
+        return _extension_missing
+    if backend == "cuda" and _extension is not None and not _extension.build_info()["cuda"]:
+        return "spectralx_kernels._C was built without CUDA"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return f"no {backend} kernel of this operator is written"
+
+
+def check_backend(backend: str) -> str:
+    """`backend` itself if it is one of `BACKENDS`, else a ValueError."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    return backend
+
+
+def choose(operator: str, device: str, backend: str | None = None) -> str:
+    """The backend that runs `operator` on `device` ("cpu", "cuda", ...).
+
+    An argument beats `use_backend`, which beats the environment variable ``SPECTRALX_BACKEND``;
+    without any of them the default of the device runs.
+
+    Raises
+    ------
+    ValueError : unknown backend name.
+    RuntimeError : the forced backend cannot run this operator on this device.
+    """
+    forced = backend or _forced or os.environ.get("SPECTRALX_BACKEND")
+    here = available(operator, device)
+    if not forced:
+        return here[0]
+    check_backend(forced)
+    if not backend and not _forced_required and forced not in here:
+        return here[0]
+    if forced in here:
+        return forced
+    if forced in available(operator):
+        raise RuntimeError(
+            f"backend {forced!r} of {operator} runs on {DEVICE_OF[forced]}, got tensors on {device}"
+        )
+    raise RuntimeError(f"backend {forced!r} cannot run {operator}: {why_not(operator, forced)}")
+
+
+@contextmanager
+def use_backend(backend: str, *, required: bool = True) -> Iterator[None]:
+    """Force one backend for every operator called inside the ``with`` block, in every thread.
+
+    Raises ValueError for an unknown name. An operator that has no kernel of it raises
+    RuntimeError when it is called or, with ``required=False``, keeps its default.
+    """
+    global _forced, _forced_required
+    before = _forced, _forced_required
+    _forced, _forced_required = check_backend(backend), required
+    try:
+        yield
+    finally:
+        _forced, _forced_required = before
+
+
+def show_backends() -> str:
+    """A table of what runs where: a row an operator, a column a backend; ``*`` marks the default.
+
+    Prints the table, and under it why a backend is missing, and returns the same text.
+    """
+    import torch
+
+    width = max(map(len, _operators), default=8)
+    lines = [f"{'operator':{width}}  " + "  ".join(f"{b:8}" for b in BACKENDS)]
+    defaults = [available(name, device)[0] for name in _operators for device in ("cpu", "cuda")]
+    for row, name in enumerate(_operators):
+        mine = defaults[2 * row : 2 * row + 2]
+        cells = [
+            ("yes" if b in available(name) else "-") + ("*" if b in mine else "") for b in BACKENDS
+        ]
+        lines.append(f"{name:{width}}  " + "  ".join(f"{c:8}" for c in cells))
+    lines.append(f"* default on its device; GPU seen by torch: {torch.cuda.is_available()}")
+    reasons: dict[str, list[str]] = {}
+    for backend in BACKENDS[1:]:
+        for name in _operators:
+            if (name, backend) not in _kernels:
+                reasons.setdefault(f"{backend}: {why_not(name, backend)}", []).append(name)
+    lines += [f"{reason} ({', '.join(names)})" for reason, names in reasons.items()]
+    text = "\n".join(lines)
+    print(text)
+    return text

@@ -1,0 +1,52 @@
+"""Argument checks at the door of an operator: one line naming the argument, found and expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """`tensor` is float32, float64, bfloat16 or float16."""
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a floating-point dtype")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    """`tensor` is int64, int32, int16 or uint8."""
+    if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected an integer dtype")
+
+
+def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """`tensor` has the dtype and the device of `reference`."""
+    if tensor.device != reference.device:
+        raise ValueError(
+            f"{name}: got device {tensor.device}, expected {reference.device} as {reference_name}"
+        )
+    if tensor.dtype != reference.dtype:
+        raise TypeError(
+            f"{name}: got dtype {tensor.dtype}, expected {reference.dtype} as {reference_name}"
+        )
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+    """`tensor` has the shape `expected`; a string there names a dimension of any size."""
+    found = tuple(tensor.shape)
+    wrong = len(found) != len(expected) or any(
+        not isinstance(want, str) and have != want
+        for have, want in zip(found, expected, strict=True)
+    )
+    if wrong:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name}: got shape {list(found)}, expected [{wanted}]")
+
+
+def check_range(name: str, value: int | float, low: float, high: float) -> None:
+    """``low <= value <= high``."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value}, expected {low} to {high}")

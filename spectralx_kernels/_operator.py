@@ -1,0 +1,168 @@
+"""One operator of the library: schema, fake kernel, autograd and default kernels in one place.
+
+An operator is declared once, in its room's ``ops.py``::
+
+    _MATCH = Operator("match_argmax", "(Tensor q, Tensor k) -> Tensor", reference.match_argmax)
+
+which defines ``torch.ops.spectralx.match_argmax`` and ``..._backward``. Both exist on every
+device: their default kernels run the reference (backward recomputes it and differentiates). C++,
+CUDA C++ and Triton kernels are registered for a device on the same operator and replace them
+there. Calling the `Operator` picks the backend: ``eager`` runs the reference as plain PyTorch,
+anything else goes through the dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralx_kernels import _backends
+
+_LIBRARY = torch.library.Library("spectralx", "FRAGMENT")
+
+
+def define(name: str, schema: str) -> str:
+    """Define ``spectralx::<name>`` with `schema` ("(Tensor x) -> Tensor"); its qualified name."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    return f"spectralx::{name}"
+
+
+def register_default(name: str, kernel: Callable[..., Any]) -> None:
+    """Register `kernel` for every device that has no kernel of its own."""
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether a kernel written for `device` ("CPU", "CUDA") is registered for this operator."""
+    registered = torch._C._dispatch_dump(f"spectralx::{name}")
+    return any(line.startswith(f"{device}:") for line in registered.splitlines())
+
+
+class Operator:
+    """A differentiable operator with a reference and kernels by device.
+
+    Parameters
+    ----------
+    name : the operator is ``torch.ops.spectralx.<name>``.
+    schema : its torch.library schema without the name. Outputs are tensors.
+    reference : the same signature in plain PyTorch, static in its shapes, differentiable.
+    differentiable : False for an operator with no floating-point output.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        reference: Callable[..., Any],
+        *,
+        differentiable: bool = True,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        qualified = define(name, schema)
+        self.op = getattr(torch.ops.spectralx, name)
+        self._schema = self.op.default._schema
+        register_default(name, self._forward_kernel)
+        torch.library.register_fake(qualified, self._forward_fake, lib=_LIBRARY)
+        _backends.add_operator(name)
+        if has_kernel(name, "CPU"):
+            _backends.add_kernel(name, "cpp")
+        if differentiable:
+            arguments = schema[1 : schema.rindex("->")].rstrip()[:-1]
+            backward = define(
+                f"{name}_backward",
+                f"(Tensor?[] output_grads, {arguments}, bool[] output_mask) -> Tensor[]",
+            )
+            self.backward_op = getattr(torch.ops.spectralx, f"{name}_backward")
+            register_default(f"{name}_backward", self._backward_kernel)
+            torch.library.register_fake(backward, self._backward_fake, lib=_LIBRARY)
+            torch.library.register_autograd(
+                qualified, self._backward, setup_context=self._setup_context, lib=_LIBRARY
+            )
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        """Run the operator. Under autocast, floating-point tensors are cast here, once.
+
+        float64 tensors are left alone: they are only ever passed for their precision.
+        """
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        chosen = _backends.choose(self.name, device, backend)
+        run = self.reference if chosen == "eager" else self.op
+        if not torch.is_autocast_enabled(device):
+            return run(*args)
+        dtype = torch.get_autocast_dtype(device)
+        cast = [
+            arg.to(dtype)
+            if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+            else arg
+            for arg in args
+        ]
+        with torch.autocast(device, enabled=False):
+            return run(*cast)
+
+    def _forward_kernel(self, *args: Any) -> Any:
+        with torch.no_grad():
+            outputs = self.reference(*args)
+        # A kernel's outputs must not alias its inputs or each other.
+        if isinstance(outputs, Tensor):
+            return outputs.contiguous()
+        return tuple(output.contiguous() for output in outputs)
+
+    def _forward_fake(self, *args: Any) -> Any:
+        return self._forward_kernel(*args)
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
+        ctx.tensors = [isinstance(value, Tensor) for value in inputs]
+        ctx.set_materialize_grads(False)
+
+    def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        inputs = [
+            next(saved) if is_tensor else other
+            for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)
+        ]
+        mask = [bool(needs) for needs in ctx.needs_input_grad]
+        computed = iter(self.backward_op(list(grads), *inputs, mask))
+        return tuple(next(computed) if needs else None for needs in mask)
+
+    def _backward_kernel(
+        self, output_grads: Sequence[Tensor | None], *args: Any
+    ) -> Sequence[Tensor]:
+        *inputs, mask = args
+        with torch.enable_grad():
+            leaves = [
+                value.detach().requires_grad_(needs) if isinstance(value, Tensor) else value
+                for value, needs in zip(inputs, mask, strict=True)
+            ]
+            outputs = self.reference(*leaves)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        wanted = [leaf for leaf, needs in zip(leaves, mask, strict=True) if needs]
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, output_grads, strict=True)
+            if grad is not None and output.requires_grad
+        ]
+        if not pairs:
+            return [torch.zeros_like(leaf) for leaf in wanted]
+        grads = torch.autograd.grad(
+            [output for output, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
+        )
+        return [
+            torch.zeros_like(leaf) if grad is None else grad.contiguous()
+            for leaf, grad in zip(wanted, grads, strict=True)
+        ]
+
+    def _backward_fake(
+        self, output_grads: Sequence[Tensor | None], *args: Any
+    ) -> Sequence[Tensor]:
+        *inputs, mask = args
+        return [
+            torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            for value, needs in zip(inputs, mask, strict=True)
+            if needs
+        ]

@@ -1,0 +1,144 @@
+"""The proof ladder every operator climbs: contract, gradients, compilation, accuracy, repeats.
+
+Each rung takes the `Operator` and its arguments; float64 arguments are made by the caller, so the
+same draw serves every dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralx_kernels import _backends
+from spectralx_kernels._operator import Operator
+from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, ROUND_OFF
+
+
+def cast(args: Sequence[Any], dtype: torch.dtype, *, grad: bool = False) -> list[Any]:
+    """Copies of `args` with floating-point tensors in `dtype`, as leaves if `grad`."""
+    return [
+        arg.detach().to(dtype).clone().requires_grad_(grad)
+        if isinstance(arg, Tensor) and arg.is_floating_point()
+        else arg
+        for arg in args
+    ]
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def check_contract(operator: Operator, args: Sequence[Any]) -> None:
+    """torch.library.opcheck on the operator as it is, with and without gradients."""
+    for grad in (False, True):
+        torch.library.opcheck(operator.op.default, tuple(cast(args, torch.float32, grad=grad)))
+
+
+def check_gradients(operator: Operator, args: Sequence[Any]) -> None:
+    """gradcheck in float64 of the dispatched operator and of the reference."""
+    leaves = cast(args, torch.float64, grad=True)
+    assert torch.autograd.gradcheck(operator.op, tuple(leaves), fast_mode=False)
+    assert torch.autograd.gradcheck(operator.reference, tuple(leaves), fast_mode=False)
+
+
+def check_compiles(function: Callable[..., Any], args: Sequence[Any]) -> None:
+    """torch.compile(fullgraph=True), forward and backward, agrees with the function itself."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    results = []
+    for run in (function, compiled):
+        leaves = cast(args, torch.float32, grad=True)
+        outputs = outputs_of(run(*leaves))
+        scored = [output for output in outputs if output.requires_grad]
+        if scored:
+            sum(output.float().square().mean() for output in scored).backward()  # type: ignore
+        grads = [leaf.grad for leaf in leaves if isinstance(leaf, Tensor)]
+        results.append((outputs, grads))
+    (outputs, grads), (compiled_outputs, compiled_grads) = results
+    for plain, other in zip(outputs, compiled_outputs, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+    for plain, other in zip(grads, compiled_grads, strict=True):
+        assert (plain is None) == (other is None)
+        if plain is not None and other is not None:
+            torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference over the largest exact value; NaN in one only is infinite."""
+    found, exact = found.double(), exact.double()
+    if exact.numel() == 0:
+        return 0.0
+    if not torch.equal(found.isnan(), exact.isnan()):
+        return float("inf")
+    scale = exact.nan_to_num().abs().max().clamp_min(1e-30)
+    return float(((found - exact).nan_to_num().abs().max() / scale).item())
+
+
+def run_with_gradients(
+    function: Callable[..., Any], args: Sequence[Any], seed: int = 0
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and gradients by argument position, for a random upstream gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = outputs_of(function(*args))
+    scored = [output for output in outputs if output.requires_grad]
+    if scored:
+        upstream = [
+            torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+            for output in scored
+        ]
+        torch.autograd.backward(scored, upstream)
+    grads = {
+        f"argument {position}": arg.grad
+        for position, arg in enumerate(args)
+        if isinstance(arg, Tensor) and arg.grad is not None
+    }
+    return [output.detach() for output in outputs], grads
+
+
+def check_accuracy(operator: Operator, args: Sequence[Any], dtype: torch.dtype) -> None:
+    """Every backend on this machine against float64, relative to the reference's own error."""
+    # What any implementation in this dtype is given: the rounded inputs, exactly evaluated.
+    rounded = cast(cast(args, dtype), torch.float64, grad=True)
+    exact = run_with_gradients(operator.reference, rounded)
+    plain = run_with_gradients(operator.reference, cast(args, dtype, grad=True))
+    for backend in [*_backends.available(operator.name, "cpu"), "dispatcher"]:
+
+        def run(*values: Any, backend: str = backend) -> Any:
+            if backend == "dispatcher":
+                return operator.op(*values)
+            return operator(*values, backend=backend)
+
+        found = run_with_gradients(run, cast(args, dtype, grad=True))
+        for position, truth in enumerate(exact[0]):
+            if truth.is_floating_point():
+                own = relative_error(plain[0][position], truth)
+                error = relative_error(found[0][position], truth)
+                bound = FORWARD_FACTOR * own + ROUND_OFF[dtype]
+                assert error <= bound, (backend, f"output {position}", error, bound)
+            else:
+                assert torch.equal(found[0][position], plain[0][position]), (backend, position)
+        assert found[1].keys() == exact[1].keys(), (backend, found[1].keys(), exact[1].keys())
+        for name, truth in exact[1].items():
+            own = relative_error(plain[1][name], truth)
+            error = relative_error(found[1][name], truth)
+            bound = BACKWARD_FACTOR * own + ROUND_OFF[dtype]
+            assert error <= bound, (backend, f"gradient of {name}", error, bound)
+
+
+def check_repeats(operator: Operator, args: Sequence[Any]) -> None:
+    """Same inputs, same bits, forward and backward, for every backend on this machine."""
+    for backend in _backends.available(operator.name, "cpu"):
+        first, second = (
+            run_with_gradients(
+                lambda *values, backend=backend: operator(*values, backend=backend),
+                cast(args, torch.float32, grad=True),
+            )
+            for _ in range(2)
+        )
+        for one, two in zip(first[0], second[0], strict=True):
+            assert torch.equal(one, two), backend
+        for name, one in first[1].items():
+            assert torch.equal(one, second[1][name]), (backend, name)

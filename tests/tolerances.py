@@ -1,0 +1,20 @@
+"""The only tolerances of the tests: nothing else may loosen them."""
+
+import torch
+
+# Round-off that any implementation may add, relative to the largest value of the tensor compared.
+ROUND_OFF = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-3,
+}
+# A backend's error to float64 may be this many times the reference's own, in the same dtype.
+FORWARD_FACTOR = 2.0
+BACKWARD_FACTOR = 3.0
+
+# Golden files (float32 numbers of the published code): the larger of 1e-4 and ten times the
+# published code's own spread between one thread and two, relative to the array's largest value.
+GOLDEN_FLOOR = 1e-4
+GOLDEN_SPREAD_FACTOR = 10.0
+GOLDEN_UNLISTED_SPREAD = 2e-6
