@@ -1,0 +1,1 @@
+"""Vision transformers that SpectralX adapts, and the decoders of their masked autoencoders."""
