@@ -23,12 +23,12 @@ def check_integer(name: str, tensor: Tensor) -> None:
 
 
 def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
-    """`tensor` has the dtype and the device of `reference`."""
+    """`tensor` has the device and, unless autocast will cast it, the dtype of `reference`."""
     if tensor.device != reference.device:
         raise ValueError(
             f"{name}: got device {tensor.device}, expected {reference.device} as {reference_name}"
         )
-    if tensor.dtype != reference.dtype:
+    if tensor.dtype != reference.dtype and not torch.is_autocast_enabled(tensor.device.type):
         raise TypeError(
             f"{name}: got dtype {tensor.dtype}, expected {reference.dtype} as {reference_name}"
         )

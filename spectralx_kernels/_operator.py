@@ -50,6 +50,8 @@ class Operator:
     schema : its torch.library schema without the name. Outputs are tensors.
     reference : the same signature in plain PyTorch, static in its shapes, differentiable.
     differentiable : False for an operator with no floating-point output.
+    autocast_to : dtype that floating-point tensors are cast to under autocast; autocast's own
+        where None. float32 for losses and for what is compared, as autocast treats those.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class Operator:
         reference: Callable[..., Any],
         *,
         differentiable: bool = True,
+        autocast_to: torch.dtype | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
+        self._autocast_to = autocast_to
         qualified = define(name, schema)
         self.op = getattr(torch.ops.spectralx, name)
         self._schema = self.op.default._schema
@@ -93,7 +97,7 @@ class Operator:
         run = self.reference if chosen == "eager" else self.op
         if not torch.is_autocast_enabled(device):
             return run(*args)
-        dtype = torch.get_autocast_dtype(device)
+        dtype = self._autocast_to or torch.get_autocast_dtype(device)
         cast = [
             arg.to(dtype)
             if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
