@@ -1,0 +1,83 @@
+"""What all commands share: one line for every error, and an exit status that says whose it is.
+
+Status 0 is success, 2 is input that cannot be used (options, configuration, data, checkpoints),
+1 is a failure while running, 130 an interruption. ``--debug`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+INPUT_STATUS = 2
+RUN_STATUS = 1
+INTERRUPT_STATUS = 130
+
+
+class InputError(ValueError):
+    """Input that cannot be used: names the file or key, what was found and what is expected."""
+
+
+# Readers, argument checks and the file system raise these about what the user handed in ...
+_INPUT_ERRORS = (ValueError, OSError)
+# ... but for these, which speak of the run.
+_RUN_ERRORS = (BrokenPipeError, ConnectionError, TimeoutError)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` on one line.
+
+    An error that crossed a data-loading process carries that process's traceback in its message;
+    only the last line, the original message, is kept.
+    """
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    elif "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def status_of(error: BaseException) -> int:
+    """Exit status that `error` ends a command with."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPT_STATUS
+    if isinstance(error, _INPUT_ERRORS) and not isinstance(error, _RUN_ERRORS):
+        return INPUT_STATUS
+    return RUN_STATUS
+
+
+def run_command(name: str, body: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run `body` and turn its exceptions into one line on stderr and an exit status.
+
+    Parameters
+    ----------
+    name : what the line starts with, e.g. ``spectralx.train``.
+    body : the command; its return value is the exit status (None counts as 0).
+    debug : let exceptions through, with their traceback.
+
+    Returns
+    -------
+    The exit status, for ``sys.exit``.
+    """
+    try:
+        return body() or 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        status = status_of(error)
+        message = one_line(error)
+        if status == INTERRUPT_STATUS and not str(error):
+            message = "interrupted"
+        elif status == RUN_STATUS and not isinstance(error, (RuntimeError, ArithmeticError)):
+            message = f"{type(error).__name__}: {message} (--debug shows where)"
+        print(f"{name}: error: {message}", file=sys.stderr)
+        return status
+
+
+def one_of(word: str, choices: Iterable[str]) -> str:
+    """``one of a, b, c`` for the end of an error message, the choice closest to `word` first."""
+    names = list(choices)
+    close = get_close_matches(word, names, n=1)
+    return "one of " + ", ".join(close + [name for name in names if name not in close])
