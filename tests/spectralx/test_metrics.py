@@ -21,7 +21,8 @@ def test_figures_worked_by_hand() -> None:
     scores = scored([1, 1, 1, 2, 2, 2, 1, 3], [1, 1, 1, 1, 2, 2, 0, 0])
     assert scores.pixels == 6
     torch.testing.assert_close(scores.iou[1:3], torch.tensor([3 / 4, 2 / 3]).double())
-    assert scores.iou[0].isnan() and scores.iou[3].isnan()
+    assert scores.iou[0].isnan()
+    assert scores.iou[3].isnan()
     assert scores.miou == pytest.approx((3 / 4 + 2 / 3) / 2)
     assert scores.overall_accuracy == pytest.approx(5 / 6)
     assert scores.mean_f1 == pytest.approx((6 / 7 + 4 / 5) / 2)

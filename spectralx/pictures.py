@@ -1,0 +1,207 @@
+"""Pictures of a run: learning curves, a reconstruction, a prediction beside its truth.
+
+Everything is drawn without a display, straight to PNG files.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Centres (micrometres) shown as red, green and blue. Infrared, red, green is the standard
+# false-colour composite: vegetation is red, water nearly black.
+INFRARED = (0.86, 0.66, 0.56)
+NATURAL = (0.66, 0.56, 0.48)
+_DPI = 110
+
+Curve = tuple[list[float], list[float]]
+
+
+def composite_bands(
+    wavelengths: Sequence[float], centres: Sequence[float] = INFRARED, *, reach: float = 0.1
+) -> tuple[int, int, int]:
+    """Indices of the three bands shown as red, green and blue.
+
+    Parameters
+    ----------
+    wavelengths : micrometres, one a band.
+    centres : wanted wavelengths. The nearest bands are taken; if one is more than `reach` away,
+        three bands spread evenly over the sensor are, longest wavelength first.
+    """
+    known = np.asarray(wavelengths, dtype=float)
+    nearest = [int(np.abs(known - centre).argmin()) for centre in centres]
+    far = any(
+        abs(known[band] - centre) > reach for band, centre in zip(nearest, centres, strict=True)
+    )
+    if far:
+        order = np.argsort(-known, kind="stable")
+        nearest = [int(order[round(part * (len(order) - 1))]) for part in (0.0, 0.5, 1.0)]
+    return nearest[0], nearest[1], nearest[2]
+
+
+def _stretch(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The 2nd and 98th percentile of each channel of `image` [H, W, 3]."""
+    low, high = np.nanpercentile(image, (2, 98), axis=(0, 1))
+    return low, np.maximum(high - low, 1e-6)
+
+
+def _composite(image: Tensor, wavelengths: Sequence[float]) -> NDArray[np.float32]:
+    bands = list(composite_bands(wavelengths))
+    shown = image.detach().float().cpu()[bands].permute(1, 2, 0).numpy()
+    return np.asarray(shown, dtype=np.float32)
+
+
+def _show(axes: Axes, picture: NDArray[np.float32], title: str) -> None:
+    axes.imshow(np.nan_to_num(np.clip(picture, 0, 1)), interpolation="nearest")
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write `figure` under another name first, so that a reader never meets half a file."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    partial.replace(target)
+
+
+def reconstruction(
+    path: str | os.PathLike[str],
+    images: Tensor,
+    predictions: Tensor,
+    masks: Tensor,
+    wavelengths: Sequence[float],
+) -> None:
+    """Rows of input, masked input and reconstruction, in false colour.
+
+    The reconstruction shows predicted pixels where the input was masked and the input elsewhere.
+    All three share the input's stretch.
+
+    Parameters
+    ----------
+    path : PNG file to write.
+    images, predictions : [B, C, H, W].
+    masks : [B, H, W], true or 1 where the model did not see the input.
+    wavelengths : micrometres, C of them.
+    """
+    rows = images.shape[0]
+    figure = Figure(figsize=(7.2, 2.5 * rows), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False)
+    for row in range(rows):
+        image = _composite(images[row], wavelengths)
+        low, span = _stretch(image)
+        shown = (image - low) / span
+        hidden = masks[row].detach().cpu().bool().numpy()[..., None]
+        predicted = (_composite(predictions[row], wavelengths) - low) / span
+        _show(grid[row, 0], shown, "input")
+        _show(grid[row, 1], np.where(hidden, 0.5, shown), f"masked {100 * hidden.mean():.0f} %")
+        _show(grid[row, 2], np.where(hidden, predicted, shown), "reconstructed")
+    _save(figure, path)
+
+
+def class_colours(count: int) -> ListedColormap:
+    """Black for class 0 (unlabelled) and distinct colours for the others."""
+    tables = [*colormaps["tab20"].colors, *colormaps["tab20b"].colors]  # type: ignore[attr-defined]
+    return ListedColormap([(0.0, 0.0, 0.0), *(tables[i % len(tables)] for i in range(count - 1))])
+
+
+def segmentation(
+    path: str | os.PathLike[str],
+    images: Tensor,
+    predictions: Tensor,
+    truths: Tensor,
+    class_names: Sequence[str],
+    wavelengths: Sequence[float],
+) -> None:
+    """Rows of false-colour image, prediction and truth, with a legend of the classes shown.
+
+    Parameters
+    ----------
+    path : PNG file to write.
+    images : [B, C, H, W].
+    predictions, truths : int64 [B, H, W], class 0 unlabelled.
+    class_names : one name a class.
+    wavelengths : micrometres, C of them.
+    """
+    rows = images.shape[0]
+    colours = class_colours(len(class_names))
+    figure = Figure(figsize=(9.2, 2.5 * rows), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False)
+    shown: set[int] = set()
+    for row in range(rows):
+        image = _composite(images[row], wavelengths)
+        low, span = _stretch(image)
+        _show(grid[row, 0], (image - low) / span, "image")
+        for column, (title, labels) in enumerate((("prediction", predictions), ("truth", truths))):
+            values = labels[row].detach().cpu().numpy()
+            shown.update(int(value) for value in np.unique(values))
+            axes = grid[row, column + 1]
+            axes.imshow(
+                values, cmap=colours, vmin=0, vmax=len(class_names) - 1, interpolation="nearest"
+            )
+            axes.set_title(title, fontsize=9)
+            axes.set_axis_off()
+    handles = [Patch(color=colours(index), label=class_names[index]) for index in sorted(shown)]
+    figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def read_curves(path: str | os.PathLike[str]) -> dict[str, Curve]:
+    """Every logged quantity of a ``metrics.csv``: name -> (steps, values)."""
+    curves: dict[str, Curve] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if name not in ("step", "epoch") and text:
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(float(row["step"]))
+                    values.append(float(text))
+    return curves
+
+
+def learning_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve]) -> None:
+    """Losses, scores and learning rate over optimiser steps, one panel each.
+
+    Parameters
+    ----------
+    path : PNG file to write.
+    curves : ``<split>/<quantity>`` -> (steps, values), as `read_curves` gives them. Quantities
+        named ``loss`` or ``*_loss`` share the first panel, ``lr`` has the last.
+    """
+    panels: dict[str, dict[str, Curve]] = {"loss": {}, "score": {}, "learning rate": {}}
+    for name, curve in sorted(curves.items()):
+        quantity = name.rpartition("/")[2]
+        if quantity.endswith("loss"):
+            panels["loss"][name] = curve
+        elif quantity == "lr":
+            panels["learning rate"][name] = curve
+        elif "/" in name:
+            panels["score"][name] = curve
+    kept = {title: lines for title, lines in panels.items() if lines}
+    figure = Figure(figsize=(4.6 * max(len(kept), 1), 3.4), dpi=_DPI, layout="constrained")
+    for position, (title, lines) in enumerate(kept.items(), start=1):
+        axes = figure.add_subplot(1, len(kept), position)
+        for name, (steps, values) in lines.items():
+            axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else None)
+        drawn = [value for _, values in lines.values() for value in values if value > 0]
+        if title == "loss" and drawn and max(drawn) > 20 * min(drawn) and math.isfinite(max(drawn)):
+            axes.set_yscale("log")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    _save(figure, path)
