@@ -1,0 +1,27 @@
+"""Masked reconstruction: random masking, patches and the losses of SatMAE++ and ScaleMAE."""
+
+from spectralx_kernels.reconstruction.ops import (
+    band_reconstruction_loss,
+    band_targets,
+    masked_patch_loss,
+    random_masking,
+    upsampled_l1_loss,
+)
+from spectralx_kernels.reconstruction.patches import (
+    gather_tokens,
+    patchify,
+    restore_tokens,
+    unpatchify,
+)
+
+__all__ = [
+    "band_reconstruction_loss",
+    "band_targets",
+    "gather_tokens",
+    "masked_patch_loss",
+    "patchify",
+    "random_masking",
+    "restore_tokens",
+    "unpatchify",
+    "upsampled_l1_loss",
+]

@@ -1,0 +1,258 @@
+"""The operators of this room: declarations, argument checks, public functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectralx_kernels._checks import check_floating, check_range, check_shape
+from spectralx_kernels._operator import Operator
+from spectralx_kernels.reconstruction import reference
+from spectralx_kernels.reconstruction.patches import check_image, check_patch, square_grid
+
+# Noise is compared and losses are summed: both in float32 under autocast.
+RANDOM_MASKING = Operator(
+    "random_masking",
+    "(Tensor noise, int keep) -> (Tensor ids_keep, Tensor mask, Tensor ids_restore)",
+    reference.random_masking,
+    differentiable=False,
+    autocast_to=torch.float32,
+)
+MASKED_PATCH_LOSS = Operator(
+    "masked_patch_loss",
+    "(Tensor prediction, Tensor images, Tensor mask, int patch, bool normalize) -> Tensor",
+    reference.masked_patch_loss,
+    autocast_to=torch.float32,
+)
+UPSAMPLED_L1_LOSS = Operator(
+    "upsampled_l1_loss",
+    "(Tensor prediction, Tensor images) -> Tensor",
+    reference.upsampled_l1_loss,
+    autocast_to=torch.float32,
+)
+BAND_RECONSTRUCTION_LOSS = Operator(
+    "band_reconstruction_loss",
+    "(Tensor high, Tensor low, Tensor images, Tensor mask, int[2] grid, int[2] base_size) "
+    "-> Tensor",
+    reference.band_reconstruction_loss,
+    autocast_to=torch.float32,
+)
+
+
+def _check_device(name: str, tensor: Tensor, reference_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: got device {tensor.device}, expected {other.device} as {reference_name}"
+        )
+
+
+def _check_mask(mask: Tensor, batch: int, patches: int | str) -> None:
+    check_shape("mask", mask, (batch, patches))
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask: got dtype {mask.dtype}, expected a real dtype or bool")
+
+
+def random_masking(
+    noise: Tensor, keep: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the tokens an encoder sees: those with the smallest noise.
+
+    Parameters
+    ----------
+    noise : [B, L], uniform draws; a floating-point dtype. Equal values go to the lowest index.
+        NaN sorts last.
+    keep : tokens to keep of each sample, 0 to L; L - int(0.75 * L) for three quarters masked.
+    backend : overrides the default backend.
+
+    Returns
+    -------
+    ids_keep : [B, keep], int64, the kept tokens in ascending order of noise.
+    mask : [B, L] in the dtype of `noise`; 0 kept, 1 masked. No gradient.
+    ids_restore : [B, L], int64; token i is number ids_restore[i] in order of noise.
+
+    Raises
+    ------
+    TypeError, ValueError : an argument of the wrong dtype, shape or range.
+
+    Source: masked autoencoders (He et al. 2022, arXiv 2111.06377), as SpectralX's stage 1 uses it.
+    """
+    check_floating("noise", noise)
+    check_shape("noise", noise, ("batch", "tokens"))
+    check_range("keep", keep, 0, noise.shape[1])
+    ids_keep, mask, ids_restore = RANDOM_MASKING(noise, keep, backend=backend)
+    return ids_keep, mask, ids_restore
+
+
+def masked_patch_loss(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor,
+    patch: int,
+    *,
+    normalize: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean squared error of predicted patches, over the masked ones (SatMAE++ and plain MAE).
+
+    Parameters
+    ----------
+    prediction : [B, L, P*P*C]; a patch vector runs row, column, band. L = H/P * W/P.
+    images : [B, C, H, W], the target.
+    mask : [B, L], 1 where a patch is masked; floating point, integer or bool. Other weights than
+        0 and 1 are weights.
+    patch : side P of a patch in pixels.
+    normalize : bring every target patch to mean 0 and variance 1 (unbiased, + 1e-6) first.
+    backend : overrides the default backend.
+
+    Returns
+    -------
+    A scalar in the dtype of `prediction` (float32 under autocast), accumulated in float32
+    (float64 for float64): the mean over a patch vector, averaged over the masked patches. 0 with
+    zero gradient where nothing is masked.
+
+    Raises
+    ------
+    TypeError, ValueError : an argument of the wrong dtype, device or shape.
+
+    Source: SpectralX, stage 1; SatMAE++ (arXiv 2403.05419), which weights it 0.6.
+    """
+    check_floating("prediction", prediction)
+    check_floating("images", images)
+    check_image("images", images)
+    check_patch("images", images, patch)
+    batch, bands, height, width = images.shape
+    patches = (height // patch) * (width // patch)
+    check_shape("prediction", prediction, (batch, patches, patch * patch * bands))
+    _check_mask(mask, batch, patches)
+    _check_device("images", images, "prediction", prediction)
+    _check_device("mask", mask, "prediction", prediction)
+    loss: Tensor = MASKED_PATCH_LOSS(prediction, images, mask, patch, normalize, backend=backend)
+    return loss
+
+
+def upsampled_l1_loss(
+    prediction: Tensor, images: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Mean absolute error of an enlarged prediction against the bilinearly enlarged images.
+
+    Parameters
+    ----------
+    prediction : [B, C, H', W'], for example 2H x 2W; any size.
+    images : [B, C, H, W], resized to H' x W' (align_corners False) as the target.
+    backend : overrides the default backend.
+
+    Returns
+    -------
+    A scalar in the dtype of `prediction` (float32 under autocast), accumulated in float32
+    (float64 for float64). 0 for an empty batch.
+
+    Raises
+    ------
+    TypeError, ValueError : an argument of the wrong dtype, device or shape.
+
+    Source: SpectralX, stage 1; SatMAE++ (arXiv 2403.05419), which weights it 0.4.
+    """
+    check_floating("prediction", prediction)
+    check_floating("images", images)
+    check_image("images", images)
+    check_image("prediction", prediction)
+    check_shape("prediction", prediction, (*images.shape[:2], "height", "width"))
+    _check_device("images", images, "prediction", prediction)
+    loss: Tensor = UPSAMPLED_L1_LOSS(prediction, images, backend=backend)
+    return loss
+
+
+def band_targets(
+    images: Tensor,
+    high_size: tuple[int, int],
+    low_size: tuple[int, int],
+    base_size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """What the high- and the low-frequency decoder of ScaleMAE are to predict.
+
+    Parameters
+    ----------
+    images : [B, C, H, W]; resized to `high_size` by nearest neighbour, which leaves images of
+        that size alone and repeats the pixels of smaller ones.
+    high_size, low_size : height and width of the two targets in pixels.
+    base_size : height and width that the image is averaged down to for the part that the
+        high-frequency target leaves out.
+
+    Returns
+    -------
+    high : [B, C, *high_size], the image minus its average over `base_size` areas, the latter
+        enlarged bilinearly.
+    low : [B, C, *low_size], the image averaged over areas.
+
+    Raises
+    ------
+    TypeError, ValueError : an argument of the wrong dtype or shape.
+
+    Source: SpectralX, stage 1; ScaleMAE (arXiv 2212.14532).
+    """
+    check_floating("images", images)
+    check_image("images", images)
+    for name, size in (("high_size", high_size), ("low_size", low_size), ("base_size", base_size)):
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"{name}: got {list(size)}, expected two sizes of at least 1")
+    return reference.band_targets(images, list(high_size), list(low_size), list(base_size))
+
+
+def band_reconstruction_loss(
+    high: Tensor,
+    low: Tensor,
+    images: Tensor,
+    mask: Tensor,
+    *,
+    base_size: tuple[int, int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Loss of the high- and low-frequency predictions of ScaleMAE, added.
+
+    Each is the squared error of the masked pixels, summed over bands, divided by the number of
+    masked pixels (not times the bands). The targets are those of `band_targets`, at the sizes of
+    the predictions.
+
+    Parameters
+    ----------
+    high : [B, C, H1, W1], 2H x 2W in the published model.
+    low : [B, C, H2, W2], H x W in the published model.
+    images : [B, C, H, W].
+    mask : [B, L], 1 where a patch is masked, over a square grid of patches whose side divides
+        the sizes of both predictions; floating point, integer or bool.
+    base_size : see `band_targets`; the grid of patches (14 x 14 in the published model) if None.
+    backend : overrides the default backend.
+
+    Returns
+    -------
+    A scalar in the dtype of `high` (float32 under autocast), accumulated in float32 (float64 for
+    float64). 0 with zero gradient where nothing is masked.
+
+    Raises
+    ------
+    TypeError, ValueError : an argument of the wrong dtype, device or shape.
+
+    Source: SpectralX, stage 1; ScaleMAE (arXiv 2212.14532).
+    """
+    check_image("images", images)
+    for name, tensor in (("high", high), ("low", low), ("images", images)):
+        check_floating(name, tensor)
+        check_shape(name, tensor, (*images.shape[:2], "height", "width"))
+        _check_device(name, tensor, "high", high)
+    _check_mask(mask, images.shape[0], "patches")
+    _check_device("mask", mask, "high", high)
+    grid = square_grid("mask", mask.shape[1])
+    for name, tensor in (("high", high), ("low", low)):
+        sizes = zip(tensor.shape[-2:], grid, strict=True)
+        if any(size == 0 or size % cells for size, cells in sizes):
+            raise ValueError(
+                f"{name}: got size {list(tensor.shape[-2:])}, expected multiples of the "
+                f"{grid[0]} x {grid[1]} patches of mask"
+            )
+    base_size = grid if base_size is None else base_size
+    if len(base_size) != 2 or min(base_size) < 1:
+        raise ValueError(f"base_size: got {list(base_size)}, expected two sizes of at least 1")
+    loss: Tensor = BAND_RECONSTRUCTION_LOSS(
+        high, low, images, mask, list(grid), list(base_size), backend=backend
+    )
+    return loss
