@@ -1,0 +1,207 @@
+"""UPerNet: a multi-level neck and the pyramid-pooling head, with mmsegmentation's parameter names.
+
+Source: SpectralX, stage 2; the head is "Unified Perceptual Parsing for Scene Understanding"
+(Xiao et al., ECCV 2018) as mmsegmentation 1.2 lays it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NECK_SCALES = (4.0, 2.0, 1.0, 0.5)
+POOL_SCALES = (1, 2, 3, 6)
+BATCH_NORM_EPS = 1e-6
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class ConvUnit(nn.Module):
+    """``conv``, and with `norm` also ``bn`` and a ReLU; "same" padding, bias only without norm.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size : of the convolution; `kernel_size` is odd.
+    norm : batch norm and ReLU after the convolution.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, norm: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS) if norm else None
+        if norm:
+            nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            nn.init.xavier_uniform_(self.conv.weight)
+            assert self.conv.bias is not None
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, *maps: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """The unit of `maps`, resized to `size` and concatenated along the channels.
+
+        Parameters
+        ----------
+        maps : each [B, C_i, H_i, W_i]; the C_i add up to `in_channels`.
+        size : rows and columns of the output; those of the first map by default.
+
+        Returns
+        -------
+        [B, out_channels, *size]
+        """
+        size = size or (maps[0].shape[-2], maps[0].shape[-1])
+        x = self.conv(torch.cat([_resize(x, size) for x in maps], dim=1))
+        return x if self.bn is None else F.relu(self.bn(x))
+
+
+class MultiLevelNeck(nn.Module):
+    """Feature maps of one size made into a pyramid: 1x1, bilinear resize, 3x3.
+
+    Parameters
+    ----------
+    in_channels : width of each input map.
+    out_channels : width of every output map.
+    scales : size of each output map over that of the input map.
+    """
+
+    def __init__(
+        self, in_channels: Sequence[int], out_channels: int, scales: Sequence[float] = NECK_SCALES
+    ) -> None:
+        super().__init__()
+        if len(scales) != len(in_channels) or min(scales) <= 0:
+            raise ValueError(
+                f"scales: got {tuple(scales)}, expected {len(in_channels)} positive numbers, "
+                "one for each feature map"
+            )
+        self.scales = tuple(scales)
+        self.lateral_convs = nn.ModuleList(
+            ConvUnit(width, out_channels, 1, norm=False) for width in in_channels
+        )
+        self.convs = nn.ModuleList(
+            ConvUnit(out_channels, out_channels, 3, norm=False) for _ in in_channels
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [B, C_i, H, W] to maps [B, out_channels, H·scale_i, W·scale_i], at least 1x1."""
+        pyramid = []
+        for x, scale, lateral, conv in zip(
+            features, self.scales, self.lateral_convs, self.convs, strict=True
+        ):
+            size = (max(int(x.shape[-2] * scale), 1), max(int(x.shape[-1] * scale), 1))
+            pyramid.append(conv(lateral(x), size=size))
+        return pyramid
+
+
+class UPerHead(nn.Module):
+    """Pyramid pooling on the coarsest map, a top-down path, one fused map, classes.
+
+    Parameters
+    ----------
+    in_channels : width of each map of the pyramid, finest first.
+    channels : width inside the head.
+    num_classes : number of classes, the unlabelled one included.
+    pool_scales : sides of the pooled maps.
+    dropout : probability of dropping a whole channel before the classes.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        num_classes: int,
+        *,
+        pool_scales: Sequence[int] = POOL_SCALES,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        *finer, coarsest = in_channels
+        self.pool_scales = tuple(pool_scales)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvUnit(coarsest, channels, 1))
+            for scale in self.pool_scales
+        )
+        self.bottleneck = ConvUnit(coarsest + len(pool_scales) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvUnit(width, channels, 1) for width in finer)
+        self.fpn_convs = nn.ModuleList(ConvUnit(channels, channels, 3) for _ in finer)
+        self.fpn_bottleneck = ConvUnit(len(in_channels) * channels, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        assert self.conv_seg.bias is not None
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Maps [B, C_i, H_i, W_i], finest first, to logits [B, classes, H_0, W_0].
+
+        Raises
+        ------
+        ValueError : a batch of one image in training, which has no batch statistics where the
+            coarsest map is pooled to one value.
+        """
+        *finer, coarsest = pyramid
+        if self.training and coarsest.shape[0] == 1 and 1 in self.pool_scales:
+            raise ValueError(
+                "images: got a batch of 1 in training, expected at least 2: "
+                "batch norm has nothing to average over in the head's 1x1 pooled map"
+            )
+        pooled = [module(coarsest) for module in self.psp_modules]
+        top = self.bottleneck(coarsest, *pooled)
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, finer, strict=True)] + [top]
+        for level in range(len(finer), 0, -1):
+            below = laterals[level - 1]
+            size = (below.shape[-2], below.shape[-1])
+            laterals[level - 1] = below + _resize(laterals[level], size)
+        fused = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
+        x = self.fpn_bottleneck(*fused, laterals[-1])
+        return self.conv_seg(self.dropout(x))
+
+
+class UPerNet(nn.Module):
+    """Logits from the feature maps of a plain (single-scale) backbone: ``neck``, then ``head``.
+
+    Parameters
+    ----------
+    in_channels : width of each feature map, shallowest block first.
+    num_classes : number of classes, the unlabelled one included.
+    neck_channels : width of the pyramid; that of the last feature map by default.
+    head_channels : width inside the head.
+    scales : size of each map of the pyramid over that of the feature maps; the largest, first.
+    pool_scales : sides of the maps that the head pools the coarsest map to.
+    dropout : probability of dropping a whole channel before the classes.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        *,
+        neck_channels: int | None = None,
+        head_channels: int = 512,
+        scales: Sequence[float] = NECK_SCALES,
+        pool_scales: Sequence[int] = POOL_SCALES,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        neck_channels = neck_channels or in_channels[-1]
+        self.neck = MultiLevelNeck(in_channels, neck_channels, scales)
+        self.head = UPerHead(
+            [neck_channels] * len(in_channels),
+            head_channels,
+            num_classes,
+            pool_scales=pool_scales,
+            dropout=dropout,
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Feature maps [B, C_i, H, W] to logits [B, classes, H·scales[0], W·scales[0]]."""
+        return self.head(self.neck(features))
