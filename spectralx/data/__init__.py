@@ -1,0 +1,55 @@
+"""Data: readers of the data sets' own layouts, tasks by name, augmentation.
+
+``build_task("WS-WD", root)`` gives the datasets of a task; each dataset, and the task, states its
+``wavelengths`` (µm), ``bands``, ``class_names`` (index 0: "unlabelled") and ``num_classes``.
+Synthetic scenes in the same layouts are written by :mod:`spectralx.data.scenes`.
+"""
+
+from .augment import (
+    Compose,
+    RandomCrop,
+    RandomFlip,
+    RandomQuarterTurn,
+    RandomResizedCrop,
+    Resize,
+    Transform,
+)
+from .dfc2020 import Dfc2020
+from .folder import FolderDataset
+from .mts12 import Mts12
+from .normalise import FixedStatistics, ImageMinMax, Normalisation, fit_statistics
+from .raster import DataError, RasterInfo, raster_info, read_image, read_raster, write_raster
+from .tasks import Task, build_task, task_names
+from .tiles import Pair, Sample, TileDataset
+from .whu_ohs import WhuOhs, WhuOhsTransfer
+
+__all__ = [
+    "Compose",
+    "DataError",
+    "Dfc2020",
+    "FixedStatistics",
+    "FolderDataset",
+    "ImageMinMax",
+    "Mts12",
+    "Normalisation",
+    "Pair",
+    "RandomCrop",
+    "RandomFlip",
+    "RandomQuarterTurn",
+    "RandomResizedCrop",
+    "RasterInfo",
+    "Resize",
+    "Sample",
+    "Task",
+    "TileDataset",
+    "Transform",
+    "WhuOhs",
+    "WhuOhsTransfer",
+    "build_task",
+    "fit_statistics",
+    "raster_info",
+    "read_image",
+    "read_raster",
+    "task_names",
+    "write_raster",
+]

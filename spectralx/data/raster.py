@@ -1,0 +1,344 @@
+"""Reading and writing GeoTIFF, and the one error every reader of this package raises.
+
+Files are opened with the GTiff driver only, so that no other format (a virtual raster that points
+elsewhere, say) can hide behind a ``.tif`` name. Every failure is a :class:`DataError` whose text
+is one line: the file, what was found, what is expected.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window
+
+Array = npt.NDArray[Any]
+SUFFIXES = (".tif", ".tiff")
+
+_UNITS = {"nm": 1e-3, "nanometer": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "micrometer": 1.0,
+          "micron": 1.0}  # fmt: skip
+_NUMBER = r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+_WITH_UNIT = re.compile(
+    _NUMBER + r"\s*(nanomet(?:er|re)|micromet(?:er|re)|micron|nm|um|µm|μm)s?\b", re.I
+)
+_BARE = re.compile(r"\s*" + _NUMBER + r"\s*")
+# A bare number above this is taken for nanometres: optical sensors end below 100 µm.
+_LARGEST_MICROMETRE = 100.0
+
+
+class DataError(ValueError):
+    """Data on disk that cannot be used: names the file, what was found and what is expected."""
+
+
+def data_error(where: str | Path, found: str, expected: str) -> DataError:
+    """The :class:`DataError` about `where`, its text folded onto one line."""
+    return DataError(" ".join(f"{where}: found {found}; expected {expected}".split()))
+
+
+@dataclass(frozen=True)
+class RasterInfo:
+    """What a GeoTIFF says about itself, without its pixels.
+
+    ``nodata`` is the value of missing pixels or None; ``descriptions`` has one entry a band (None
+    where the file has none); ``wavelengths`` are the bands' centres in µm, or None unless the file
+    states one for each band.
+    """
+
+    path: Path
+    bands: int
+    height: int
+    width: int
+    dtype: str
+    nodata: float | None
+    descriptions: tuple[str | None, ...]
+    wavelengths: tuple[float, ...] | None
+    crs: Any
+    transform: Any
+
+
+def raster_info(path: str | Path) -> RasterInfo:
+    """Header of the GeoTIFF at `path`. Raises DataError if it is missing or not a GeoTIFF."""
+    with _open(path) as source:
+        return _info(Path(path), source)
+
+
+def read_raster(
+    path: str | Path,
+    *,
+    bands: Sequence[int] | None = None,
+    window: tuple[int, int, int, int] | None = None,
+) -> Array:
+    """Pixels of a GeoTIFF.
+
+    Parameters
+    ----------
+    path : the file.
+    bands : band indices counted from 0, in the order wanted; None for all.
+    window : (first row, first column, rows, columns) inside the image; None for all of it.
+
+    Returns
+    -------
+    Array [bands, rows, columns] in the file's own dtype.
+
+    Raises
+    ------
+    DataError
+        The file is missing, not a GeoTIFF, truncated or damaged, or `bands` or `window` reach
+        outside of it.
+    """
+    with _open(path) as source:
+        return _read(Path(path), source, bands, window)
+
+
+def read_image(
+    path: str | Path,
+    *,
+    bands: Sequence[int] | None = None,
+    nodata: float | None = None,
+    window: tuple[int, int, int, int] | None = None,
+    count: int | None = None,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], RasterInfo]:
+    """An image as float32, with the map of its valid values and its header.
+
+    A value is missing where it equals the file's nodata value (or `nodata`, for files that state
+    none), or is not finite; missing values are returned as 0.
+
+    Parameters
+    ----------
+    path, bands, window : as for :func:`read_raster`.
+    nodata : value of missing pixels for files that state none.
+    count : number of bands the file must have; None accepts any.
+
+    Returns
+    -------
+    values [bands, rows, columns] float32, valid [bands, rows, columns] bool, header (of all bands).
+    """
+    with _open(path) as source:
+        info = _info(Path(path), source)
+        if count is not None and info.bands != count:
+            raise data_error(path, f"{info.bands} bands", f"{count}, as many as wavelengths")
+        raw = _read(Path(path), source, bands, window)
+    valid = valid_values(raw, info.nodata if info.nodata is not None else nodata)
+    values = raw.astype(np.float32)
+    values[~valid] = 0.0
+    return values, valid, info
+
+
+def valid_values(raw: Array, nodata: float | None) -> npt.NDArray[np.bool_]:
+    """Where `raw` is finite and not `nodata` (a nodata value of NaN is covered by the former)."""
+    valid = np.isfinite(raw) if raw.dtype.kind == "f" else np.ones(raw.shape, dtype=bool)
+    if nodata is not None and np.isfinite(nodata):
+        # Compared in the file's dtype, in which the nodata value was written.
+        valid &= raw != np.asarray(nodata).astype(raw.dtype)
+    return valid
+
+
+def read_label(path: str | Path) -> npt.NDArray[np.int64]:
+    """A label map [rows, columns] of one band; its nodata pixels become 0 (unlabelled).
+
+    Raises DataError for more than one band or values that are not whole numbers.
+    """
+    values, valid, info = read_image(path)
+    if info.bands != 1:
+        raise data_error(path, f"{info.bands} bands", "a label map of 1 band")
+    return whole_numbers(path, values[0] * valid[0])
+
+
+def whole_numbers(path: str | Path, values: Array) -> npt.NDArray[np.int64]:
+    """`values` as int64. Raises DataError, naming `path`, where one is not a whole number."""
+    if values.dtype.kind not in "biuf":
+        raise data_error(path, f"label values of type {values.dtype}", "whole numbers")
+    broken = values != np.round(values) if values.dtype.kind == "f" else np.zeros(1, dtype=bool)
+    if broken.any():
+        raise data_error(path, f"label value {values[broken][0]:g}", "whole numbers")
+    return values.astype(np.int64)
+
+
+def write_raster(
+    path: str | Path,
+    array: Array,
+    *,
+    crs: Any = None,
+    transform: Any = None,
+    nodata: float | None = None,
+    descriptions: Sequence[str] | None = None,
+    compress: str | None = None,
+) -> None:
+    """Write a GeoTIFF; nothing is left at `path` unless all of it was written.
+
+    Parameters
+    ----------
+    path : the file; its folder must exist.
+    array : [bands, rows, columns] or [rows, columns].
+    crs, transform : as rasterio takes them (an ``"EPSG:32650"`` string, an Affine).
+    nodata : value that marks missing pixels.
+    descriptions : one text a band, e.g. ``"0.466 um"``.
+    compress : GDAL's name of a lossless scheme, e.g. ``"deflate"``; None stores as is.
+    """
+    path = Path(path)
+    pixels = array[None] if array.ndim == 2 else array
+    if pixels.ndim != 3:
+        raise ValueError(
+            f"array: found shape {tuple(array.shape)}; expected [bands, rows, columns]"
+        )
+    if descriptions is not None and len(descriptions) != len(pixels):
+        raise ValueError(
+            f"descriptions: found {len(descriptions)}; expected {len(pixels)}, one a band"
+        )
+    profile: dict[str, Any] = {
+        "driver": "GTiff",
+        "count": pixels.shape[0],
+        "height": pixels.shape[1],
+        "width": pixels.shape[2],
+        "dtype": pixels.dtype.name,
+        "crs": crs,
+        "transform": transform,
+        "nodata": nodata,
+    }
+    if compress is not None:
+        profile["compress"] = compress
+    part = path.with_name(path.name + ".part")
+    try:
+        with _without_georeference_warning(), rasterio.open(part, "w", **profile) as target:
+            target.write(pixels)
+            for band, text in enumerate(descriptions or (), start=1):
+                target.set_band_description(band, text)
+        os.replace(part, path)
+    except RasterioError as error:
+        raise data_error(
+            path, f"that it cannot be written ({error})", "a writable folder"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def list_rasters(folder: str | Path, split: str) -> list[Path]:
+    """GeoTIFF files directly in `folder`, sorted by name.
+
+    Raises DataError if the folder is missing, or holds none (an empty `split`).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise data_error(folder, "no such folder", f"the folder of {split}")
+    files = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES)
+    if not files:
+        raise data_error(folder, "no GeoTIFF", f"at least one *.tif: {split} is empty")
+    return files
+
+
+def parse_wavelength(text: str) -> float | None:
+    """Wavelength in µm stated by a band description, or None.
+
+    Understands a number with its unit anywhere in the text (``"band 1 (418.24 Nanometers)"``,
+    ``"0.466 um"``), or a number alone (taken for nanometres above 100, else for µm).
+    """
+    with_unit = _WITH_UNIT.search(text)
+    if with_unit is not None:
+        unit = with_unit.group(2).lower().replace("metre", "meter")
+        return float(with_unit.group(1)) * _UNITS[unit]
+    bare = _BARE.fullmatch(text)
+    if bare is None:
+        return None
+    value = float(bare.group(1))
+    return value * 1e-3 if value > _LARGEST_MICROMETRE else value
+
+
+def _info(path: Path, source: Any) -> RasterInfo:
+    return RasterInfo(
+        path=path,
+        bands=source.count,
+        height=source.height,
+        width=source.width,
+        dtype=source.dtypes[0],
+        nodata=source.nodata,
+        descriptions=tuple(source.descriptions),
+        wavelengths=_wavelengths(source),
+        crs=source.crs,
+        transform=source.transform,
+    )
+
+
+def _wavelengths(source: Any) -> tuple[float, ...] | None:
+    """Wavelengths in µm from the bands' descriptions, else from their tags (ENVI's, GDAL's)."""
+    found: list[float] = []
+    for band, description in enumerate(source.descriptions, start=1):
+        value = parse_wavelength(description) if description else None
+        if value is None:
+            tags = {key.lower(): text for key, text in source.tags(band).items()}
+            imagery = source.tags(band, ns="IMAGERY").get("CENTRAL_WAVELENGTH_UM")
+            if imagery is not None:
+                value = parse_wavelength(f"{imagery} um")
+            elif "wavelength" in tags:
+                unit = tags.get("wavelength_units", tags.get("wavelength_unit", ""))
+                value = parse_wavelength(f"{tags['wavelength']} {unit}".strip())
+        if value is None:
+            return None
+        found.append(value)
+    return tuple(found)
+
+
+def _read(
+    path: Path,
+    source: Any,
+    bands: Sequence[int] | None,
+    window: tuple[int, int, int, int] | None,
+) -> Array:
+    area = None
+    if window is not None:
+        row, column, rows, columns = window
+        inside = row >= 0 and column >= 0 and rows > 0 and columns > 0
+        if not inside or row + rows > source.height or column + columns > source.width:
+            raise data_error(
+                path,
+                f"{source.height}x{source.width} pixels",
+                f"the window {window} (row, column, rows, columns) to lie inside",
+            )
+        area = Window(column, row, columns, rows)
+    indexes = None
+    if bands is not None:
+        if any(not 0 <= band < source.count for band in bands):
+            raise data_error(path, f"{source.count} bands", f"bands {list(bands)}, counted from 0")
+        indexes = [band + 1 for band in bands]
+    try:
+        pixels: Array = source.read(indexes, window=area)
+    except RasterioError as error:
+        # The GDAL text names the block that could not be read; rasterio keeps it as the cause.
+        reason = str(error.__cause__ or error)
+        raise data_error(
+            path, f"pixels that cannot be read ({reason})", "a complete, undamaged GeoTIFF"
+        ) from error
+    return pixels
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise data_error(path, "no such file", "a GeoTIFF")
+    try:
+        with _without_georeference_warning():
+            source = rasterio.open(path, driver="GTiff")
+    except RasterioError as error:
+        raise data_error(
+            path, f"{path.stat().st_size} bytes that do not open as one ({error})", "a GeoTIFF"
+        ) from error
+    with source:
+        yield source
+
+
+@contextmanager
+def _without_georeference_warning() -> Iterator[None]:
+    # Tiles cut by other software often carry no transform, which nothing here needs.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield

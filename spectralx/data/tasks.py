@@ -1,0 +1,271 @@
+"""Tasks by name: which files train, select and test, without and with a domain gap.
+
+========================================  =========================  ==============================
+name                                      trained and selected on    tested on, besides its own test
+========================================  =========================  ==============================
+WS-WD, WD-WS                              WHU-OHS source (target)    target (source)
+spring, summer, autumn, winter            DFC2020, that season       the other three seasons
+north-south, south-north                  MTS12 north (south)        south (north)
+whu-ohs, dfc2020, mts12                   all domains together       -
+folder                                    a folder of tiles          -
+========================================  =========================  ==============================
+
+Selection uses the source domain only. Where a layout divides a domain on disk, its division is
+used; where not, files are divided by a checksum of their path: 80 % train, 10 % validation, 10 %
+test. The north of MTS12 has train and validation folders but no test: half of the validation files,
+by checksum, become the source's test, and training keeps all of its own. The published protocol,
+which selects on the target and scores at the model's size, is there as ``official=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from . import whu_ohs
+from .augment import (
+    Compose,
+    RandomCrop,
+    RandomFlip,
+    RandomQuarterTurn,
+    RandomResizedCrop,
+    Resize,
+    Transform,
+)
+from .dfc2020 import SEASONS, Dfc2020
+from .folder import SPLITS, FolderDataset, folder_pairs
+from .mts12 import Mts12
+from .normalise import NORMALISATIONS, fit_statistics
+from .raster import data_error
+from .tiles import TileDataset, split_by_file
+from .whu_ohs import WhuOhs, WhuOhsTransfer
+
+SHARES = (0.8, 0.1, 0.1)
+CROPS = ("resize", "crop", "resized-crop")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Datasets of a task; see :class:`spectralx.data.tiles.TileDataset` for samples and metadata.
+
+    ``target_tests`` maps the name of each other domain to its files: empty for a task without a
+    gap. All datasets share bands, `wavelengths` (µm), `class_names` and `num_classes`.
+    """
+
+    name: str
+    train: TileDataset
+    validation: TileDataset
+    source_test: TileDataset
+    target_tests: Mapping[str, TileDataset]
+
+    @property
+    def bands(self) -> int:
+        """Number of bands of a sample."""
+        return self.train.bands
+
+    @property
+    def wavelengths(self) -> tuple[float, ...]:
+        """Centre of each band, µm."""
+        return self.train.wavelengths
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class, index 0 "unlabelled"."""
+        return self.train.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, "unlabelled" included."""
+        return self.train.num_classes
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Train, validation and test of the source; targets by name."""
+
+    source: Sequence[TileDataset]
+    targets: Mapping[str, TileDataset]
+
+
+def build_task(
+    name: str,
+    root: str | Path,
+    *,
+    image_size: int | tuple[int, int] | None = 224,
+    crop: str = "resize",
+    flips: bool = True,
+    turns: bool = True,
+    normalisation: str = "image",
+    official: bool = False,
+    wavelengths: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    nodata: float | None = None,
+) -> Task:
+    """The datasets of a task.
+
+    Parameters
+    ----------
+    name : one of :func:`task_names`.
+    root : folder of the data set, as its module describes it.
+    image_size : side, or (height, width), of the images handed to the model; None keeps the files'.
+    crop : how training images get there: "resize", "crop" (a random part at the files' resolution)
+        or "resized-crop" (a random part of half the area or more, resized). Validation and test
+        images are always resized whole.
+    flips, turns : random flips and quarter turns of training images.
+    normalisation : "image" (each band of each image by its own minimum and maximum) or "fixed" (by
+        the mean and deviation of each band over the training files, read once here).
+    official : the published protocol: validation on the target, masks of validation and test
+        resized to `image_size`, DFC2020's raw labels 3 and 8 kept. By default validation is on the
+        source and these masks keep the files' size.
+    wavelengths, class_names, nodata : for "folder" only; see
+        :class:`spectralx.data.folder.FolderDataset`.
+
+    Raises
+    ------
+    DataError
+        Files that are missing or disagree.
+    ValueError
+        An unknown name or option.
+    """
+    builders = _builders()
+    if name not in builders:
+        near = get_close_matches(name, builders, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"task: found {name!r}{hint}; expected one of {', '.join(builders)}")
+    if normalisation not in NORMALISATIONS:
+        raise ValueError(
+            f"normalisation: found {normalisation!r}; expected one of {', '.join(NORMALISATIONS)}"
+        )
+    for_folder = {"wavelengths": wavelengths, "class_names": class_names, "nodata": nodata}
+    given = [key for key, value in for_folder.items() if value is not None]
+    if name != "folder" and given:
+        raise ValueError(f"{given[0]}: found with task {name!r}; expected with task 'folder' only")
+    training = _training_transform(image_size, crop, flips, turns)
+    evaluation = None if image_size is None else Resize(image_size, mask=official)
+    root = Path(root)
+    if not root.is_dir():
+        raise data_error(root, "no such folder", f"the data of task {name}")
+    if name == "folder":
+        parts = _folder(root, wavelengths, class_names, nodata)
+    else:
+        parts = builders[name](root, official)
+    train, validation, source_test = parts.source
+    if official and parts.targets:
+        validation = _together(parts.targets)
+    scaling = train.normalisation if normalisation == "image" else fit_statistics(train.raw)
+
+    def finish(dataset: TileDataset, transform: Transform | None) -> TileDataset:
+        return dataset.with_normalisation(scaling).with_transform(transform)
+
+    return Task(
+        name=name,
+        train=finish(train, training),
+        validation=finish(validation, evaluation),
+        source_test=finish(source_test, evaluation),
+        target_tests={key: finish(part, evaluation) for key, part in parts.targets.items()},
+    )
+
+
+def task_names() -> tuple[str, ...]:
+    """Names :func:`build_task` knows: eight with a domain gap, then those without."""
+    return tuple(_builders())
+
+
+def _builders() -> dict[str, Callable[[Path, bool], _Parts]]:
+    seasons = {
+        season: lambda root, official, season=season: _season(root, season, official)
+        for season in SEASONS
+    }
+    return {
+        "WS-WD": lambda root, official: _whu_transfer(root, "source", "target"),
+        "WD-WS": lambda root, official: _whu_transfer(root, "target", "source"),
+        **seasons,
+        "north-south": lambda root, official: _north_south(root),
+        "south-north": lambda root, official: _south_north(root),
+        "whu-ohs": lambda root, official: _Parts([WhuOhs(root, split) for split in SPLITS], {}),
+        "dfc2020": lambda root, official: _Parts(
+            _divide(Dfc2020(root, official_labels=official), root), {}
+        ),
+        "mts12": lambda root, official: _Parts(_divide(Mts12(root), root), {}),
+        "folder": lambda root, official: _folder(root, None, None, None),
+    }
+
+
+def _whu_transfer(root: Path, source: str, target: str) -> _Parts:
+    parts: Sequence[TileDataset]
+    if whu_ohs.is_divided(root, source):
+        parts = [WhuOhsTransfer(root, source, split) for split in SPLITS]
+    else:
+        parts = _divide(WhuOhsTransfer(root, source), root)
+    split = "test" if whu_ohs.is_divided(root, target) else None
+    return _Parts(parts, {target: WhuOhsTransfer(root, target, split)})
+
+
+def _season(root: Path, season: str, official: bool) -> _Parts:
+    own, *others = [season, *(other for other in SEASONS if other != season)]
+    parts = _divide(Dfc2020(root, own, official_labels=official), root)
+    targets = {other: Dfc2020(root, other, official_labels=official) for other in others}
+    return _Parts(parts, targets)
+
+
+def _north_south(root: Path) -> _Parts:
+    held_out = Mts12(root, "validation")
+    halves = split_by_file(held_out.pairs, (0.5, 0.5), root=root, name=held_out.name)
+    validation = held_out.subset(halves[0], name="MTS12 north validation")
+    test = held_out.subset(halves[1], name="MTS12 north test")
+    source = (Mts12(root, "train"), validation, test)
+    return _Parts(source, {"south": Mts12(root, "test")})
+
+
+def _south_north(root: Path) -> _Parts:
+    north = Mts12(root, ("train", "validation"))
+    return _Parts(_divide(Mts12(root, "test"), root), {"north": north})
+
+
+def _folder(
+    root: Path,
+    wavelengths: Sequence[float] | None,
+    class_names: Sequence[str] | None,
+    nodata: float | None,
+) -> _Parts:
+    train = FolderDataset(root, wavelengths=wavelengths, class_names=class_names, nodata=nodata)
+    pairs = folder_pairs(root)
+    others = []
+    for split in SPLITS[1:]:
+        if split not in pairs:
+            raise data_error(root / f"{split}.csv", "no such file", "a CSV of image and mask")
+        others.append(train.subset(pairs[split], name=f"{root.name} {split}"))
+    return _Parts((train, *others), {})
+
+
+def _divide(dataset: TileDataset, root: Path) -> list[TileDataset]:
+    """Train, validation and test of a domain that the disk does not divide."""
+    parts = split_by_file(dataset.pairs, SHARES, root=root, name=dataset.name)
+    return [
+        dataset.subset(part, name=f"{dataset.name} {split}")
+        for part, split in zip(parts, SPLITS, strict=True)
+    ]
+
+
+def _together(parts: Mapping[str, TileDataset]) -> TileDataset:
+    first = next(iter(parts.values()))
+    pairs = [pair for part in parts.values() for pair in part.pairs]
+    return first.subset(pairs, name="+".join(parts))
+
+
+def _training_transform(
+    size: int | tuple[int, int] | None, crop: str, flips: bool, turns: bool
+) -> Transform | None:
+    if crop not in CROPS:
+        raise ValueError(f"crop: found {crop!r}; expected one of {', '.join(CROPS)}")
+    steps: list[Transform] = []
+    if flips:
+        steps.append(RandomFlip())
+    if turns:
+        steps.append(RandomQuarterTurn())
+    if size is not None:
+        makers = {"resize": Resize, "crop": RandomCrop, "resized-crop": RandomResizedCrop}
+        steps.append(makers[crop](size))
+    return Compose(steps) if steps else None
