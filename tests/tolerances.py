@@ -18,3 +18,6 @@ BACKWARD_FACTOR = 3.0
 GOLDEN_FLOOR = 1e-4
 GOLDEN_SPREAD_FACTOR = 10.0
 GOLDEN_UNLISTED_SPREAD = 2e-6
+# The published code's spread of a gradient from which on it is round-off around an exact zero,
+# such as that of a bias before a batch norm.
+GOLDEN_ZERO_SPREAD = 0.1
