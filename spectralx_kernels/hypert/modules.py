@@ -1,0 +1,345 @@
+"""`HyperT`: an image of any bands to the tokens of a vision transformer.
+
+Attribute names are those of the published state dict, so its files load as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spectralx_kernels._checks import check_range, check_shape
+from spectralx_kernels.hypert.ops import attribute_match, lift_convolution, window_attention
+from spectralx_kernels.hypert.positions import (
+    spatial_positions,
+    spectral_positions,
+    wavelengths_in_nm,
+)
+
+MAX_BANDS = 512
+STRIDE = 8  # of the stem
+PATCH = 16  # of the low-rank path: two convolutions of stride 4
+LIFT, MIDDLE, WIDE = 64, 128, 256  # channels of the stem, before stem_dim
+
+
+class _Stem(nn.Module):
+    """[B, C, H, W] -> [B, stem_dim, H/8, W/8]."""
+
+    def __init__(self, in_channels: int, stem_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, LIFT, 1)
+        self.module1 = self._residual(LIFT)
+        self.module2 = self._halve(LIFT, MIDDLE)
+        self.module3 = self._residual(MIDDLE)
+        self.module4 = self._halve(MIDDLE, WIDE)
+        self.conv2 = nn.Conv2d(WIDE, stem_dim, 3, stride=2, padding=1)
+
+    @staticmethod
+    def _residual(channels: int) -> nn.Sequential:
+        convolution = nn.Conv2d(channels, channels, 3, padding=1)
+        return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.GELU())
+
+    @staticmethod
+    def _halve(channels: int, out_channels: int) -> nn.Sequential:
+        convolution = nn.Conv2d(channels, out_channels, 2, stride=2)
+        return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        convolution = self.module1[0]
+        x, convolved = lift_convolution(
+            images, self.conv1.weight, self.conv1.bias, convolution.weight, convolution.bias
+        )
+        x = self.module2(x + self.module1[1:](convolved))
+        x = self.module4(x + self.module3(x))
+        out: Tensor = self.conv2(x)
+        return out
+
+
+class _Attention(nn.Module):
+    """Self-attention within windows of a map [B, H, W, D], with its projections."""
+
+    def __init__(self, width: int, num_heads: int, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window = window
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The map is padded with zeros before `qkv`, whose value there is its bias.
+        qkv = self.qkv(x)
+        padding = self.qkv.bias.to(qkv.dtype)
+        attended = window_attention(qkv, padding, num_heads=self.num_heads, window=self.window)
+        out: Tensor = self.proj(attended)
+        return out
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class _Block(nn.Module):
+    """Pre-norm transformer block over a map [B, H, W, D]."""
+
+    def __init__(self, width: int, num_heads: int, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = _Attention(width, num_heads, window)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = _Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class _AttributeMatch(nn.Module):
+    """Learned queries [N, d] look for their attribute in the features [B, P, F]: [B, N, d]."""
+
+    def __init__(self, query_width: int, feature_width: int) -> None:
+        super().__init__()
+        inner = max(feature_width // 2, 1)
+        self.norm_media = nn.LayerNorm(feature_width)
+        self.norm_latents = nn.LayerNorm(query_width)
+        self.to_q = nn.Linear(query_width, inner, bias=False)
+        self.to_kv = nn.Linear(feature_width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, query_width, bias=False)
+
+    def forward(self, features: Tensor, queries: Tensor) -> Tensor:
+        projected = self.to_q(self.norm_latents(queries))  # [N, inner], once for all images
+        matched = attribute_match(
+            features,
+            projected.to(features.dtype),
+            self.norm_media.weight,
+            self.norm_media.bias,
+            self.to_kv.weight,
+            norm_eps=self.norm_media.eps,
+        )
+        out: Tensor = self.to_out(matched) + queries
+        return out
+
+
+def _pair(name: str, size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1 or height % multiple or width % multiple:
+        raise ValueError(f"{name}: got {height} x {width}, expected positive multiples of {multiple}")
+    return height, width
+
+
+def _heads_for(width: int, num_heads: int) -> int:
+    """The largest number of heads up to `num_heads` that divides `width`."""
+    return next(heads for heads in range(num_heads, 0, -1) if width % heads == 0)
+
+
+class SpatialSpectralTokenizer(nn.Module):
+    """Images [B, C, H, W] to tokens [B, N, D] that carry a spatial and a spectral attribute.
+
+    This is HyperT without its low-rank path; `HyperT` holds one as ``.proj``.
+
+    Parameters
+    ----------
+    in_channels : number of bands C, 1 to 512.
+    wavelengths : [C], centre wavelengths of the bands, in any order; repeated ones are fine.
+    wavelength_unit : "um" (micrometres) or "nm" (nanometres).
+    embed_dim : width D of a token, even; the first half is spatial, the second spectral.
+    image_size : side or (height, width) in pixels, multiples of 8.
+    tokens : number of tokens N; by default one for each 16 x 16 pixels.
+    stem_dim : channels of the stem's result, a multiple of 4 and of `num_heads`.
+    num_heads : heads of the spatial branch. The spectral branch, H/8 · W/8 wide, takes as many,
+        or the next lower number that divides its width.
+    resolution : metres; what one step on the stem's map is multiplied by before its sine and
+        cosine are taken.
+
+    Raises
+    ------
+    ValueError : a size out of range or indivisible, wavelengths that do not fit the bands.
+
+    Source: SpectralX (arXiv 2508.01731), hyper tokenizer.
+    """
+
+    spatial_positions: Tensor
+    spectral_positions: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        wavelengths: Sequence[float] | Tensor,
+        *,
+        wavelength_unit: str = "um",
+        embed_dim: int = 1024,
+        image_size: int | tuple[int, int] = 224,
+        tokens: int | None = None,
+        stem_dim: int = 512,
+        num_heads: int = 8,
+        resolution: float = 10.0,
+    ) -> None:
+        super().__init__()
+        check_range("in_channels", in_channels, 1, MAX_BANDS)
+        self.in_channels = in_channels
+        self.image_size = _pair("image_size", image_size, STRIDE)
+        height, width = (side // STRIDE for side in self.image_size)
+        self.map_size = height, width
+        positions = height * width
+        if tokens is None:
+            tokens = max(self.image_size[0] // PATCH, 1) * max(self.image_size[1] // PATCH, 1)
+        check_range("tokens", tokens, 1, 2**20)
+        check_range("num_heads", num_heads, 1, stem_dim)
+        if embed_dim < 2 or embed_dim % 2:
+            raise ValueError(f"embed_dim: got {embed_dim}, expected a positive multiple of 2")
+        if stem_dim < 4 or stem_dim % 4 or stem_dim % num_heads:
+            raise ValueError(
+                f"stem_dim: got {stem_dim}, expected a positive multiple of 4 and of num_heads "
+                f"{num_heads}"
+            )
+        nanometres = wavelengths_in_nm(wavelengths, wavelength_unit, in_channels)
+
+        self.spa_query = nn.Parameter(0.02 * torch.randn(tokens, embed_dim // 2))
+        self.spe_query = nn.Parameter(0.02 * torch.randn(tokens, embed_dim // 2))
+        self.downsample_module = _Stem(in_channels, stem_dim)
+        window = max(height // 2, 1), max(width // 2, 1)
+        self.spa_semantic_module = nn.Sequential(_Block(stem_dim, num_heads, window))
+        # The spectral tokens as a map of one row: attention over all channels is one window.
+        self.spe_semantic_module = nn.Sequential(
+            _Block(positions, _heads_for(positions, num_heads), (1, stem_dim))
+        )
+        self.spa_match_attn = _AttributeMatch(embed_dim // 2, stem_dim)
+        self.spe_match_attn = _AttributeMatch(embed_dim // 2, positions)
+        self.match_ff = nn.Sequential(
+            nn.LayerNorm(embed_dim),
+            nn.Linear(embed_dim, 4 * embed_dim, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * embed_dim, embed_dim, bias=False),
+        )
+        # They follow from shapes and wavelengths: no part of the state dict.
+        for name, table in (
+            ("spatial_positions", spatial_positions(height, width, stem_dim, resolution)),
+            ("spectral_positions", spectral_positions(nanometres, stem_dim, positions)),
+        ):
+            self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, spatial features and spectral features of images [B, C, H, W].
+
+        Returns
+        -------
+        tokens : [B, N, D].
+        spatial : [B, H/8 · W/8, stem_dim], with positions; row-major.
+        spectral : [B, stem_dim, H/8 · W/8], with positions.
+
+        Raises ValueError for images of another number of bands or another size.
+        """
+        check_shape("images", images, ("batch", self.in_channels, *self.image_size))
+        features = self.downsample_module(images)  # [B, stem_dim, H/8, W/8]
+        spatial = self.spa_semantic_module(features.permute(0, 2, 3, 1)).flatten(1, 2)
+        spectral = self.spe_semantic_module(features.flatten(2).unsqueeze(1)).squeeze(1)
+        spatial = spatial + self.spatial_positions
+        spectral = spectral + self.spectral_positions
+        tokens = torch.cat(
+            [
+                self.spa_match_attn(spatial, self.spa_query),
+                self.spe_match_attn(spectral, self.spe_query),
+            ],
+            dim=-1,
+        )
+        return self.match_ff(tokens), spatial, spectral
+
+    def extra_repr(self) -> str:
+        height, width = self.image_size
+        tokens, half = self.spa_query.shape
+        return (
+            f"in_channels={self.in_channels}, embed_dim={2 * half}, "
+            f"image_size=({height}, {width}), tokens={tokens}"
+        )
+
+
+class HyperT(nn.Module):
+    """The spatial-spectral tokenizer with a trainable low-rank patch projection beside it.
+
+    Takes the place of a vision transformer's patch embedding. The tokenizer is ``.proj``; the
+    low-rank path is two convolutions 4x4 of stride 4, to `low_rank` channels and to D. Both are
+    added and multiplied by ``.scaler`` [D].
+
+    Parameters
+    ----------
+    in_channels, wavelengths, wavelength_unit, embed_dim, image_size, tokens, stem_dim, num_heads,
+    resolution : as in `SpatialSpectralTokenizer`. With a low-rank path the image sides are
+        multiples of 16 and there is one token for each 16 x 16 pixels.
+    low_rank : channels inside the low-rank path, or None to leave it and the scaler out.
+    trainable : "official" freezes the tokenizer at its start, as the published code does, so that
+        only the low-rank path and the scaler train; "all" trains everything. Frozen or not, batch
+        norms follow ``train()`` and ``eval()``.
+
+    Raises
+    ------
+    ValueError : a size out of range or indivisible, wavelengths that do not fit the bands, an
+        unknown `trainable`.
+
+    Source: SpectralX (arXiv 2508.01731), hyper tokenizer.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        wavelengths: Sequence[float] | Tensor,
+        *,
+        wavelength_unit: str = "um",
+        embed_dim: int = 1024,
+        image_size: int | tuple[int, int] = 224,
+        tokens: int | None = None,
+        stem_dim: int = 512,
+        num_heads: int = 8,
+        resolution: float = 10.0,
+        low_rank: int | None = 16,
+        trainable: str = "official",
+    ) -> None:
+        super().__init__()
+        if trainable not in ("official", "all"):
+            raise ValueError(f"trainable: got {trainable!r}, expected 'official' or 'all'")
+        self.proj = SpatialSpectralTokenizer(
+            in_channels,
+            wavelengths,
+            wavelength_unit=wavelength_unit,
+            embed_dim=embed_dim,
+            image_size=image_size,
+            tokens=tokens,
+            stem_dim=stem_dim,
+            num_heads=num_heads,
+            resolution=resolution,
+        )
+        self.proj.requires_grad_(trainable == "all")
+        self.low_rank = low_rank
+        if low_rank is None:
+            return
+        check_range("low_rank", low_rank, 1, 2**16)
+        height, width = _pair("image_size", image_size, PATCH)
+        patches = (height // PATCH) * (width // PATCH)
+        if tokens not in (None, patches):
+            raise ValueError(
+                f"tokens: got {tokens}, expected {patches}, one for each patch of the low-rank path"
+            )
+        self.down = nn.Conv2d(in_channels, low_rank, 4, stride=4)
+        self.up = nn.Conv2d(low_rank, embed_dim, 4, stride=4)
+        self.scaler = nn.Parameter(torch.ones(embed_dim))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, N, D], spatial [B, P, stem_dim] and spectral features [B, stem_dim, P].
+
+        images : [B, C, H, W]. P = H/8 · W/8; tokens and positions are row-major.
+        Raises ValueError for images of another number of bands or another size.
+        """
+        tokens, spatial, spectral = self.proj(images)
+        if self.low_rank is not None:
+            patches = self.up(self.down(images)).flatten(2).transpose(1, 2)
+            tokens = self.scaler * (tokens + patches)
+        return tokens, spatial, spectral

@@ -1,0 +1,78 @@
+"""Fixed sine-cosine tables of where a position lies and which wavelength a channel stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+WAVELENGTH_UNITS = {"um": 1000.0, "nm": 1.0}  # nanometres in one of them
+WAVELENGTH_RANGE_NM = (100.0, 100_000.0)  # ultraviolet to thermal infrared
+
+
+def sincos(values: Tensor, width: int) -> Tensor:
+    """[P, width] in float64: sines of value · 10000^(-2i / width), then the cosines.
+
+    values : [P], in float64. An odd width has one sine more than cosines.
+    """
+    sines = (width + 1) // 2
+    frequencies = 10000.0 ** (-torch.arange(sines, dtype=torch.float64) / (width / 2))
+    angles = values.to(torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()[:, : width - sines]], dim=1)
+
+
+def spatial_positions(height: int, width: int, channels: int, resolution: float) -> Tensor:
+    """[height * width, channels] in float64, row-major; `channels` is a multiple of 4.
+
+    The first half of the channels holds the column, the second the row, each times `resolution`
+    (metres).
+    """
+    columns = sincos(resolution * torch.arange(width, dtype=torch.float64), channels // 2)
+    rows = sincos(resolution * torch.arange(height, dtype=torch.float64), channels // 2)
+    return torch.cat(
+        [columns.repeat(height, 1), rows.repeat_interleave(width, dim=0)],
+        dim=1,
+    )
+
+
+def spectral_positions(wavelengths_nm: Tensor, channels: int, width: int) -> Tensor:
+    """[channels, width] in float64 from wavelengths [C] in nanometres, in any order.
+
+    The table of the C bands, interpolated linearly along the band index to `channels` points
+    that span it from the first band to the last.
+    """
+    table = sincos(wavelengths_nm, width)
+    bands = table.shape[0]
+    if bands == 1:
+        return table.repeat(channels, 1)
+    where = torch.linspace(0, bands - 1, channels, dtype=torch.float64)
+    below = where.floor().clamp(max=bands - 2)
+    weight = (where - below)[:, None]
+    index = below.long()
+    return (1 - weight) * table[index] + weight * table[index + 1]
+
+
+def wavelengths_in_nm(wavelengths: Sequence[float] | Tensor, unit: str, bands: int) -> Tensor:
+    """[bands] in float64 and nanometres; unsorted and repeated wavelengths are fine.
+
+    Raises
+    ------
+    ValueError : unknown unit, another number of wavelengths than `bands`, or a wavelength that is
+        not finite or outside 0.1 to 100 micrometres.
+    """
+    if unit not in WAVELENGTH_UNITS:
+        expected = ", ".join(WAVELENGTH_UNITS)
+        raise ValueError(f"wavelength_unit: got {unit!r}, expected one of {expected}")
+    values = torch.as_tensor(wavelengths, dtype=torch.float64, device="cpu")
+    if values.shape != (bands,):
+        raise ValueError(
+            f"wavelengths: got shape {list(values.shape)}, expected one for each of {bands} bands"
+        )
+    low, high = (edge / WAVELENGTH_UNITS[unit] for edge in WAVELENGTH_RANGE_NM)
+    for position, value in enumerate(values.tolist()):
+        if not low <= value <= high:
+            raise ValueError(
+                f"wavelengths: got {value} at band {position}, expected {low} to {high} {unit}"
+            )
+    return values * WAVELENGTH_UNITS[unit]

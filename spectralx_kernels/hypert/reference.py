@@ -1,0 +1,59 @@
+"""HyperT's operators in plain PyTorch: the specification of this room and its ``eager`` backend.
+
+SpectralX, "hyper tokenizer" (arXiv 2508.01731). Notation in README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lift_convolution(
+    images: Tensor, lift_weight: Tensor, lift_bias: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """1x1 convolution of images [B, C, H, W] to M channels, and a 3x3 convolution of that."""
+    lifted = F.conv2d(images, lift_weight, lift_bias)
+    return lifted, F.conv2d(lifted, weight, bias, padding=1)
+
+
+def window_attention(
+    qkv: Tensor, padding: Tensor | None, num_heads: int, window: list[int]
+) -> Tensor:
+    """Attention within windows of a map: qkv [B, H, W, 3D] -> [B, H, W, D]."""
+    batch, height, width, channels = qkv.shape
+    rows, columns = window
+    below, right = -height % rows, -width % columns
+    if padding is not None:
+        qkv = torch.cat([qkv, padding.expand(batch, height, right, channels)], dim=2)
+        qkv = torch.cat([qkv, padding.expand(batch, below, width + right, channels)], dim=1)
+    down, across = (height + below) // rows, (width + right) // columns
+    dim = channels // 3 // num_heads
+    q, k, v = (
+        qkv.reshape(batch, down, rows, across, columns, 3, num_heads, dim)
+        .permute(5, 0, 1, 3, 6, 2, 4, 7)
+        .reshape(3, batch * down * across, num_heads, rows * columns, dim)
+        .unbind(0)
+    )
+    out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(dim)) v
+    out = out.reshape(batch, down, across, num_heads, rows, columns, dim)
+    out = out.permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.reshape(batch, height + below, width + right, channels // 3)
+    return out[:, :height, :width]
+
+
+def attribute_match(
+    features: Tensor,
+    queries: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    kv_weight: Tensor,
+    norm_eps: float,
+) -> Tensor:
+    """What each query [M, d] finds in normed features [B, N, F]: [B, M, d]."""
+    batch, count, width = features.shape
+    normed = F.layer_norm(features, (width,), norm_weight, norm_bias, norm_eps)
+    k, v = F.linear(normed, kv_weight).chunk(2, dim=-1)  # [B, N, d] each
+    q = queries.expand(batch, *queries.shape)
+    return F.scaled_dot_product_attention(q, k, v)
