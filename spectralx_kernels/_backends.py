@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Final
 
+import torch  # first: the extension module links to its libraries
+
 BACKENDS: Final = ("eager", "cpp", "triton", "cuda")
 DEVICE_OF: Final = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -142,22 +144,21 @@ def use_backend(backend: str, *, required: bool = True) -> Iterator[None]:
 
 
 def show_backends() -> str:
-    """A table of what runs where: a row an operator, a column a backend; ``*`` marks the default.
+    """A table of what runs where: a row an operator, a column a backend.
 
+    A cell is ``-`` where the backend has no kernel, and names the devices it is the default of.
     Prints the table, and under it why a backend is missing, and returns the same text.
     """
-    import torch
-
     width = max(map(len, _operators), default=8)
-    lines = [f"{'operator':{width}}  " + "  ".join(f"{b:8}" for b in BACKENDS)]
-    defaults = [available(name, device)[0] for name in _operators for device in ("cpu", "cuda")]
-    for row, name in enumerate(_operators):
-        mine = defaults[2 * row : 2 * row + 2]
-        cells = [
-            ("yes" if b in available(name) else "-") + ("*" if b in mine else "") for b in BACKENDS
-        ]
-        lines.append(f"{name:{width}}  " + "  ".join(f"{c:8}" for c in cells))
-    lines.append(f"* default on its device; GPU seen by torch: {torch.cuda.is_available()}")
+    lines = [f"{'operator':{width}}  " + "".join(f"{backend:23}" for backend in BACKENDS)]
+    for name in _operators:
+        cells = []
+        for backend in BACKENDS:
+            default_of = [d for d in ("cpu", "cuda") if available(name, d)[0] == backend]
+            note = f" (default {'+'.join(default_of)})" if default_of else ""
+            cells.append(("yes" if backend in available(name) else "-") + note)
+        lines.append(f"{name:{width}}  " + "".join(f"{cell:23}" for cell in cells).rstrip())
+    lines.append(f"torch {torch.__version__}, GPU seen by torch: {torch.cuda.is_available()}")
     reasons: dict[str, list[str]] = {}
     for backend in BACKENDS[1:]:
         for name in _operators:

@@ -161,9 +161,7 @@ class Operator:
             for leaf, grad in zip(wanted, grads, strict=True)
         ]
 
-    def _backward_fake(
-        self, output_grads: Sequence[Tensor | None], *args: Any
-    ) -> Sequence[Tensor]:
+    def _backward_fake(self, output_grads: Sequence[Tensor | None], *args: Any) -> Sequence[Tensor]:
         *inputs, mask = args
         return [
             torch.empty(value.shape, dtype=value.dtype, device=value.device)

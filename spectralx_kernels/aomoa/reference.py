@@ -101,7 +101,7 @@ def aomoa(
     y = torch.einsum("ateh,erh->ater", h, fc2_weight) + fc2_bias
     c = combine_experts(y.to(wide), gates).to(x.dtype)
 
-    adapted = F.linear(c, up).transpose(0, 1).reshape(tokens, -1)  # [T, A * out / A]
+    adapted = F.linear(c, up).transpose(0, 1).flatten(1)  # [T, A * out / A]
     return F.linear(x, weight, bias) + scaler * adapted, gates, load
 
 

@@ -1,0 +1,46 @@
+// The extension module spectralx_kernels._C: registers the kernels it is linked with (each file
+// under cpu/ and cuda/ does so in its own TORCH_LIBRARY_IMPL) and tells how it was built.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include <string>
+
+#ifndef SPECTRALX_ARCHITECTURES
+#define SPECTRALX_ARCHITECTURES ""
+#endif
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+#if defined(__clang__) || defined(__GNUC__)
+  info["compiler"] = __VERSION__;
+#elif defined(_MSC_VER)
+  info["compiler"] = "MSVC " + std::to_string(_MSC_VER);
+#endif
+#ifdef SPECTRALX_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["cuda_architectures"] = SPECTRALX_ARCHITECTURES;
+#ifdef SPECTRALX_NATIVE
+  info["native"] = true;
+#else
+  info["native"] = false;
+#endif
+#ifdef NDEBUG
+  info["debug"] = false;
+#else
+  info["debug"] = true;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled kernels of spectralx_kernels.";
+  m.def("build_info", &build_info, "How this module was built: a dict.");
+}

@@ -1,0 +1,114 @@
+"""Builds the extension module spectralx_kernels._C from csrc/.
+
+Environment variables:
+  SPECTRALX_NO_EXT=1    no extension; everything runs on 'eager'
+  SPECTRALX_NATIVE=1    CPU kernels for this machine's instruction set only
+  FORCE_CUDA=1          CUDA sources even where no GPU can be seen; an error without nvcc
+  USE_CUDA=0            no CUDA sources
+  TORCH_CUDA_ARCH_LIST  e.g. "8.0;9.0a"; GPU architectures, never read off a device
+  MAX_JOBS=N            parallel compiler processes
+  DEBUG=1               -O0, symbols and assertions
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+
+
+def flag(name: str) -> bool | None:
+    """The environment variable as a boolean; None where it is not set."""
+    value = os.environ.get(name, "").strip().lower()
+    if not value:
+        return None
+    if value in ("1", "on", "true", "yes"):
+        return True
+    if value in ("0", "off", "false", "no"):
+        return False
+    sys.exit(f"{name}: got {value!r}, expected 0 or 1")
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler."""
+    names = [os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++", "cl"]
+    return any(name and shutil.which(name) for name in names)
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, from CUDA_HOME or PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def use_cuda() -> bool:
+    """Whether CUDA sources are built; stops with one line where that was asked for in vain."""
+    import torch
+
+    forced, wanted = flag("FORCE_CUDA"), flag("USE_CUDA")
+    if forced and wanted is False:
+        sys.exit("FORCE_CUDA=1 and USE_CUDA=0: got both, expected one of them")
+    if wanted is False:
+        return False
+    asked = "FORCE_CUDA=1" if forced else "USE_CUDA=1" if wanted else ""
+    if torch.version.cuda is None:
+        if asked:
+            sys.exit(f"{asked}: torch {torch.__version__} has no CUDA, expected a CUDA build")
+        return False
+    if find_nvcc() is None:
+        if asked:
+            sys.exit(f"{asked}: nvcc was not found on PATH or in CUDA_HOME, expected it there")
+        return False
+    return True
+
+
+def extension() -> dict[str, Any]:
+    """The ext_modules and cmdclass arguments of setup()."""
+    if flag("SPECTRALX_NO_EXT"):
+        print("spectralx: SPECTRALX_NO_EXT=1, building without the extension module")
+        return {}
+    if not has_compiler():
+        print("spectralx: no C++ compiler found, building without the extension module")
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    debug = bool(flag("DEBUG"))
+    native = bool(flag("SPECTRALX_NATIVE"))
+    cuda = use_cuda()
+    optimise = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
+    cxx = ["-std=c++20", "-Wall", "-Wno-unknown-pragmas", *optimise]
+    if sys.platform == "win32":
+        cxx = ["/std:c++20", "/Od" if debug else "/O2"]
+    elif native:
+        cxx += ["-march=native"]
+    macros: list[tuple[str, str | None]] = [("SPECTRALX_NATIVE", None)] if native else []
+    sources = [ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
+    options: dict[str, Any] = {"cxx": cxx}
+    if cuda:
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+        macros += [
+            ("SPECTRALX_CUDA", None),
+            ("SPECTRALX_ARCHITECTURES", f'"{architectures}"'),
+        ]
+        sources += sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+        options["nvcc"] = ["-std=c++20", "-lineinfo", *(["-O0", "-G"] if debug else ["-O3"])]
+    module = (CUDAExtension if cuda else CppExtension)(
+        "spectralx_kernels._C",
+        [str(path.relative_to(ROOT)) for path in sources],
+        define_macros=macros,
+        extra_compile_args=options,
+        include_dirs=[str(ROOT / "csrc")],
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(**extension())
