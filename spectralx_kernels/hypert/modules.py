@@ -47,9 +47,12 @@ class _Stem(nn.Module):
         return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
     def forward(self, images: Tensor) -> Tensor:
-        convolution = self.module1[0]
         x, convolved = lift_convolution(
-            images, self.conv1.weight, self.conv1.bias, convolution.weight, convolution.bias
+            images,
+            self.conv1.get_parameter("weight"),
+            self.conv1.get_parameter("bias"),
+            self.module1.get_parameter("0.weight"),
+            self.module1.get_parameter("0.bias"),
         )
         x = self.module2(x + self.module1[1:](convolved))
         x = self.module4(x + self.module3(x))
@@ -69,9 +72,9 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The map is padded with zeros before `qkv`, whose value there is its bias.
-        qkv = self.qkv(x)
-        padding = self.qkv.bias.to(qkv.dtype)
-        attended = window_attention(qkv, padding, num_heads=self.num_heads, window=self.window)
+        attended = window_attention(
+            self.qkv(x), self.qkv.bias, num_heads=self.num_heads, window=self.window
+        )
         out: Tensor = self.proj(attended)
         return out
 
@@ -120,7 +123,7 @@ class _AttributeMatch(nn.Module):
         projected = self.to_q(self.norm_latents(queries))  # [N, inner], once for all images
         matched = attribute_match(
             features,
-            projected.to(features.dtype),
+            projected,
             self.norm_media.weight,
             self.norm_media.bias,
             self.to_kv.weight,
@@ -133,7 +136,9 @@ class _AttributeMatch(nn.Module):
 def _pair(name: str, size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1 or height % multiple or width % multiple:
-        raise ValueError(f"{name}: got {height} x {width}, expected positive multiples of {multiple}")
+        raise ValueError(
+            f"{name}: got {height} x {width}, expected positive multiples of {multiple}"
+        )
     return height, width
 
 

@@ -52,8 +52,7 @@ def attribute_match(
     norm_eps: float,
 ) -> Tensor:
     """What each query [M, d] finds in normed features [B, N, F]: [B, M, d]."""
-    batch, count, width = features.shape
-    normed = F.layer_norm(features, (width,), norm_weight, norm_bias, norm_eps)
+    normed = F.layer_norm(features, norm_weight.shape, norm_weight, norm_bias, norm_eps)
     k, v = F.linear(normed, kv_weight).chunk(2, dim=-1)  # [B, N, d] each
-    q = queries.expand(batch, *queries.shape)
+    q = queries.expand(features.shape[0], *queries.shape)
     return F.scaled_dot_product_attention(q, k, v)
