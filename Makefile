@@ -1,0 +1,59 @@
+# make train, make test: everything, set-up included. VENV=none uses the Python found as $(PYTHON)
+# as it is: nothing is downloaded or installed, only the extension module is built in place.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+RUNS ?= runs
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+ifeq ($(VENV),none)
+  RUN := $(PYTHON)
+  READY := build/.extension
+else
+  RUN := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+endif
+
+.PHONY: setup train real test lint types bench clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+# torch first and alone, so that the build sees the one that will run.
+$(VENV)/.ready: $(SOURCES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install "$(TORCH)" numpy
+	$(RUN) -m pip install "setuptools>=77" wheel ninja pybind11
+	$(RUN) -m pip install --no-build-isolation -e ".[train,test,dev]"
+	touch $@
+
+build/.extension: $(SOURCES)
+	$(RUN) setup.py -q build_ext --inplace
+	mkdir -p build && touch $@
+
+# Scenes, stage 1, stage 2, evaluation on source and target; pictures and checkpoints in runs/.
+train: $(READY)
+	$(RUN) -m spectralx.quickstart --out $(RUNS)/quickstart
+
+# Both stages on a folder of real tiles: make real DATA=/path/to/enmap_potsdam
+real: $(READY)
+	$(RUN) -m spectralx.train both --config enmap.yaml --data.root $(DATA) --out $(RUNS)/enmap
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $$($(RUN) -c "import xdist; print('-n $(WORKERS)')" 2>/dev/null) tests
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(READY)
+	$(RUN) -m mypy
+
+bench: $(READY)
+	$(RUN) -m pytest benchmarks --benchmark-json=out.json
+	$(RUN) -m benchmarks.report out.json
+
+clean:
+	rm -rf build dist *.egg-info spectralx_kernels/_C*.so
