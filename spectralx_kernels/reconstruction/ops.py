@@ -130,9 +130,7 @@ def masked_patch_loss(
     return loss
 
 
-def upsampled_l1_loss(
-    prediction: Tensor, images: Tensor, *, backend: str | None = None
-) -> Tensor:
+def upsampled_l1_loss(prediction: Tensor, images: Tensor, *, backend: str | None = None) -> Tensor:
     """Mean absolute error of an enlarged prediction against the bilinearly enlarged images.
 
     Parameters

@@ -1,0 +1,20 @@
+"""Convolution, cross-entropy and prediction of a bilinearly upsampled map."""
+
+from spectralx_kernels.upsample.modules import UpsampleConv2d, UpsampleCrossEntropyLoss
+from spectralx_kernels.upsample.ops import (
+    check_labels,
+    confusion_matrix_update,
+    upsample_argmax,
+    upsample_conv2d,
+    upsample_cross_entropy,
+)
+
+__all__ = [
+    "UpsampleConv2d",
+    "UpsampleCrossEntropyLoss",
+    "check_labels",
+    "confusion_matrix_update",
+    "upsample_argmax",
+    "upsample_conv2d",
+    "upsample_cross_entropy",
+]

@@ -1,0 +1,177 @@
+"""What follows a bilinear upsampling, in plain PyTorch: the specification of this room and its
+``eager`` backend.
+
+SpectralX, stage 2 (arXiv 2508.01731): convolutions of upsampled maps in UPerNet, cross-entropy
+and prediction of upsampled logits. Notation in README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")  # by the integer that the operator takes
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def resize(x: Tensor, size: list[int], align_corners: bool) -> Tensor:
+    """Bilinear, [B, C, h, w] -> [B, C, H, W]; the map itself where it has that size."""
+    if list(x.shape[-2:]) == list(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def upsample_conv2d_by_map(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: list[int],
+    padding: list[int],
+    align_corners: bool,
+) -> Tensor:
+    """The definition: form the upsampled map, convolve it."""
+    return F.conv2d(resize(x, size, align_corners), weight, bias, padding=padding)
+
+
+def tap_matrices(
+    length: int, size: int, kernel: int, padding: int, align_corners: bool, like: Tensor
+) -> Tensor:
+    """One matrix a tap, [kernel, size + 2 padding - kernel + 1, length], in the dtype of `like`.
+
+    Row y of matrix t holds the weights of the small line in position y + t - padding of the
+    upsampled line: zeros where that lies in the padding.
+    """
+    eye = torch.eye(length, dtype=like.dtype, device=like.device)
+    # The matrix of the interpolation, one column of the identity a channel: [length, size].
+    columns = resize(eye.reshape(1, length, length, 1), [size, 1], align_corners)
+    rows = F.pad(columns.reshape(length, size).t(), (0, 0, padding, padding))
+    return rows.unfold(0, size + 2 * padding - kernel + 1, 1).transpose(1, 2)
+
+
+def upsample_conv2d_by_taps(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: list[int],
+    padding: list[int],
+    align_corners: bool,
+) -> Tensor:
+    """The identity: 1x1 products on the small map, each upsampled, shifted by its tap, summed.
+
+    Upsampling and shift are one matrix for the rows and one for the columns, so the upsampled
+    map is never formed.
+    """
+    wide = accumulation_dtype(x.dtype)
+    batch, _, height, width = x.shape
+    out_channels, in_channels, kernel_rows, kernel_columns = weight.shape
+    like = x.new_empty((), dtype=wide)
+    rows = tap_matrices(height, size[0], kernel_rows, padding[0], align_corners, like)
+    columns = tap_matrices(width, size[1], kernel_columns, padding[1], align_corners, like)
+
+    taps = weight.permute(0, 2, 3, 1).reshape(-1, in_channels)  # [O * ky * kx, C]
+    products = torch.matmul(taps, x.flatten(2)).to(wide)  # [B, O * ky * kx, h * w]
+    products = products.reshape(
+        batch, out_channels, kernel_rows, kernel_columns, height, width
+    ).transpose(3, 4)
+    products = products.reshape(batch, out_channels, kernel_rows * height, kernel_columns * width)
+    lines = torch.matmul(products, columns.transpose(1, 2).flatten(0, 1))  # [.., ky * h, W']
+    out = torch.matmul(rows.transpose(0, 1).flatten(1), lines)  # [B, O, H', W']
+    if bias is not None:
+        out = out + bias.to(wide).reshape(-1, 1, 1)
+    return out.to(x.dtype)
+
+
+def upsample_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: list[int],
+    padding: list[int],
+    align_corners: bool,
+    by_taps: bool,
+) -> Tensor:
+    """Convolution of the upsampled map, [B, C, h, w] -> [B, O, H', W']."""
+    compute = upsample_conv2d_by_taps if by_taps else upsample_conv2d_by_map
+    return compute(x, weight, bias, size, padding, align_corners)
+
+
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size: list[int],
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    align_corners: bool,
+) -> Tensor:
+    """Cross-entropy of upsampled logits [B, K, h, w] against labels [B, H, W]."""
+    wide = accumulation_dtype(logits.dtype)
+    classes = logits.shape[1]
+    log_p = torch.log_softmax(resize(logits.to(wide), size, align_corners), dim=1)
+    target = target.long()
+    valid = target != ignore_index
+    known = valid & (target >= 0) & (target < classes)
+    label = torch.where(known, target, torch.zeros_like(target)).unsqueeze(1)
+
+    if weight is None:
+        pixel_weight = torch.ones_like(label, dtype=wide)
+        smooth = -log_p.sum(dim=1)
+    else:
+        pixel_weight = weight.to(wide)[label]
+        smooth = -(log_p * weight.to(wide).reshape(1, -1, 1, 1)).sum(dim=1)
+    pixel_weight = pixel_weight.squeeze(1)
+    losses = -log_p.gather(1, label).squeeze(1) * pixel_weight
+    if label_smoothing > 0:
+        losses = (1 - label_smoothing) * losses + label_smoothing / classes * smooth
+    # A label that is neither a class nor ignored makes loss and gradient NaN, never a number.
+    losses = torch.where(known, losses, losses * torch.nan)
+    zero = torch.zeros_like(losses)
+    losses = torch.where(valid, losses, zero)
+    if REDUCTIONS[reduction] == "none":
+        return losses.to(logits.dtype)
+    loss = losses.sum()
+    if REDUCTIONS[reduction] == "mean":
+        total = torch.where(valid, pixel_weight, zero).sum()
+        loss = loss / torch.where(total == 0, torch.ones_like(total), total)
+    return loss.to(logits.dtype)
+
+
+def upsample_argmax(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
+    """Most probable class [B, H, W] of the upsampled logits, the lowest on ties."""
+    wide = accumulation_dtype(logits.dtype)
+    return resize(logits.detach().to(wide), size, align_corners).argmax(dim=1)
+
+
+def upsample_argmax_probability(
+    logits: Tensor, size: list[int], align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """`upsample_argmax` and the softmax probability [B, H, W] of that class."""
+    wide = accumulation_dtype(logits.dtype)
+    upsampled = resize(logits.detach().to(wide), size, align_corners)
+    best = upsampled.argmax(dim=1, keepdim=True)
+    probability = (upsampled.gather(1, best) - upsampled.logsumexp(dim=1, keepdim=True)).exp()
+    return best.squeeze(1), probability.squeeze(1).to(logits.dtype)
+
+
+def confusion_matrix_update(
+    confusion: Tensor, prediction: Tensor, target: Tensor, ignore_index: int
+) -> Tensor:
+    """`confusion` [K, K] plus the count of pixels of class row predicted as class column."""
+    classes = confusion.shape[0]
+    prediction, target = prediction.long().flatten(), target.long().flatten()
+    counted = (target != ignore_index) & (target >= 0) & (target < classes)
+    counted = counted & (prediction >= 0) & (prediction < classes)
+    # What is not counted goes to one cell past the end.
+    cell = torch.where(
+        counted, target * classes + prediction, torch.full_like(target, classes * classes)
+    )
+    counts = confusion.new_zeros(classes * classes + 1).scatter_add(
+        0, cell, torch.ones_like(cell, dtype=confusion.dtype)
+    )
+    return confusion + counts[:-1].reshape(classes, classes)
