@@ -22,12 +22,17 @@ def check_integer(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected an integer dtype")
 
 
-def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
-    """`tensor` has the device and, unless autocast will cast it, the dtype of `reference`."""
+def check_device(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """`tensor` has the device of `reference`."""
     if tensor.device != reference.device:
         raise ValueError(
             f"{name}: got device {tensor.device}, expected {reference.device} as {reference_name}"
         )
+
+
+def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """`tensor` has the device and, unless autocast will cast it, the dtype of `reference`."""
+    check_device(name, tensor, reference_name, reference)
     if tensor.dtype != reference.dtype and not torch.is_autocast_enabled(tensor.device.type):
         raise TypeError(
             f"{name}: got dtype {tensor.dtype}, expected {reference.dtype} as {reference_name}"

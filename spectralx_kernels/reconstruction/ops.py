@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralx_kernels._checks import check_floating, check_range, check_shape
+from spectralx_kernels._checks import check_device, check_floating, check_range, check_shape
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.reconstruction import reference
 from spectralx_kernels.reconstruction.patches import check_image, check_patch, square_grid
@@ -39,13 +39,6 @@ BAND_RECONSTRUCTION_LOSS = Operator(
 )
 
 
-def _check_device(name: str, tensor: Tensor, reference_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(
-            f"{name}: got device {tensor.device}, expected {other.device} as {reference_name}"
-        )
-
-
 def _check_mask(mask: Tensor, batch: int, patches: int | str) -> None:
     check_shape("mask", mask, (batch, patches))
     if mask.dtype.is_complex:
@@ -61,7 +54,7 @@ def random_masking(
     ----------
     noise : [B, L], uniform draws; a floating-point dtype. Equal values go to the lowest index.
         NaN sorts last.
-    keep : tokens to keep of each sample, 0 to L; L - int(0.75 * L) for three quarters masked.
+    keep : tokens to keep of each sample, 0 to L; ``int(L * (1 - ratio))``.
     backend : overrides the default backend.
 
     Returns
@@ -124,8 +117,8 @@ def masked_patch_loss(
     patches = (height // patch) * (width // patch)
     check_shape("prediction", prediction, (batch, patches, patch * patch * bands))
     _check_mask(mask, batch, patches)
-    _check_device("images", images, "prediction", prediction)
-    _check_device("mask", mask, "prediction", prediction)
+    check_device("images", images, "prediction", prediction)
+    check_device("mask", mask, "prediction", prediction)
     loss: Tensor = MASKED_PATCH_LOSS(prediction, images, mask, patch, normalize, backend=backend)
     return loss
 
@@ -155,7 +148,7 @@ def upsampled_l1_loss(prediction: Tensor, images: Tensor, *, backend: str | None
     check_image("images", images)
     check_image("prediction", prediction)
     check_shape("prediction", prediction, (*images.shape[:2], "height", "width"))
-    _check_device("images", images, "prediction", prediction)
+    check_device("images", images, "prediction", prediction)
     loss: Tensor = UPSAMPLED_L1_LOSS(prediction, images, backend=backend)
     return loss
 
@@ -236,9 +229,9 @@ def band_reconstruction_loss(
     for name, tensor in (("high", high), ("low", low), ("images", images)):
         check_floating(name, tensor)
         check_shape(name, tensor, (*images.shape[:2], "height", "width"))
-        _check_device(name, tensor, "high", high)
+        check_device(name, tensor, "high", high)
     _check_mask(mask, images.shape[0], "patches")
-    _check_device("mask", mask, "high", high)
+    check_device("mask", mask, "high", high)
     grid = square_grid("mask", mask.shape[1])
     for name, tensor in (("high", high), ("low", low)):
         sizes = zip(tensor.shape[-2:], grid, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spectralx_kernels._checks import check_range, check_shape
@@ -29,7 +30,7 @@ def check_patch(name: str, images: Tensor, patch: int) -> None:
 
 def check_indices(name: str, ids: Tensor) -> None:
     """`ids` is int64, as torch.gather wants it."""
-    if ids.dtype.is_floating_point or ids.dtype.itemsize != 8:
+    if ids.dtype != torch.int64:
         raise TypeError(f"{name}: got dtype {ids.dtype}, expected torch.int64")
 
 

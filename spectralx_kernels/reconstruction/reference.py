@@ -41,7 +41,8 @@ def restore_tokens(tokens: Tensor, ids_restore: Tensor, mask_token: Tensor) -> T
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     """[B, C, H, W] -> [B, H/P * W/P, P*P*C]; a patch runs row, column, band."""
-    blocks = images.unflatten(2, (-1, patch)).unflatten(4, (-1, patch))  # [B, C, h, P, w, P]
+    batch, bands, height, width = images.shape
+    blocks = images.reshape(batch, bands, height // patch, patch, width // patch, patch)
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3, 5).flatten(1, 2)
 
 
@@ -79,7 +80,8 @@ def upsampled_l1_loss(prediction: Tensor, images: Tensor) -> Tensor:
     wide = accumulation_dtype(prediction.dtype)
     size = prediction.shape[-2:]
     target = F.interpolate(images.to(wide), size=size, mode="bilinear", align_corners=False)
-    return (prediction.to(wide) - target).abs().mean().to(prediction.dtype)
+    errors = (prediction.to(wide) - target).abs()
+    return (errors.sum() / max(errors.numel(), 1)).to(prediction.dtype)
 
 
 def band_targets(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from spectralx_kernels._checks import (
+    check_device,
     check_floating,
     check_integer,
     check_like,
@@ -70,13 +72,6 @@ def _check_map(name: str, x: Tensor, channels: str) -> None:
         )
 
 
-def _check_device(name: str, tensor: Tensor, reference_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(
-            f"{name}: got device {tensor.device}, expected {other.device} as {reference_name}"
-        )
-
-
 def taps_are_cheaper(
     x_shape: Sequence[int], weight_shape: Sequence[int], size: Sequence[int], padding: Sequence[int]
 ) -> bool:
@@ -86,7 +81,7 @@ def taps_are_cheaper(
     at a lower rate.
     """
     _, channels, height, width = x_shape
-    out_channels, _, kernel_rows, kernel_columns = weight_shape
+    _, _, kernel_rows, kernel_columns = weight_shape
     out_rows = size[0] + 2 * padding[0] - kernel_rows + 1
     out_columns = size[1] + 2 * padding[1] - kernel_columns + 1
     lines = kernel_rows * height
@@ -244,8 +239,7 @@ def upsample_cross_entropy(
     Returns
     -------
     A scalar, or [B, H, W] for "none", in the dtype of `logits` (float32 under autocast);
-    computed in float32 (float64 for float64). No gradient for `weight` is intended but there is
-    one.
+    computed in float32 (float64 for float64). Differentiable in `logits` and `weight`.
 
     Raises
     ------
@@ -260,13 +254,13 @@ def upsample_cross_entropy(
     classes = logits.shape[1]
     check_integer("target", target)
     check_shape("target", target, (logits.shape[0], "height", "width"))
-    _check_device("target", target, "logits", logits)
+    check_device("target", target, "logits", logits)
     out_size = _pair("size", tuple(target.shape[1:]) if size is None else size, 1)
     check_shape("target", target, (logits.shape[0], *out_size))
     if weight is not None:
         check_floating("weight", weight)
         check_shape("weight", weight, (classes,))
-        _check_device("weight", weight, "logits", logits)
+        check_device("weight", weight, "logits", logits)
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
@@ -286,6 +280,33 @@ def upsample_cross_entropy(
     return loss
 
 
+@overload
+def upsample_argmax(
+    logits: Tensor,
+    size: int | Sequence[int],
+    *,
+    align_corners: bool = False,
+    return_probability: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def upsample_argmax(
+    logits: Tensor,
+    size: int | Sequence[int],
+    *,
+    align_corners: bool = False,
+    return_probability: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def upsample_argmax(
+    logits: Tensor,
+    size: int | Sequence[int],
+    *,
+    align_corners: bool = False,
+    return_probability: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def upsample_argmax(
     logits: Tensor,
     size: int | Sequence[int],
@@ -365,8 +386,8 @@ def confusion_matrix_update(
     check_integer("prediction", prediction)
     check_integer("target", target)
     check_shape("target", target, tuple(prediction.shape))
-    _check_device("prediction", prediction, "confusion", confusion)
-    _check_device("target", target, "confusion", confusion)
+    check_device("prediction", prediction, "confusion", confusion)
+    check_device("target", target, "confusion", confusion)
     if _values_are_free(target) and _values_are_free(prediction):
         check_labels(target, classes, ignore_index)
         counted = torch.where(target == ignore_index, torch.zeros_like(prediction), prediction)

@@ -120,17 +120,16 @@ def upsample_cross_entropy(
     label = torch.where(known, target, torch.zeros_like(target)).unsqueeze(1)
 
     if weight is None:
-        pixel_weight = torch.ones_like(label, dtype=wide)
-        smooth = -log_p.sum(dim=1)
-    else:
-        pixel_weight = weight.to(wide)[label]
-        smooth = -(log_p * weight.to(wide).reshape(1, -1, 1, 1)).sum(dim=1)
-    pixel_weight = pixel_weight.squeeze(1)
+        weight = torch.ones(classes, dtype=wide, device=logits.device)
+    weight = weight.to(wide)
+    pixel_weight = weight[label.squeeze(1)]
     losses = -log_p.gather(1, label).squeeze(1) * pixel_weight
     if label_smoothing > 0:
+        smooth = -(log_p * weight.reshape(1, -1, 1, 1)).sum(dim=1)
         losses = (1 - label_smoothing) * losses + label_smoothing / classes * smooth
     # A label that is neither a class nor ignored makes loss and gradient NaN, never a number.
-    losses = torch.where(known, losses, losses * torch.nan)
+    wrong = valid & ~known
+    losses = losses * torch.where(wrong, torch.nan, torch.ones_like(losses))
     zero = torch.zeros_like(losses)
     losses = torch.where(valid, losses, zero)
     if REDUCTIONS[reduction] == "none":
