@@ -1,0 +1,199 @@
+"""pytest's side of the benchmarks: options, which rows exist, and the ``report`` fixture.
+
+A ``bench_<op>.py`` names its operator (``OP``) and has one test that hands a builder to
+``report``. The rows come from `benchmarks.shapes`; a group is measured when its first row runs.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.case import Setting
+from benchmarks.clock import Replay
+from benchmarks.harness import Budget, Build, GroupKey, Row, measure
+from benchmarks.shapes import Shape, find, implementations, selected
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+REPLAY = Replay()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("spectralx benchmarks")
+    group.addoption("--full", action="store_true", help="all shapes, and compile rows for each")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    group.addoption(
+        "--dtype",
+        default="float32",
+        help=f"one or more of {', '.join(DTYPES)}, separated by commas (default: float32)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    # The project's tests run with --benchmark-disable from pyproject.toml; here only the command
+    # line counts.
+    config.option.benchmark_enable = "--benchmark-disable" not in config.invocation_params.args
+    unknown = [name for name in _dtypes(config) if name not in DTYPES]
+    if unknown:
+        raise pytest.UsageError(
+            f"--dtype: got {', '.join(unknown)}, expected one of {', '.join(DTYPES)}"
+        )
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device: got cuda, but torch sees no GPU")
+
+
+def _dtypes(config: pytest.Config) -> list[str]:
+    return str(config.getoption("--dtype")).split(",")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "report" not in metafunc.fixturenames:
+        return
+    op, full = metafunc.module.OP, metafunc.config.getoption("--full")
+    rows = [
+        (op, shape.name, mode, dtype, impl)
+        for shape in selected(op, full=full)
+        for mode in shape.modes
+        for dtype in _dtypes(metafunc.config)
+        for impl in implementations(op, shape, mode, full=full)
+    ]
+    metafunc.parametrize(
+        ("op", "shape", "mode", "dtype", "impl"), rows, ids=["-".join(row[1:]) for row in rows]
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "report" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=REPLAY.interleaved_samples))
+
+
+class Groups:
+    """The rows of the group that runs now; measured once, for all of its selected rows."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._wanted: dict[GroupKey, list[str]] = {}
+        self._key: GroupKey | None = None
+        self._rows: dict[str, Row] = {}
+
+    def select(self, items: list[pytest.Item]) -> None:
+        """Note which rows were selected (after ``-k`` and the like)."""
+        for item in items:
+            if isinstance(item, pytest.Function) and "report" in item.fixturenames:
+                params = item.callspec.params
+                self._wanted.setdefault(_key(params), []).append(params["impl"])
+
+    def row(self, build: Build, key: GroupKey, impl: str) -> Row:
+        if key != self._key:
+            self._rows = {}
+            self._rows = self._measure(build, key)
+            self._key = key
+        return self._rows[impl]
+
+    def _measure(self, build: Build, key: GroupKey) -> dict[str, Row]:
+        names = self._wanted[key]
+        full, device = self._config.getoption("--full"), self._config.getoption("--device")
+        shape: Shape = find(selected(key.op, full=full), key.shape)
+        if not self._config.getoption("benchmark_enable"):
+            budget = Budget(seconds=0.0, rounds=(1, 1))
+        else:
+            budget = Budget(seconds=10.0 if full else 2.0)
+        torch._dynamo.reset()
+        try:
+            return measure(build, shape, key.mode, Setting(device, DTYPES[key.dtype]), names, budget)
+        except Exception:  # the group cannot be built: every row of it fails with the reason
+            return {name: Row(refused=traceback.format_exc()) for name in names}
+
+
+def _key(params: dict[str, Any]) -> GroupKey:
+    return GroupKey(params["op"], params["shape"], params["mode"], params["dtype"])
+
+
+_GROUPS = pytest.StashKey[Groups]()
+_FACTS = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    groups = Groups(session.config)
+    groups.select(session.items)
+    session.config.stash[_GROUPS] = groups
+    session.config.stash[_FACTS] = machine_facts(session.config.getoption("--device"))
+
+
+def machine_facts(device: str) -> dict[str, Any]:
+    """What a number depends on beside the code: device, threads, versions, commit."""
+    import spectralx_kernels
+
+    root = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    facts = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "device_type": device,
+        "threads": torch.get_num_threads(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch": torch.__version__,
+        "spectralx_kernels": spectralx_kernels.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+    if device == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["driver_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    else:
+        facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    return facts
+
+
+def cpu_name() -> str:
+    """The CPU's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@pytest.fixture
+def report(
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    op: str,
+    shape: str,
+    mode: str,
+    dtype: str,
+    impl: str,
+) -> Callable[[Build], None]:
+    """``report(build)``: measure the group if need be, and hand over the samples of this row."""
+
+    def hand_over(build: Build) -> None:
+        config = request.config
+        key = GroupKey(op, shape, mode, dtype)
+        row = config.stash[_GROUPS].row(build, key, impl)
+        if row.refused:
+            pytest.fail(f"{key} {impl}: no number, as this row failed\n{row.refused}", pytrace=False)
+        benchmark.group = str(key)
+        benchmark.extra_info.update(config.stash[_FACTS])
+        benchmark.extra_info.update(row.facts)
+        REPLAY.load(row.samples)
+        benchmark.pedantic(REPLAY.advance, rounds=len(row.samples))
+
+    return hand_over

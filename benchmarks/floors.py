@@ -1,0 +1,227 @@
+"""The work that no implementation can avoid: bare matrix products, or a copy of the bytes.
+
+A floor is a list of products (sizes only: the operands are random, kept between calls, and as
+large as a pass over the rotating inputs would make them) and a number of bytes that must be read
+or written once. Both are measured, in the same run; the slower one is the ``floor`` row. Element-
+wise work, softmaxes, norms, layout changes and launches are left out: a floor is not reachable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.case import Draw, Setting
+from benchmarks.shapes import (
+    FORWARD,
+    STEM_SIDE,
+    STEM_WIDTH,
+    TOKENS,
+    WIDTH,
+    AomoaShape,
+    DecoderShape,
+    HypertShape,
+    MatchShape,
+    StepShape,
+    UpsampleConvShape,
+)
+
+
+@dataclass(frozen=True)
+class Product:
+    """`count` times `batch` products [m, k] x [k, n]."""
+
+    m: int
+    k: int
+    n: int
+    batch: int = 1
+    count: int = 1
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.m * self.k * self.n * self.batch * self.count
+
+
+def trained(products: Iterable[Product]) -> list[Product]:
+    """Forward, and backward to both operands: each of the three has the same operations."""
+    return [
+        direction
+        for p in products
+        for direction in (p, replace(p, k=p.n, n=p.k), replace(p, m=p.n, k=p.m, n=p.k))
+    ]
+
+
+def frozen(products: Iterable[Product]) -> list[Product]:
+    """Forward, and backward to the input only."""
+    return [direction for p in products for direction in (p, replace(p, k=p.n, n=p.k))]
+
+
+def bare_products(products: Iterable[Product], setting: Setting) -> Callable[[], None]:
+    """A function that runs `products` on operands made now, into results made now."""
+    draw = Draw(setting, seed=7)
+    work = []
+    made: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+    for p in products:
+        key = (p.batch, p.m, p.k, p.n)
+        if key not in made:
+            left, right = (p.m, p.k), (p.n, p.k)
+            if p.batch > 1:
+                left, right = (p.batch, *left), (p.batch, *right)  # type: ignore[assignment]
+            a, b = draw.normal(*left), draw.normal(*right).transpose(-1, -2)
+            made[key] = (a, b, torch.matmul(a, b))
+        work.append((made[key], p.count))
+
+    def run() -> None:
+        for (a, b, out), count in work:
+            for _ in range(count):
+                torch.matmul(a, b, out=out)
+
+    return run
+
+
+def copy_of(nbytes: int, setting: Setting) -> Callable[[], None]:
+    """A function that reads and writes `nbytes` in all: a copy of half as many."""
+    source = Draw(setting, seed=8).normal(max(nbytes // 2 // setting.dtype.itemsize, 1))
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        target.copy_(source)
+
+    return run
+
+
+def floor_of(
+    products: Iterable[Product], elements: int, setting: Setting
+) -> dict[str, Callable[[], None]]:
+    """The candidates for a floor; `elements` are read or written once in the setting's dtype."""
+    return {
+        "products": bare_products(products, setting),
+        "copy": copy_of(elements * setting.dtype.itemsize, setting),
+    }
+
+
+def linear(shape: AomoaShape) -> Product:
+    """The frozen linear layer alone."""
+    return Product(shape.tokens, shape.in_features, shape.out_features)
+
+
+def aomoa(shape: AomoaShape, mode: str) -> list[Product]:
+    """The frozen linear layer, down, up, and `top_k` experts a token."""
+    rows = shape.tokens * shape.attributes
+    low_rank = [
+        Product(rows, shape.in_features // shape.attributes, shape.rank),
+        Product(rows, shape.rank, shape.out_features // shape.attributes),
+        Product(rows * shape.top_k // shape.experts, shape.rank, shape.hidden, count=shape.experts),
+        Product(rows * shape.top_k // shape.experts, shape.hidden, shape.rank, count=shape.experts),
+    ]
+    if mode == FORWARD:
+        return [linear(shape), *low_rank]
+    return frozen([linear(shape)]) + trained(low_rank)
+
+
+def block(
+    tokens: int, width: int, heads: int, *, batch: int, window: int | None = None
+) -> list[Product]:
+    """A transformer block: qkv, attention over `window` tokens (all by default), proj, MLP 4x."""
+    window = window or tokens
+    rows, groups = batch * tokens, batch * tokens // window * heads
+    return [
+        Product(rows, width, 3 * width),
+        Product(window, width // heads, window, batch=groups),
+        Product(window, window, width // heads, batch=groups),
+        Product(rows, width, width),
+        Product(rows, width, 4 * width),
+        Product(rows, 4 * width, width),
+    ]
+
+
+def hypert(shape: HypertShape, mode: str) -> list[Product]:
+    """Stem, both branches, attribute match, feed-forward, and the low-rank path."""
+    b, side, half = shape.batch, shape.image_size, WIDTH // 2
+    keys = STEM_SIDE**2
+    tokenizer = [
+        Product(b * side**2, shape.bands, 64),
+        Product(b * side**2, 64 * 9, 64),
+        Product(b * (side // 2) ** 2, 64 * 4, 128),
+        Product(b * (side // 2) ** 2, 128 * 9, 128),
+        Product(b * (side // 4) ** 2, 128 * 4, 256),
+        Product(b * keys, 256 * 9, STEM_WIDTH),
+        *block(keys, STEM_WIDTH, 8, batch=b, window=(STEM_SIDE // 2) ** 2),
+        *block(STEM_WIDTH, keys, 8, batch=b),
+    ]
+    for count, features in ((keys, STEM_WIDTH), (STEM_WIDTH, keys)):
+        width = features // 2
+        tokenizer += [
+            Product(TOKENS, half, width),
+            Product(b * count, features, 2 * width),
+            Product(TOKENS, width, count, batch=b),
+            Product(TOKENS, count, width, batch=b),
+            Product(b * TOKENS, width, half),
+        ]
+    tokenizer += [Product(b * TOKENS, WIDTH, 4 * WIDTH), Product(b * TOKENS, 4 * WIDTH, WIDTH)]
+    low_rank = [
+        Product(b * (side // 4) ** 2, shape.bands * 16, 16),
+        Product(b * TOKENS, 16 * 16, WIDTH),
+    ]
+    if mode == FORWARD:
+        return tokenizer + low_rank
+    return (trained(tokenizer) if shape.trainable == "all" else tokenizer) + trained(low_rank)
+
+
+def match(shape: MatchShape) -> list[Product]:
+    """The scores."""
+    return [Product(shape.queries, shape.width, shape.keys, batch=shape.batch)]
+
+
+def upsample_conv(shape: UpsampleConvShape, mode: str) -> list[Product]:
+    """The nine products on the small map: a 1 x 1 product commutes with interpolation."""
+    nine = [Product(shape.batch * shape.low**2, shape.in_channels, 9 * shape.out_channels)]
+    return nine if mode == FORWARD else trained(nine)
+
+
+def decoder(shape: DecoderShape, mode: str) -> list[Product]:
+    """UPerNet with every convolution of an upsampled map taken on the small one."""
+    b, w, h, side = shape.batch, shape.width, shape.head_width, shape.side
+    sides = (4 * side, 2 * side, side, side // 2)
+    areas = [b * s**2 for s in sides]
+    products = [
+        Product(b * side**2, w, w, count=4),
+        *(Product(b * side**2, w, 9 * w) for _ in range(2)),
+        *(Product(area, 9 * w, w) for area in areas[2:]),
+        *(Product(b * s**2, w, h) for s in (1, 2, 3, 6)),
+        Product(areas[3], 9 * (w + 4 * h), h),
+        *(Product(area, w, h) for area in areas[:3]),
+        *(Product(area, 9 * h, h) for area in areas[:3]),
+        Product(areas[0], 9 * h, h),
+        *(Product(area, h, 9 * h) for area in areas[1:]),
+        Product(areas[0], h, shape.classes),
+    ]
+    return products if mode == FORWARD else trained(products)
+
+
+def step(shape: StepShape, tokenizer: HypertShape, head: DecoderShape) -> list[Product]:
+    """Backbone with frozen weights, adapters, tokenizer, match and decoder, there and back."""
+    tokens = TOKENS + 1
+    layers = block(tokens, shape.embed_dim, shape.num_heads, batch=shape.batch)
+    attention = {1, 2}
+    blocks = [
+        direction
+        for place, product in enumerate(layers)
+        for direction in (trained([product]) if place in attention else frozen([product]))
+    ]
+    work = [replace(product, count=shape.depth) for product in blocks]
+    for sizes in ((shape.embed_dim, 4 * shape.embed_dim), (4 * shape.embed_dim, shape.embed_dim)):
+        layer = AomoaShape(
+            name="fc", tokens=shape.batch * tokens, in_features=sizes[0], out_features=sizes[1]
+        )
+        # The frozen layer itself is in `layers`.
+        adapter = aomoa(layer, "")[2:]
+        work += [replace(p, count=p.count * len(shape.blocks)) for p in adapter]
+    for keys, width in ((STEM_SIDE**2, STEM_WIDTH // 2), (STEM_WIDTH, STEM_SIDE**2 // 2)):
+        work += [
+            Product(TOKENS, width, keys, batch=shape.batch, count=len(shape.blocks)),
+        ]
+    return work + hypert(tokenizer, "") + decoder(head, "")

@@ -1,0 +1,186 @@
+"""Runs a group: builds its case, checks every implementation, then times all of them in turns."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import compare, whole
+from benchmarks.case import Case, Runner, Setting
+from benchmarks.clock import Stopwatch, interleave, stopwatch_for
+from benchmarks.memory import SavedBytes, peak_bytes
+from benchmarks.shapes import FORWARD, Shape
+
+Build = Callable[[Any, str, Setting], Case]
+
+
+class GroupKey(NamedTuple):
+    """``<op>/<shape>/<pass>/<dtype>``."""
+
+    op: str
+    shape: str
+    mode: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+
+@dataclass
+class Row:
+    """One implementation of a group: its samples in seconds and facts, or why there are none."""
+
+    samples: list[float] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure a group, and its least and most rounds."""
+
+    seconds: float = 2.0
+    rounds: tuple[int, int] = (3, 100)
+
+
+class Inaccurate(AssertionError):
+    """An implementation disagrees with the reference: it gets no number."""
+
+
+def measure(
+    build: Build,
+    shape: Shape,
+    mode: str,
+    setting: Setting,
+    names: Sequence[str],
+    budget: Budget,
+    stopwatch: Stopwatch | None = None,
+) -> dict[str, Row]:
+    """Rows of the implementations `names` of one group.
+
+    An implementation that disagrees with the reference, or raises, is refused: its row has the
+    reason and no samples, and the others are measured without it.
+    """
+    case = build(shape, mode, setting)
+    runner = Runner(case, mode, setting)
+    rows = {name: Row() for name in names}
+    functions = {name: case.functions[name] for name in names if name in case.functions}
+    if "compile" in names and "compile" not in functions:
+        functions["compile"] = torch.compile(case.functions["eager"], fullgraph=True, dynamic=False)
+    _check(rows, functions, runner, build, shape, setting)
+    gc.collect()
+
+    runs: dict[str, Callable[[int], object]] = {
+        name: partial(runner, function)
+        for name, function in functions.items()
+        if not rows[name].refused
+    }
+    if "floor" in names:
+        runs.update({f"floor {part}": _ignore_turn(run) for part, run in case.floor().items()})
+        if case.linear is not None:
+            runs["linear"] = _ignore_turn(case.linear())
+    watch = stopwatch or stopwatch_for(setting.device)
+    samples = interleave(
+        runs, watch, seconds=budget.seconds, rounds=budget.rounds, warm_up=watch.warm_up
+    )
+    for name in functions:
+        rows[name].samples = samples.get(name, [])
+    if "floor" in names:
+        rows["floor"] = _floor_row(samples)
+    return rows
+
+
+def _ignore_turn(run: Callable[[], object]) -> Callable[[int], object]:
+    return lambda turn: run()
+
+
+def _check(
+    rows: dict[str, Row],
+    functions: dict[str, Callable[..., Any]],
+    runner: Runner,
+    build: Build,
+    shape: Shape,
+    setting: Setting,
+) -> None:
+    """Accuracy and memory of `functions`, into `rows`; ``eager`` is always run, as the measure."""
+    case = runner.case
+    exact = None
+    if case.truth != setting.dtype:
+        exact_setting = setting.exact(case.truth)
+        exact_case = build(shape, runner.mode, exact_setting)
+        exact_runner = Runner(exact_case, runner.mode, exact_setting)
+        exact = exact_runner.results(exact_case.functions["eager"])
+        # Made here already, so that no implementation's peak counts it.
+        runner.upstream = tuple(grad.to(setting.dtype) for grad in exact_runner.upstream)
+        del exact_case, exact_runner
+    eager = Row()
+    plain = _probe(eager, "eager", case.functions["eager"], runner, setting)
+    if "eager" in rows:
+        rows["eager"] = eager
+    exact = plain if exact is None else exact
+    if case.whole_gradient:
+        same, plain = exact is plain, whole(plain)
+        exact = plain if same else whole(exact)
+    for name, row in rows.items():
+        if name not in functions:
+            continue
+        try:
+            found = plain
+            if name != "eager":
+                found = _probe(row, name, functions[name], runner, setting)
+                found = whole(found) if case.whole_gradient else found
+            compared = compare(found, plain, exact, setting.dtype)
+            wrong = [str(comparison) for comparison in compared if not comparison.holds]
+            if wrong:
+                raise Inaccurate("; ".join(wrong))
+            row.facts["error"] = max(comparison.error for comparison in compared)
+        except Exception:  # one implementation's failure is its own row's
+            row.refused = traceback.format_exc()
+
+
+def _probe(
+    row: Row, name: str, function: Callable[..., Any], runner: Runner, setting: Setting
+) -> dict[str, Tensor]:
+    """Results of the first input set, with the memory it took noted in `row`."""
+    case = runner.case
+    found: dict[str, Tensor] = {}
+    saved = SavedBytes([*case.inputs[0], *case.parameters.values(), *case.constants])
+
+    def run() -> None:
+        found.update(runner.results(function, saved))
+
+    if name == "compile" or setting.device == "cuda":
+        # The first call compiles, tunes and sets up libraries: not to be counted.
+        begin = time.perf_counter()
+        run()
+        if name == "compile":
+            row.facts["compile_s"] = round(time.perf_counter() - begin, 2)
+        found.clear()
+        saved = SavedBytes([*case.inputs[0], *case.parameters.values(), *case.constants])
+    row.facts["peak_bytes"] = peak_bytes(run, setting.device)
+    if runner.mode != FORWARD:
+        row.facts["saved_bytes"] = saved.bytes
+    return found
+
+
+def _floor_row(samples: dict[str, list[float]]) -> Row:
+    """The slowest candidate, with the others' medians and the linear layer's as facts."""
+    medians = {name: statistics.median(taken) for name, taken in samples.items()}
+    candidates = [name for name in samples if name.startswith("floor ")]
+    slowest = max(candidates, key=lambda name: medians[name])
+    facts: dict[str, Any] = {
+        f"{name.removeprefix('floor ')}_ms": medians[name] * 1e3 for name in candidates
+    }
+    facts["floor"] = slowest.removeprefix("floor ")
+    if "linear" in samples:
+        facts["linear_ms"] = medians["linear"] * 1e3
+    return Row(samples[slowest], facts)

@@ -1,0 +1,78 @@
+"""Memory of one run: its peak, and what autograd keeps from the forward pass for the backward."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SavedBytes:
+    """Counts the bytes saved for backward inside a ``with`` block.
+
+    Each storage counts once, in full; the storages of `known` tensors (inputs and parameters,
+    which live on anyway) do not count.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        # Keeping the storages alive keeps their addresses from being used again.
+        self._storages: dict[int, Any] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.bytes = 0
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._storages[storage.data_ptr()] = storage
+        return tensor
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._hooks.__exit__(kind, value, trace)
+        self.bytes = sum(storage.nbytes() for storage in self._storages.values())
+        self._storages.clear()
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Most memory that `run` holds at once beyond what was there before.
+
+    On a GPU from the caching allocator's statistics. On a CPU from the profiler's record of every
+    allocation of PyTorch's CPU allocator, C++ kernels' and compiled code's included; what a
+    library allocates by itself (oneDNN's scratch space) is not seen.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event["args"]["Ev Idx"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
