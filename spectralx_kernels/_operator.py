@@ -52,6 +52,8 @@ class Operator:
     differentiable : False for an operator with no floating-point output.
     autocast_to : dtype that floating-point tensors are cast to under autocast; autocast's own
         where None. float32 for losses and for what is compared, as autocast treats those.
+    saving : the reference with more outputs, and how many: the last ones of `schema`, which
+        kernels keep for their backward. Callers never see them.
     """
 
     def __init__(
@@ -62,13 +64,14 @@ class Operator:
         *,
         differentiable: bool = True,
         autocast_to: torch.dtype | None = None,
+        saving: tuple[Callable[..., Any], int] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
+        self._saving, self._saved = saving or (reference, 0)
         self._autocast_to = autocast_to
         qualified = define(name, schema)
         self.op = getattr(torch.ops.spectralx, name)
-        self._schema = self.op.default._schema
         register_default(name, self._forward_kernel)
         torch.library.register_fake(qualified, self._forward_fake, lib=_LIBRARY)
         _backends.add_operator(name)
@@ -78,7 +81,8 @@ class Operator:
             arguments = schema[1 : schema.rindex("->")].rstrip()[:-1]
             backward = define(
                 f"{name}_backward",
-                f"(Tensor?[] output_grads, {arguments}, bool[] output_mask) -> Tensor[]",
+                f"(Tensor?[] output_grads, {arguments}, Tensor[] saved, bool[] output_mask) "
+                "-> Tensor[]",
             )
             self.backward_op = getattr(torch.ops.spectralx, f"{name}_backward")
             register_default(f"{name}_backward", self._backward_kernel)
@@ -94,7 +98,7 @@ class Operator:
         """
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         chosen = _backends.choose(self.name, device, backend)
-        run = self.reference if chosen == "eager" else self.op
+        run = self.reference if chosen == "eager" else self._dispatch
         if not torch.is_autocast_enabled(device):
             return run(*args)
         dtype = self._autocast_to or torch.get_autocast_dtype(device)
@@ -107,9 +111,16 @@ class Operator:
         with torch.autocast(device, enabled=False):
             return run(*cast)
 
+    def _dispatch(self, *args: Any) -> Any:
+        outputs = self.op(*args)
+        if not self._saved:
+            return outputs
+        kept = outputs[: -self._saved]
+        return kept if len(kept) > 1 else kept[0]
+
     def _forward_kernel(self, *args: Any) -> Any:
         with torch.no_grad():
-            outputs = self.reference(*args)
+            outputs = self._saving(*args)
         # A kernel's outputs must not alias its inputs or each other.
         if isinstance(outputs, Tensor):
             return outputs.contiguous()
@@ -120,24 +131,28 @@ class Operator:
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
+        saved = list(output[-self._saved :]) if self._saved else []
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*saved, *[value for value in inputs if isinstance(value, Tensor)])
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]
         ctx.set_materialize_grads(False)
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
+        saved = ctx.saved_tensors[: self._saved]
+        tensors = iter(ctx.saved_tensors[self._saved :])
         inputs = [
-            next(saved) if is_tensor else other
+            next(tensors) if is_tensor else other
             for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)
         ]
         mask = [bool(needs) for needs in ctx.needs_input_grad]
-        computed = iter(self.backward_op(list(grads), *inputs, mask))
+        output_grads = list(grads[: len(grads) - self._saved])
+        computed = iter(self.backward_op(output_grads, *inputs, list(saved), mask))
         return tuple(next(computed) if needs else None for needs in mask)
 
     def _backward_kernel(
         self, output_grads: Sequence[Tensor | None], *args: Any
     ) -> Sequence[Tensor]:
-        *inputs, mask = args
+        *inputs, _saved, mask = args
         with torch.enable_grad():
             leaves = [
                 value.detach().requires_grad_(needs) if isinstance(value, Tensor) else value
@@ -162,7 +177,7 @@ class Operator:
         ]
 
     def _backward_fake(self, output_grads: Sequence[Tensor | None], *args: Any) -> Sequence[Tensor]:
-        *inputs, mask = args
+        *inputs, _saved, mask = args
         return [
             torch.empty(value.shape, dtype=value.dtype, device=value.device)
             for value, needs in zip(inputs, mask, strict=True)

@@ -233,6 +233,7 @@ std::vector<Tensor> noisy_topk_gating_backward(const c10::List<std::optional<Ten
                                                const Tensor& clean,
                                                const std::optional<Tensor>& raw_std,
                                                const std::optional<Tensor>& noise, int64_t top_k,
+                                               at::TensorList /*saved*/,
                                                const c10::List<bool>& output_mask) {
   check(clean, raw_std, noise, top_k);
   TORCH_CHECK(output_grads.size() == 2, "output_grads: got ", output_grads.size(), ", expected 2");
