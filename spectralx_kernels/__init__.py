@@ -8,18 +8,78 @@ from spectralx_kernels._official_names import (
     official_parameters,
 )
 from spectralx_kernels.aomoa import AoMoALinear, aomoa, balance_loss, noisy_topk_gating
+from spectralx_kernels.hypert import (
+    HyperT,
+    SpatialSpectralTokenizer,
+    attribute_match,
+    lift_convolution,
+    window_attention,
+)
+from spectralx_kernels.reconstruction import (
+    band_reconstruction_loss,
+    band_targets,
+    gather_tokens,
+    masked_patch_loss,
+    patchify,
+    random_masking,
+    restore_tokens,
+    unpatchify,
+    upsampled_l1_loss,
+)
+from spectralx_kernels.refine import (
+    AreAdapter,
+    add_weighted_halves,
+    gather_norm,
+    gather_norm_mix,
+    match_argmax,
+)
+from spectralx_kernels.upsample import (
+    UpsampleConv2d,
+    UpsampleCrossEntropyLoss,
+    check_labels,
+    confusion_matrix_update,
+    upsample_argmax,
+    upsample_conv2d,
+    upsample_cross_entropy,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AoMoALinear",
+    "AreAdapter",
+    "HyperT",
     "OfficialNames",
     "OfficialTensor",
+    "SpatialSpectralTokenizer",
+    "UpsampleConv2d",
+    "UpsampleCrossEntropyLoss",
+    "add_weighted_halves",
     "aomoa",
+    "attribute_match",
     "balance_loss",
+    "band_reconstruction_loss",
+    "band_targets",
+    "check_labels",
+    "confusion_matrix_update",
+    "gather_norm",
+    "gather_norm_mix",
+    "gather_tokens",
+    "lift_convolution",
+    "masked_patch_loss",
+    "match_argmax",
     "noisy_topk_gating",
     "official_inert",
     "official_parameters",
+    "patchify",
+    "random_masking",
+    "restore_tokens",
     "show_backends",
+    "unpatchify",
+    "upsample_argmax",
+    "upsample_conv2d",
+    "upsample_cross_entropy",
+    "upsampled_l1_loss",
     "use_backend",
+    "window_attention",
 ]
