@@ -73,7 +73,7 @@ def random_masking(
     check_shape("noise", noise, ("batch", "tokens"))
     check_range("keep", keep, 0, noise.shape[1])
     ids_keep, mask, ids_restore = RANDOM_MASKING(noise, keep, backend=backend)
-    return ids_keep, mask, ids_restore
+    return ids_keep, mask.to(noise.dtype), ids_restore
 
 
 def masked_patch_loss(
@@ -195,6 +195,7 @@ def band_reconstruction_loss(
     images: Tensor,
     mask: Tensor,
     *,
+    grid: tuple[int, int] | None = None,
     base_size: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -209,8 +210,9 @@ def band_reconstruction_loss(
     high : [B, C, H1, W1], 2H x 2W in the published model.
     low : [B, C, H2, W2], H x W in the published model.
     images : [B, C, H, W].
-    mask : [B, L], 1 where a patch is masked, over a square grid of patches whose side divides
-        the sizes of both predictions; floating point, integer or bool.
+    mask : [B, L], 1 where a patch is masked, over a grid of patches, row by row, whose sides
+        divide the sizes of both predictions; floating point, integer or bool.
+    grid : rows and columns of patches; None is a square grid.
     base_size : see `band_targets`; the grid of patches (14 x 14 in the published model) if None.
     backend : overrides the default backend.
 
@@ -232,7 +234,10 @@ def band_reconstruction_loss(
         check_device(name, tensor, "high", high)
     _check_mask(mask, images.shape[0], "patches")
     check_device("mask", mask, "high", high)
-    grid = square_grid("mask", mask.shape[1])
+    if grid is None:
+        grid = square_grid("mask", mask.shape[1])
+    elif len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != mask.shape[1]:
+        raise ValueError(f"grid: got {list(grid)}, expected two sizes of product {mask.shape[1]}")
     for name, tensor in (("high", high), ("low", low)):
         sizes = zip(tensor.shape[-2:], grid, strict=True)
         if any(size == 0 or size % cells for size, cells in sizes):
