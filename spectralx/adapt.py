@@ -157,7 +157,9 @@ def adapt(
         )
     missing = set(blocks or ()) - {_block_of(name) for name, _ in found}
     if missing:
-        raise ValueError(f"blocks: {sorted(missing)} hold no layer that {pattern.pattern!r} matches")
+        raise ValueError(
+            f"blocks: got {sorted(missing)}, which hold no layer that {pattern.pattern!r} matches"
+        )
     made: dict[nn.Module, nn.Module] = {}
     for name, layer in found:
         if layer not in made:

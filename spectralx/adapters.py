@@ -6,6 +6,7 @@ They are the baselines SpectralX is compared with. Names of parameters are the p
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         _check_rank(rank)
         self.linear = linear.requires_grad_(False)
-        factory = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        factory: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.down = nn.Linear(linear.in_features, rank, **factory)
         self.up = nn.Linear(rank, linear.out_features, **factory)
         nn.init.zeros_(self.up.weight)
@@ -50,8 +51,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        frozen: Tensor = self.linear(x)
-        return frozen + self.up(self.down(x))
+        out: Tensor = self.linear(x) + self.up(self.down(x))
+        return out
 
 
 class SLRLinear(LoRALinear):
@@ -130,7 +131,7 @@ class LoRAConv2d(nn.Module):
         _check_rank(rank)
         _check_patch_convolution(conv)
         self.proj = conv.requires_grad_(False)
-        factory = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        factory: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
         height, width = (_split_side(side) for side in conv.kernel_size)
         inner, outer = (height[0], width[0]), (height[1], width[1])
         self.down = nn.Conv2d(conv.in_channels, rank, inner, inner, **factory)
@@ -141,8 +142,8 @@ class LoRAConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] to [B, D, H / patch, W / patch]."""
-        frozen: Tensor = self.proj(x)
-        return frozen + self.up(self.down(x))
+        out: Tensor = self.proj(x) + self.up(self.down(x))
+        return out
 
 
 class SLRConv2d(LoRAConv2d):

@@ -69,10 +69,14 @@ class ReconstructedImages(NamedTuple):
     mask: Tensor
 
 
-def _pair(name: str, size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
+def _image_size(size: int | Sequence[int], multiple: int) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
+    if multiple < 1:
+        raise ValueError(f"patch_size: got {multiple}, expected at least 1")
     if height < 1 or width < 1 or height % multiple or width % multiple:
-        raise ValueError(f"{name}: got {height}x{width}, expected multiples of {multiple}")
+        raise ValueError(
+            f"image_size: got {height}x{width}, expected multiples of patch_size {multiple}"
+        )
     return height, width
 
 
@@ -108,6 +112,11 @@ class MaskedReconstruction(MaskedAutoencoder):
     trainable : "official" trains what the paper's code trains (see `spectralx.adapt.freeze`),
         "all" trains everything but the layers inside adapters.
 
+    Attributes
+    ----------
+    config : the arguments, by name; ``MaskedReconstruction(**model.config)`` builds such a model
+        again.
+
     Raises
     ------
     ValueError : an unknown name, or sizes that do not fit each other.
@@ -123,7 +132,7 @@ class MaskedReconstruction(MaskedAutoencoder):
         wavelengths: Sequence[float] | None = None,
         adapter: Method | None = "aomoa",
         tokenizer: Literal["hypert", "conv"] | None = None,
-        image_size: int | tuple[int, int] = 224,
+        image_size: int | Sequence[int] = 224,
         patch_size: int = 16,
         embed_dim: int = 1024,
         depth: int = 24,
@@ -141,6 +150,13 @@ class MaskedReconstruction(MaskedAutoencoder):
         tokenizer_options: Mapping[str, Any] | None = None,
         trainable: Literal["official", "all"] = "official",
     ) -> None:
+        config = {
+            name: list(value) if isinstance(value, (tuple, list, range)) else value
+            for name, value in locals().items()
+            if name not in ("self", "__class__")
+        }
+        if wavelengths is not None:
+            config["wavelengths"] = [float(wavelength) for wavelength in wavelengths]
         if family not in FAMILIES:
             raise ValueError(f"family: got {family!r}, expected one of {', '.join(FAMILIES)}")
         if adapter is not None:
@@ -149,7 +165,7 @@ class MaskedReconstruction(MaskedAutoencoder):
             raise ValueError(f"trainable: got {trainable!r}, expected 'official' or 'all'")
         if tokenizer is None:
             tokenizer = "hypert" if adapter == "aomoa" else "conv"
-        size = _pair("image_size", image_size, patch_size)
+        size = _image_size(image_size, patch_size)
         if patch_size != SCALEMAE_UPSAMPLING and family == "scalemae":
             raise ValueError(f"patch_size: got {patch_size}, expected 16 with scalemae")
         if tokenizer == "hypert":
@@ -186,6 +202,7 @@ class MaskedReconstruction(MaskedAutoencoder):
             decoder_class_token=not scalemae,
             mask_ratio=mask_ratio,
         )
+        self.config: dict[str, Any] = config
         self.family = family
         self.in_channels = in_channels
         self.image_size = size
@@ -252,7 +269,7 @@ class MaskedReconstruction(MaskedAutoencoder):
     def _scalemae(self, tokens: Tensor, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         high, low = self.fpn(tokens.transpose(1, 2).unflatten(2, self.grid))
         high, low = self.fcn_high(high), self.fcn_low(low)
-        loss = band_reconstruction_loss(high, low, images, mask)
+        loss = band_reconstruction_loss(high, low, images, mask, grid=self.grid)
         return loss, patchify(low, self.patch_size)
 
     def forward(self, images: Tensor, mask_noise: Tensor | None = None) -> Reconstruction:

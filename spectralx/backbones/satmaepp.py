@@ -23,7 +23,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H, W]."""
-        return x + 0.5 * self.conv2(F.relu(self.conv1(x)))
+        out: Tensor = x + 0.5 * self.conv2(F.relu(self.conv1(x)))
+        return out
 
 
 class UpsamplingBlock(nn.Module):

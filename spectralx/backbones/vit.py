@@ -40,7 +40,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] to tokens [B, N, D]."""
         attended = F.scaled_dot_product_attention(*self.heads(x))
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        return out
 
 
 class Mlp(nn.Module):
@@ -59,7 +60,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [..., D] to tokens [..., D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -82,4 +84,5 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] to tokens [B, N, D]."""
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out

@@ -33,13 +33,13 @@ def run(golden: Golden) -> Arrays:
     return {"y": y, "dx": x.grad, **golden.gradients(layer)}
 
 
-HANDLERS = {
-    name: run
-    for name in (
+HANDLERS = dict.fromkeys(
+    (
         "LowRankConvAdapter",
         "LowRankAdapter",
         "ScaledLowRankConvAdapter",
         "ScaledLowRankAdapter",
         "ScalingAdapter",
-    )
-}
+    ),
+    run,
+)

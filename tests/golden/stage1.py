@@ -7,11 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from spectralx.adapt import Method
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx_kernels import official_parameters
 from tests.golden.golden import Arrays, Golden
 
-ADAPTER = {None: None, "lora": "lora", "low-rank-scaling": "slr", "spectral_adaptation": "aomoa"}
+ADAPTER: dict[str | None, Method | None] = {
+    None: None,
+    "lora": "lora",
+    "low-rank-scaling": "slr",
+    "spectral_adaptation": "aomoa",
+}
 
 
 def build(golden: Golden) -> MaskedReconstruction:
