@@ -19,8 +19,9 @@ AOMOA = Operator(
     "Tensor norm1_bias, Tensor down, Tensor norm2_weight, Tensor norm2_bias, Tensor gate, "
     "Tensor gate_noise, Tensor? noise, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
     "Tensor fc2_bias, Tensor up, int top_k, float norm_eps) "
-    "-> (Tensor out, Tensor gates, Tensor load)",
+    "-> (Tensor out, Tensor gates, Tensor load, Tensor normed, Tensor statistics)",
     reference.aomoa,
+    saving=(reference.aomoa_saving, 2),
 )
 
 

@@ -5,6 +5,8 @@ SpectralX, "attribute-oriented mixture of adapters" (arXiv 2508.01731). Notation
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,6 +105,27 @@ def aomoa(
 
     adapted = F.linear(c, up).transpose(0, 1).flatten(1)  # [T, A * out / A]
     return F.linear(x, weight, bias) + scaler * adapted, gates, load
+
+
+def aomoa_saving(
+    x: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`aomoa`, and what its kernels keep for backward.
+
+    normed [T, A, r] is norm2's output before its weight and bias; statistics [3, A, T] are mean
+    and reciprocal standard deviation of norm1, and the latter of norm2. Both float32 (float64).
+    """
+    gate, down, norm_eps = arguments[8], arguments[5], arguments[-1]
+    wide = accumulation_dtype(x.dtype)
+    halves = x.unflatten(1, (gate.shape[0], down.shape[1])).transpose(0, 1).to(wide)
+    mean = halves.mean(dim=-1)
+    rstd1 = (halves.var(dim=-1, unbiased=False) + norm_eps).rsqrt()
+    u = (halves - mean.unsqueeze(-1)) * rstd1.unsqueeze(-1)
+    z0 = F.linear(u * arguments[3].to(wide) + arguments[4].to(wide), down.to(wide))
+    rstd2 = (z0.var(dim=-1, unbiased=False) + norm_eps).rsqrt()
+    normed = (z0 - z0.mean(dim=-1, keepdim=True)) * rstd2.unsqueeze(-1)
+    statistics = torch.stack([mean, rstd1, rstd2])
+    return *aomoa(x, *arguments), normed.transpose(0, 1), statistics
 
 
 def balance_loss(gates: Tensor, load: Tensor) -> Tensor:
