@@ -19,12 +19,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids_keep [B, keep], mask [B, L] (1 masked) and ids_restore [B, L] from noise [B, L]."""
+    """ids_keep [B, keep], mask [B, L] (True masked), ids_restore [B, L] from noise [B, L]."""
     order = torch.argsort(noise.detach(), dim=1, stable=True)  # equal noise: lowest index first
     ranks = torch.arange(noise.shape[1], device=noise.device).expand_as(order)
     ids_restore = torch.zeros_like(order).scatter(1, order, ranks)
-    mask = (ids_restore >= keep).to(noise.dtype)
-    return order[:, :keep], mask, ids_restore
+    return order[:, :keep], ids_restore >= keep, ids_restore
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:

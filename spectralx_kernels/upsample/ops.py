@@ -43,9 +43,8 @@ UPSAMPLE_ARGMAX = Operator(
 )
 UPSAMPLE_ARGMAX_PROBABILITY = Operator(
     "upsample_argmax_probability",
-    "(Tensor logits, SymInt[2] size, bool align_corners) -> (Tensor label, Tensor probability)",
+    "(Tensor logits, SymInt[2] size, bool align_corners) -> (Tensor probability, Tensor label)",
     reference.upsample_argmax_probability,
-    differentiable=False,
     autocast_to=torch.float32,
 )
 CONFUSION_MATRIX_UPDATE = Operator(
@@ -329,7 +328,7 @@ def upsample_argmax(
     -------
     label : [B, H, W], int64. Ties go to the lowest class; a NaN counts as the largest.
     probability : [B, H, W] in the dtype of `logits` (float32 under autocast), if asked for; NaN
-        where a logit is NaN. Neither has a gradient.
+        where a logit is NaN. Differentiable.
 
     Raises
     ------
@@ -340,7 +339,7 @@ def upsample_argmax(
     _check_map("logits", logits, "classes")
     out_size = _pair("size", size, 1)
     if return_probability:
-        label, probability = UPSAMPLE_ARGMAX_PROBABILITY(
+        probability, label = UPSAMPLE_ARGMAX_PROBABILITY(
             logits, out_size, align_corners, backend=backend
         )
         return label, probability

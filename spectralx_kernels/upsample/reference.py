@@ -150,12 +150,12 @@ def upsample_argmax(logits: Tensor, size: list[int], align_corners: bool) -> Ten
 def upsample_argmax_probability(
     logits: Tensor, size: list[int], align_corners: bool
 ) -> tuple[Tensor, Tensor]:
-    """`upsample_argmax` and the softmax probability [B, H, W] of that class."""
+    """Softmax probability [B, H, W] of the most probable class, and that class [B, H, W]."""
     wide = accumulation_dtype(logits.dtype)
-    upsampled = resize(logits.detach().to(wide), size, align_corners)
-    best = upsampled.argmax(dim=1, keepdim=True)
-    probability = (upsampled.gather(1, best) - upsampled.logsumexp(dim=1, keepdim=True)).exp()
-    return best.squeeze(1), probability.squeeze(1).to(logits.dtype)
+    upsampled = resize(logits.to(wide), size, align_corners)
+    label = upsampled.argmax(dim=1)
+    best = upsampled.gather(1, label.unsqueeze(1)).squeeze(1)
+    return (best - upsampled.logsumexp(dim=1)).exp().to(logits.dtype), label
 
 
 def confusion_matrix_update(

@@ -1,0 +1,97 @@
+"""confusion_matrix_update: every pixel counted once, in the right cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spectralx_kernels.upsample import confusion_matrix_update
+from spectralx_kernels.upsample.ops import CONFUSION_MATRIX_UPDATE
+from tests.kernels import ladder
+
+
+def labels(classes: int, *shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, classes, shape, generator=generator)
+
+
+def test_ladder() -> None:
+    args = (torch.ones(5, 5).long(), labels(5, 2, 4, 3), labels(5, 2, 4, 3, seed=1), 0)
+    ladder.check_contract(CONFUSION_MATRIX_UPDATE, args)
+    ladder.check_accuracy(CONFUSION_MATRIX_UPDATE, args, torch.float32)
+    ladder.check_repeats(CONFUSION_MATRIX_UPDATE, args)
+
+
+def test_compiles() -> None:
+    ladder.check_compiles(
+        lambda *values: confusion_matrix_update(*values, 0),
+        (torch.ones(5, 5).long(), labels(5, 2, 4, 3), labels(5, 2, 4, 3, seed=1)),
+    )
+
+
+@given(
+    classes=st.integers(1, 7),
+    shape=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+    ignore_index=st.sampled_from([-100, 0, 255]),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_counts_every_pixel_once(classes: int, shape: list[int], ignore_index: int) -> None:
+    prediction, target = labels(classes, *shape), labels(classes, *shape, seed=1)
+    target[labels(4, *shape, seed=2) == 0] = ignore_index if ignore_index >= 0 else 0
+    start = labels(9, classes, classes, seed=3)
+    before = start.clone()
+    expected = start.clone()
+    for true, predicted in zip(
+        target.flatten().tolist(), prediction.flatten().tolist(), strict=True
+    ):
+        if true != ignore_index:
+            expected[true, predicted] += 1
+    found = confusion_matrix_update(start, prediction, target, ignore_index)
+    assert torch.equal(found, expected)
+    assert torch.equal(start, before)
+
+
+def test_prediction_of_an_ignored_pixel_is_never_looked_at(backend: str) -> None:
+    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    prediction, target = torch.tensor([7, 1]), torch.tensor([255, 0])
+    found = confusion_matrix_update(confusion, prediction, target, 255, backend=backend)
+    assert found.tolist() == [[0, 1], [0, 0]]
+
+
+def test_small_integer_dtypes_do_not_overflow(backend: str) -> None:
+    confusion = torch.zeros(200, 200, dtype=torch.int64)
+    pixel = torch.full((3,), 199, dtype=torch.uint8)
+    assert confusion_matrix_update(confusion, pixel, pixel, backend=backend)[199, 199] == 3
+
+
+def test_a_wrong_label_nobody_looked_at_is_not_counted() -> None:
+    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    wrong = torch.tensor([0, 2, -1, 1])
+    found = CONFUSION_MATRIX_UPDATE(confusion, wrong, torch.tensor([0, 0, 1, 1]), -100)
+    assert found.tolist() == [[1, 0], [0, 1]]
+    found = CONFUSION_MATRIX_UPDATE(confusion, torch.tensor([0, 0, 1, 1]), wrong, -100)
+    assert found.tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"confusion": torch.zeros(3, 3)}, "confusion: got dtype torch.float32, expected torch.i"),
+        ({"confusion": torch.zeros(3, 4).long()}, r"confusion: got shape \[3, 4\], expected \[3"),
+        ({"prediction": torch.zeros(2, 5)}, "prediction: got dtype torch.float32"),
+        ({"prediction": torch.full((2, 5), 3)}, "prediction: got class 3, expected 0 to 2"),
+        ({"prediction": torch.full((2, 5), -1)}, "prediction: got class -1, expected 0 to 2"),
+        ({"target": torch.zeros(2, 4).long()}, r"target: got shape \[2, 4\], expected \[2, 5\]"),
+        ({"target": torch.full((2, 5), 3)}, "target: got label 3, expected 0 to 2 or ignore_in"),
+    ],
+)
+def test_bad_counts_are_named(change: dict[str, Any], message: str) -> None:
+    good = {"confusion": torch.zeros(3, 3).long(), "prediction": torch.zeros(2, 5).long()}
+    good["target"] = torch.zeros(2, 5).long()
+    with pytest.raises((TypeError, ValueError), match=message):
+        confusion_matrix_update(**{**good, **change})
