@@ -1,0 +1,416 @@
+"""Checkpoints: our own (safetensors and a manifest) and the published state dicts.
+
+A checkpoint is a folder::
+
+    manifest.json                   what the model is, and the hash of its tensors
+    model-<hash>.safetensors        every entry of its state dict
+
+The manifest is replaced last and in one step, so a folder always holds a whole checkpoint: the
+one before or the new one. Reading one runs no code that a file could bring along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spectralx.reconstruction import MaskedReconstruction
+from spectralx.segmentation import Segmentation
+from spectralx_kernels import __version__, official_inert, official_parameters
+
+FORMAT = "spectralx-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+# What a manifest may name as its model.
+_MODELS: dict[str, type[nn.Module]] = {
+    "reconstruction": MaskedReconstruction,
+    "segmentation": Segmentation,
+}
+# Stage-2 tensors that depend on the bands or the image size, which may change between stages.
+_MAY_DIFFER = ("patch_embed.", "pos_embed")
+_BACKBONE = "vit_backbone."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: names the file, what was found and what is expected."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read from disk.
+
+    Attributes
+    ----------
+    path : its folder.
+    manifest : everything the manifest holds.
+    tensors : the state dict, on the CPU.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments that build the model."""
+        return dict(self.manifest["config"])
+
+    def build(self) -> nn.Module:
+        """The model of the manifest with the tensors of the checkpoint, in evaluation mode.
+
+        Raises
+        ------
+        CheckpointError : the configuration does not build a model, or not one of these sizes.
+        """
+        kind = self.manifest["model"]
+        if kind not in _MODELS:
+            raise CheckpointError(
+                f"{self.path / MANIFEST}: model: got {kind!r}, expected one of {', '.join(_MODELS)}"
+            )
+        try:
+            model = _MODELS[kind](**self.config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path / MANIFEST}: config: {_one_line(error)}") from error
+        self.load_into(model)
+        return model.eval()
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy every tensor into `model`, which must have exactly these names and shapes.
+
+        Raises
+        ------
+        CheckpointError : it has not; the model is unchanged.
+        """
+        own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        _check_names(str(self.path), found, own)
+        model.load_state_dict(self.tensors)
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """What `initialise_from_stage1` did: names of the stage-2 model.
+
+    Attributes
+    ----------
+    copied : tensors that came from stage 1.
+    kept : backbone tensors that did not, and why.
+    """
+
+    copied: list[str]
+    kept: dict[str, str]
+
+    def __str__(self) -> str:
+        text = f"{len(self.copied)} tensors from stage 1"
+        if self.kept:
+            text += "; kept: " + ", ".join(f"{name} ({why})" for name, why in self.kept.items())
+        return text
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    config: Mapping[str, Any] | None = None,
+    *,
+    wavelengths: list[float] | None = None,
+    class_names: list[str] | None = None,
+    normalisation: Mapping[str, Any] | str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint of `model` into the folder `path`, replacing the one there.
+
+    Parameters
+    ----------
+    path : a folder; made where it does not exist.
+    model : a `MaskedReconstruction` or a `Segmentation`.
+    config : arguments that rebuild the model; ``model.config`` by default.
+    wavelengths : of the bands, in micrometres.
+    class_names : by index, the unlabelled class first.
+    normalisation : how images are scaled before they reach the model.
+    extra : anything else worth keeping (step, scores, ...), as JSON holds it.
+
+    Returns
+    -------
+    The folder.
+
+    Raises
+    ------
+    CheckpointError : another kind of model, a configuration that JSON cannot hold, or a `path`
+        that is a file.
+    """
+    folder = Path(path)
+    kind = next((name for name, cls in _MODELS.items() if type(model) is cls), None)
+    if kind is None:
+        names = ", ".join(cls.__name__ for cls in _MODELS.values())
+        raise CheckpointError(f"model: got {type(model).__name__}, expected one of {names}")
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "code_version": __version__,
+        "model": kind,
+        "config": dict(model.config if config is None else config),
+        "wavelengths": wavelengths,
+        "class_names": class_names,
+        "normalisation": normalisation,
+        "extra": dict(extra or {}),
+    }
+    try:
+        json.dumps(manifest)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: got a file, expected a folder or nothing")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+        new = Path(scratch, "model")
+        save_file(tensors, new)
+        digest = _sha256(new)
+        tensor_file = folder / f"model-{digest[:16]}.safetensors"
+        manifest["tensors"] = {
+            "file": tensor_file.name,
+            "sha256": digest,
+            "bytes": new.stat().st_size,
+        }
+        new_manifest = Path(scratch, MANIFEST)
+        new_manifest.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, tensor_file)
+        os.replace(new_manifest, folder / MANIFEST)
+    for old in folder.glob("model-*.safetensors"):
+        if old != tensor_file:
+            old.unlink(missing_ok=True)
+    return folder
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the checkpoint in the folder `path` (or whose manifest `path` is) and check its hash.
+
+    Raises
+    ------
+    CheckpointError : no checkpoint there, another format, or tensors that are missing, damaged
+        or not those of the manifest.
+    """
+    folder = Path(path)
+    if folder.name == MANIFEST:
+        folder = folder.parent
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: got no {MANIFEST}, expected a checkpoint folder")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {_one_line(error)}") from error
+    _check_manifest(file, manifest)
+
+    entry = manifest["tensors"]
+    tensor_file = folder / entry["file"]
+    if not tensor_file.is_file():
+        raise CheckpointError(f"{tensor_file}: no such file, expected the tensors of {file}")
+    digest = _sha256(tensor_file)
+    if digest != entry["sha256"]:
+        raise CheckpointError(
+            f"{tensor_file}: got sha256 {digest[:16]}..., expected {entry['sha256'][:16]}... "
+            "as in its manifest: the file is damaged or of another checkpoint"
+        )
+    return Checkpoint(folder, manifest, _load_safetensors(tensor_file))
+
+
+def load_official(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
+    """Load the paper's published state dict: every name of it, and every name of the model.
+
+    Parameters
+    ----------
+    model : takes the published names where its modules derive from
+        `spectralx_kernels.OfficialNames`.
+    source : a state dict, or a file: ``.safetensors``, or what ``torch.save`` wrote. A
+        ``state_dict`` or ``model`` entry that holds it and a ``module.`` before every name
+        (data-parallel training) are taken off.
+
+    Raises
+    ------
+    CheckpointError : unreadable, or names or shapes that differ. Names are checked before
+        anything is loaded; after an error in a shape the model is to be thrown away.
+    """
+    if isinstance(source, Mapping):
+        where, state = "state_dict", dict(source)
+    else:
+        where, state = str(source), _read_official(Path(source))
+    state = _unwrapped(state)
+    not_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if not_tensors:
+        raise CheckpointError(f"{where}: {_some(not_tensors)}: not tensors, expected a state dict")
+    inert = official_inert(model)
+    expected = [*official_parameters(model), *(name for name in inert if name in state)]
+    _check_names(where, dict.fromkeys(state), dict.fromkeys(expected))
+    for name, shape in inert.items():
+        if name in state and tuple(state[name].shape) != shape:
+            found = list(state[name].shape)
+            raise CheckpointError(f"{where}: {name}: got shape {found}, expected {list(shape)}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # other shapes: its first line is a heading
+        lines = [line.strip() for line in str(error).splitlines()]
+        first = lines[1] if len(lines) > 1 else lines[0]
+        more = f" ({len(lines) - 2} more)" if len(lines) > 2 else ""
+        raise CheckpointError(f"{where}: {first}{more}") from error
+
+
+def initialise_from_stage1(
+    model: nn.Module, stage1: Checkpoint | nn.Module | str | os.PathLike[str]
+) -> Initialised:
+    """Copy tokenizer, backbone, adapters and norms of stage 1 into a stage-2 model, by name.
+
+    Tensors that depend on the bands or on the image size stay as they are where shapes differ;
+    what else the backbone has under the same name must have the same shape.
+
+    Parameters
+    ----------
+    model : a `Segmentation`.
+    stage1 : a checkpoint of a `MaskedReconstruction`, its folder, or such a model.
+
+    Returns
+    -------
+    What was copied and what was not.
+
+    Raises
+    ------
+    CheckpointError : not a stage-1 checkpoint, nothing in common, or other sizes; the model is
+        unchanged.
+    """
+    if isinstance(stage1, nn.Module):
+        where, tensors = "stage1", stage1.state_dict()
+    else:
+        checkpoint = stage1 if isinstance(stage1, Checkpoint) else load(stage1)
+        where, tensors = str(checkpoint.path), checkpoint.tensors
+        kind = checkpoint.manifest["model"]
+        if kind != "reconstruction":
+            raise CheckpointError(
+                f"{where}: got a checkpoint of a {kind} model, expected one of reconstruction"
+            )
+    copied: dict[str, Tensor] = {}
+    kept: dict[str, str] = {}
+    for name, own in model.state_dict().items():
+        if not name.startswith(_BACKBONE):
+            continue
+        stage1_name = name.removeprefix(_BACKBONE)
+        if stage1_name not in tensors:
+            kept[name] = "not in stage 1"
+        elif tensors[stage1_name].shape == own.shape:
+            copied[name] = tensors[stage1_name]
+        else:
+            shapes = f"got shape {list(tensors[stage1_name].shape)}, expected {list(own.shape)}"
+            if not stage1_name.startswith(_MAY_DIFFER):
+                raise CheckpointError(f"{where}: {stage1_name}: {shapes}")
+            kept[name] = shapes
+    if not copied:
+        raise CheckpointError(f"{where}: holds nothing of the backbone, expected its tensors")
+    model.load_state_dict(copied, strict=False)
+    return Initialised(list(copied), kept)
+
+
+def _check_manifest(file: Path, manifest: Any) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(f"{file}: format: got {found!r}, expected {FORMAT!r}")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{file}: format_version: got {version}, expected {FORMAT_VERSION}")
+    if not isinstance(manifest.get("model"), str):
+        raise CheckpointError(f"{file}: model: got {manifest.get('model')!r}, expected a name")
+    if not isinstance(manifest.get("config"), dict):
+        raise CheckpointError(f"{file}: config: got {manifest.get('config')!r}, expected an object")
+    entry = manifest.get("tensors")
+    if not isinstance(entry, dict) or not all(
+        isinstance(entry.get(key), str) for key in ("file", "sha256")
+    ):
+        raise CheckpointError(f"{file}: tensors: got {entry!r}, expected a file and its sha256")
+    if Path(entry["file"]).name != entry["file"]:
+        raise CheckpointError(
+            f"{file}: tensors: got file {entry['file']!r}, expected a name in the same folder"
+        )
+
+
+def _check_names(
+    where: str,
+    found: Mapping[str, tuple[int, ...] | None],
+    expected: Mapping[str, tuple[int, ...] | None],
+) -> None:
+    """Raise one line for all differences between the names (and shapes) found and expected."""
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected]
+    wrong = [
+        f"{name} (got {found[name]}, expected {shape})"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = [
+        f"{len(names)} tensors {what}: {_some(names)}"
+        for what, names in (
+            ("of another shape", wrong),
+            ("missing", missing),
+            ("not expected", surplus),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: " + "; ".join(problems))
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _read_official(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file, expected a state dict")
+    if file.suffix == ".safetensors":
+        return dict(_load_safetensors(file))
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{file}: not a file of tensors alone: {first}") from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{file}: got {type(state).__name__}, expected a state dict")
+    return dict(state)
+
+
+def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), Mapping):
+            state = dict(state[key])
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _load_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file: {_one_line(error)}") from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
