@@ -231,7 +231,7 @@ class SpatialSpectralTokenizer(nn.Module):
             ("spatial_positions", spatial_positions(height, width, stem_dim, resolution)),
             ("spectral_positions", spectral_positions(nanometres, stem_dim, positions)),
         ):
-            self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
+            self.register_buffer(name, table.to(self.spa_query), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, spatial features and spectral features of images [B, C, H, W].

@@ -1,4 +1,7 @@
-"""Fixed sine-cosine tables of where a position lies and which wavelength a channel stands for."""
+"""Fixed sine-cosine tables of where a position lies and which wavelength a channel stands for.
+
+They are made on the CPU in float64, whatever the default device and dtype.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,17 @@ WAVELENGTH_UNITS = {"um": 1000.0, "nm": 1.0}  # nanometres in one of them
 WAVELENGTH_RANGE_NM = (100.0, 100_000.0)  # ultraviolet to thermal infrared
 
 
+def _count(stop: int) -> Tensor:
+    return torch.arange(stop, dtype=torch.float64, device="cpu")
+
+
 def sincos(values: Tensor, width: int) -> Tensor:
     """[P, width] in float64: sines of value · 10000^(-2i / width), then the cosines.
 
     values : [P], in float64. An odd width has one sine more than cosines.
     """
     sines = (width + 1) // 2
-    frequencies = 10000.0 ** (-torch.arange(sines, dtype=torch.float64) / (width / 2))
+    frequencies = 10000.0 ** (-_count(sines) / (width / 2))
     angles = values.to(torch.float64)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()[:, : width - sines]], dim=1)
 
@@ -28,8 +35,8 @@ def spatial_positions(height: int, width: int, channels: int, resolution: float)
     The first half of the channels holds the column, the second the row, each times `resolution`
     (metres).
     """
-    columns = sincos(resolution * torch.arange(width, dtype=torch.float64), channels // 2)
-    rows = sincos(resolution * torch.arange(height, dtype=torch.float64), channels // 2)
+    columns = sincos(resolution * _count(width), channels // 2)
+    rows = sincos(resolution * _count(height), channels // 2)
     return torch.cat(
         [columns.repeat(height, 1), rows.repeat_interleave(width, dim=0)],
         dim=1,
@@ -46,7 +53,7 @@ def spectral_positions(wavelengths_nm: Tensor, channels: int, width: int) -> Ten
     bands = table.shape[0]
     if bands == 1:
         return table.repeat(channels, 1)
-    where = torch.linspace(0, bands - 1, channels, dtype=torch.float64)
+    where = torch.linspace(0, bands - 1, channels, dtype=torch.float64, device="cpu")
     below = where.floor().clamp(max=bands - 2)
     weight = (where - below)[:, None]
     index = below.long()

@@ -24,11 +24,11 @@ def window_attention(
     """Attention within windows of a map: qkv [B, H, W, 3D] -> [B, H, W, D]."""
     batch, height, width, channels = qkv.shape
     rows, columns = window
-    below, right = -height % rows, -width % columns
+    down, across = (height + rows - 1) // rows, (width + columns - 1) // columns
+    below, right = down * rows - height, across * columns - width
     if padding is not None:
         qkv = torch.cat([qkv, padding.expand(batch, height, right, channels)], dim=2)
-        qkv = torch.cat([qkv, padding.expand(batch, below, width + right, channels)], dim=1)
-    down, across = (height + below) // rows, (width + right) // columns
+        qkv = torch.cat([qkv, padding.expand(batch, below, across * columns, channels)], dim=1)
     dim = channels // 3 // num_heads
     q, k, v = (
         qkv.reshape(batch, down, rows, across, columns, 3, num_heads, dim)
@@ -39,7 +39,7 @@ def window_attention(
     out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(dim)) v
     out = out.reshape(batch, down, across, num_heads, rows, columns, dim)
     out = out.permute(0, 1, 4, 2, 5, 3, 6)
-    out = out.reshape(batch, height + below, width + right, channels // 3)
+    out = out.reshape(batch, down * rows, across * columns, channels // 3)
     return out[:, :height, :width]
 
 

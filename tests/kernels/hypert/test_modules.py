@@ -1,0 +1,221 @@
+"""`HyperT` as a module: sizes, names, what trains, modes, compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectralx_kernels.hypert import HyperT, SpatialSpectralTokenizer
+from tests.kernels import ladder
+
+SMALL: dict[str, Any] = {"embed_dim": 12, "stem_dim": 16, "num_heads": 4}
+
+
+def wavelengths(bands: int) -> list[float]:
+    return [0.4 + 2.0 * band / bands for band in range(bands)]
+
+
+def small(bands: int = 3, **options: Any) -> HyperT:
+    torch.manual_seed(0)
+    return HyperT(bands, wavelengths(bands), **({"image_size": (32, 48)} | SMALL | options))
+
+
+def images(count: int, bands: int, size: tuple[int, int], dtype: Any = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(count + bands)
+    return torch.rand(count, bands, *size, generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [((8, 8), 1), ((8, 24), 3), ((40, 24), 5), ((24, 56), 7), ((40, 40), None)],
+    ids=str,
+)
+def test_any_multiple_of_8(size, tokens):
+    """Maps of odd sides too, whose windows do not divide them and whose area has few divisors."""
+    model = small(image_size=size, tokens=tokens, low_rank=None).eval()
+    found, spatial, spectral = model(images(2, 3, size))
+    positions = size[0] // 8 * (size[1] // 8)
+    assert found.shape == (2, tokens or (size[0] // 16) * (size[1] // 16), 12)
+    assert spatial.shape == (2, positions, 16)
+    assert spectral.shape == (2, 16, positions)
+    assert all(out.isfinite().all() for out in (found, spatial, spectral))
+
+
+@pytest.mark.parametrize("bands", [1, 2, 65, 512])
+def test_any_number_of_bands(bands):
+    model = small(bands, image_size=16).train()
+    found = model(images(2, bands, (16, 16)))[0]
+    assert found.shape == (2, 1, 12)
+    assert found.isfinite().all()
+
+
+def test_paper_sizes_are_the_defaults():
+    with torch.device("meta"):
+        model = HyperT(13, wavelengths(13))
+    assert model.proj.spa_query.shape == (196, 512)
+    assert model.proj.spatial_positions.shape == (784, 512)
+    assert model.proj.spectral_positions.shape == (512, 784)
+    attention = {
+        name: (module.window, module.num_heads)
+        for name, module in model.proj.named_modules()
+        if name.endswith("attn") and hasattr(module, "window")
+    }
+    assert attention == {
+        "spa_semantic_module.0.attn": ((14, 14), 8),
+        "spe_semantic_module.0.attn": ((1, 512), 8),
+    }
+    assert model.up.weight.shape == (1024, 16, 4, 4)
+
+
+def test_order_and_repetition_of_wavelengths():
+    x = images(1, 3, (32, 48))
+    results = []
+    for values in ([0.8, 0.4, 0.4], [0.4, 0.4, 0.8]):
+        torch.manual_seed(0)
+        model = HyperT(3, values, image_size=(32, 48), **SMALL).eval()
+        results.append(model(x))
+    assert torch.equal(results[0][1], results[1][1])  # the spatial branch does not see them
+    assert not torch.allclose(results[0][2], results[1][2])
+    torch.manual_seed(0)
+    nanometres = HyperT(
+        3, torch.tensor([800, 400, 400]), wavelength_unit="nm", image_size=(32, 48), **SMALL
+    ).eval()
+    torch.testing.assert_close(nanometres(x)[0], results[0][0])
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model = small().double().eval()
+    x = images(3, 3, (32, 48), torch.float64)
+    for whole, alone in zip(model(x), model(x[1:2]), strict=True):
+        torch.testing.assert_close(whole[1:2], alone)
+    assert [tuple(out.shape) for out in model(x[:0])] == [(0, 6, 12), (0, 24, 16), (0, 16, 24)]
+
+
+def test_low_rank_path_is_added_and_scaled():
+    model = small().eval()
+    x = images(2, 3, (32, 48))
+    with torch.no_grad():
+        model.scaler.copy_(torch.linspace(0.5, 2, 12))
+        patches = model.up(model.down(x))  # [B, D, 2, 3]
+        tokens = model.proj(x)[0]
+        expected = [
+            model.scaler * (tokens[:, row * 3 + column] + patches[:, :, row, column])
+            for row in range(2)
+            for column in range(3)
+        ]
+        torch.testing.assert_close(model(x)[0], torch.stack(expected, dim=1))
+
+
+def test_queries_are_projected_once_for_all_images():
+    model = small().eval()
+    seen: list[tuple[int, ...]] = []
+    for match in (model.proj.spa_match_attn, model.proj.spe_match_attn):
+        match.to_q.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
+    model(images(5, 3, (32, 48)))
+    assert seen == [(6, 8), (6, 12)]
+
+
+def test_official_trains_the_low_rank_path_and_the_scaler():
+    model = small()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"scaler", "down.weight", "down.bias", "up.weight", "up.bias"}
+    assert all(p.requires_grad for p in small(trainable="all").parameters())
+    model(images(2, 3, (32, 48)))[0].square().sum().backward()
+    assert all((p.grad is not None) == (name in trained) for name, p in model.named_parameters())
+    everything = small(trainable="all")
+    everything(images(2, 3, (32, 48)))[0].square().sum().backward()
+    assert all(p.grad is not None for p in everything.parameters())
+
+
+def test_frozen_batch_norms_follow_the_mode():
+    model = small()
+    mean = model.get_buffer("proj.downsample_module.module1.1.running_mean")
+    model.eval()(images(2, 3, (32, 48)))
+    assert torch.equal(mean, torch.zeros(64))
+    model.train()(images(2, 3, (32, 48)))
+    assert not torch.equal(mean, torch.zeros(64))
+
+
+def test_state_dict_round_trip_without_tables():
+    model = small()
+    state = model.state_dict()
+    assert not any("positions" in name for name in state)
+    other = small()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+    # Published files made before torch counted batches lack the counters.
+    other.load_state_dict({k: v for k, v in state.items() if "num_batches" not in k})
+    x = images(1, 3, (32, 48))
+    assert torch.equal(model.eval()(x)[0], other.eval()(x)[0])
+    bare = SpatialSpectralTokenizer(3, wavelengths(3), image_size=(32, 48), **SMALL)
+    bare.load_state_dict(model.proj.state_dict())
+
+
+def test_compiles_without_a_break():
+    model = small()
+    x = images(2, 3, (32, 48))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for plain, other in zip(model(x), compiled(x), strict=True):
+        torch.testing.assert_close(plain, other)
+    compiled(x)[0].sum().backward()
+    assert model.up.weight.grad is not None
+
+
+def test_autocast_stays_close():
+    model = small(trainable="all").eval()
+    x = images(2, 3, (32, 48))
+    exact = model.double()(x.double())[0]
+    model.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = model(x)[0]
+    assert ladder.relative_error(tokens, exact) < 0.05
+    tokens.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_nan_pixel_reaches_every_token_of_its_image():
+    model = small().eval()
+    x = images(2, 3, (32, 48))
+    x[0, 1, 5, 7] = torch.nan
+    tokens = model(x)[0]
+    assert tokens[0].isnan().all()
+    assert tokens[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_channels": 0}, "in_channels: got 0, expected 1 to 512"),
+        ({"in_channels": 513}, "in_channels: got 513, expected 1 to 512"),
+        ({"wavelengths": [0.5]}, "wavelengths: got shape"),
+        ({"image_size": 100}, "image_size: got 100 x 100, expected positive multiples of 8"),
+        ({"image_size": (0, 16)}, "image_size: got 0 x 16"),
+        ({"image_size": 24}, "image_size: got 24 x 24, expected positive multiples of 16"),
+        ({"tokens": 5}, "tokens: got 5, expected 1, one for each patch"),
+        ({"tokens": 0, "low_rank": None}, "tokens: got 0"),
+        ({"embed_dim": 7}, "embed_dim: got 7"),
+        ({"stem_dim": 18}, "stem_dim: got 18"),
+        ({"num_heads": 3}, "stem_dim: got 16, expected a positive multiple of 4 and of num_heads"),
+        ({"num_heads": 0}, "num_heads: got 0"),
+        ({"low_rank": 0}, "low_rank: got 0"),
+        ({"trainable": "some"}, "trainable: got 'some'"),
+    ],
+    ids=str,
+)
+def test_bad_sizes(options, message):
+    valid: dict[str, Any] = {"in_channels": 3, "wavelengths": wavelengths(3), "image_size": 16}
+    given = valid | SMALL | options
+    if options.get("in_channels"):
+        given["wavelengths"] = wavelengths(given["in_channels"])
+    with pytest.raises(ValueError, match=message):
+        HyperT(**given)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 32, 48), (1, 3, 48, 32), (3, 32, 48)], ids=str)
+def test_bad_images(shape):
+    with pytest.raises(ValueError, match=r"images: got shape .*, expected \[batch, 3, 32, 48\]"):
+        small()(torch.zeros(shape))
