@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import nn
 
 from spectralx.adapters import (
+    ConvAdapter,
     IA3Conv2d,
     IA3Linear,
+    LinearAdapter,
     LoRAConv2d,
     LoRALinear,
     SLRConv2d,
@@ -39,10 +41,8 @@ CONVOLUTION: Mapping[Method, Callable[..., nn.Module]] = {
 # Adapter -> name of the frozen layer inside it.
 _WRAPPED: Mapping[type[nn.Module], str] = {
     AoMoALinear: "linear",
-    LoRALinear: "linear",
-    IA3Linear: "linear",
-    LoRAConv2d: "proj",
-    IA3Conv2d: "proj",
+    LinearAdapter: "linear",
+    ConvAdapter: "proj",
 }
 _ADAPTERS = tuple(_WRAPPED)
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -87,13 +87,16 @@ def _block_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
-def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers and convolutions by name, those inside adapters and HyperT left out."""
-    for name, child in module.named_children():
-        if isinstance(child, (nn.Linear, nn.Conv2d)):
-            yield prefix + name, child
-        elif not isinstance(child, (*_ADAPTERS, HyperT)):
-            yield from _layers(child, f"{prefix}{name}.")
+    closed: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(closed):
+            continue
+        if isinstance(module, (*_ADAPTERS, HyperT)):
+            closed += (f"{name}." if name else "",)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and name:
+            yield name, module
 
 
 def _adapted(name: str, layer: nn.Module, method: Method, options: Mapping[str, Any]) -> nn.Module:

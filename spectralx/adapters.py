@@ -23,7 +23,54 @@ def _ones(size: int, like: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.ones(size, device=like.device, dtype=like.dtype))
 
 
-class LoRALinear(nn.Module):
+class LinearAdapter(nn.Module):
+    """Base of what stands in for a linear layer: the layer, frozen, as ``.linear``.
+
+    ``weight``, ``bias``, ``in_features`` and ``out_features`` are the frozen layer's, for models
+    that ask their layers for a dtype or a width.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
+
+
+class ConvAdapter(nn.Module):
+    """Base of what stands in for a patch convolution: the layer, frozen, as ``.proj``.
+
+    ``weight`` and ``bias`` are the frozen layer's.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.proj = conv.requires_grad_(False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.proj.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.proj.bias
+
+
+class LoRALinear(LinearAdapter):
     """A frozen linear layer plus a trained low-rank one: ``linear(x) + up(down(x))``.
 
     Parameters
@@ -40,9 +87,8 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, *, rank: int = DEFAULT_RANK) -> None:
-        super().__init__()
         _check_rank(rank)
-        self.linear = linear.requires_grad_(False)
+        super().__init__(linear)
         factory: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.down = nn.Linear(linear.in_features, rank, **factory)
         self.up = nn.Linear(rank, linear.out_features, **factory)
@@ -74,7 +120,7 @@ class SLRLinear(LoRALinear):
         return self.out_scaler * super().forward(self.in_scaler * x)
 
 
-class IA3Linear(nn.Module):
+class IA3Linear(LinearAdapter):
     """A frozen linear layer of a rescaled input: ``linear(in_scaler * x)``; scales start at one.
 
     Parameters
@@ -85,8 +131,7 @@ class IA3Linear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear.requires_grad_(False)
+        super().__init__(linear)
         self.in_scaler = _ones(linear.in_features, linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +155,7 @@ def _check_patch_convolution(conv: nn.Conv2d) -> None:
         )
 
 
-class LoRAConv2d(nn.Module):
+class LoRAConv2d(ConvAdapter):
     """A frozen patch convolution plus a low-rank one of two strided steps, ``up(down(x))``.
 
     Parameters
@@ -127,10 +172,9 @@ class LoRAConv2d(nn.Module):
     """
 
     def __init__(self, conv: nn.Conv2d, *, rank: int = DEFAULT_RANK) -> None:
-        super().__init__()
         _check_rank(rank)
         _check_patch_convolution(conv)
-        self.proj = conv.requires_grad_(False)
+        super().__init__(conv)
         factory: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
         height, width = (_split_side(side) for side in conv.kernel_size)
         inner, outer = (height[0], width[0]), (height[1], width[1])
@@ -161,7 +205,7 @@ class SLRConv2d(LoRAConv2d):
         return self.scaler[:, None, None] * super().forward(x)
 
 
-class IA3Conv2d(nn.Module):
+class IA3Conv2d(ConvAdapter):
     """A frozen convolution of rescaled bands, ``proj(in_scaler * x)``; scales start at one.
 
     Parameters
@@ -170,8 +214,7 @@ class IA3Conv2d(nn.Module):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.proj = conv.requires_grad_(False)
+        super().__init__(conv)
         self.in_scaler = _ones(conv.in_channels, conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:

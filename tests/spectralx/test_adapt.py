@@ -1,0 +1,222 @@
+"""`adapt` and `freeze` on transformers of several makers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectralx.adapt import METHODS, Method, adapt, adapter_blocks, freeze
+from spectralx.adapters import IA3Linear, LoRAConv2d, LoRALinear, SLRConv2d, SLRLinear
+from spectralx.backbones.dinov3 import RotaryAttention
+from spectralx.backbones.vit import Block
+from spectralx_kernels import AoMoALinear, HyperT
+
+KINDS = {"aomoa": AoMoALinear, "lora": LoRALinear, "slr": SLRLinear, "ia3": IA3Linear}
+
+
+class ToyViT(nn.Module):
+    """A vision transformer in timm's names."""
+
+    def __init__(self, depth: int = 3, dim: int = 32) -> None:
+        super().__init__()
+        self.patch_embed = nn.Sequential()
+        self.patch_embed.add_module("proj", nn.Conv2d(3, dim, 8, 8))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList(Block(dim, 2) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.bn = nn.BatchNorm1d(dim)
+        self.head = nn.Linear(dim, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+@pytest.fixture
+def model() -> ToyViT:
+    torch.manual_seed(0)
+    return ToyViT()
+
+
+def test_aomoa_goes_onto_the_mlp_of_the_chosen_blocks(model: ToyViT) -> None:
+    before = copy.deepcopy(model)
+    replaced = adapt(model, method="aomoa", blocks=[0, 2], experts=3, top_k=1)
+    assert replaced.names == (
+        "blocks.0.mlp.fc1",
+        "blocks.0.mlp.fc2",
+        "blocks.2.mlp.fc1",
+        "blocks.2.mlp.fc2",
+    )
+    for name in replaced.names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, AoMoALinear)
+        assert (layer.experts, layer.top_k) == (3, 1)
+        torch.testing.assert_close(layer.linear.weight, before.get_submodule(name).weight)
+    count = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in before.parameters())
+    assert replaced.parameters == count
+    assert "aomoa on 4 layers" in str(replaced)
+    assert f"{count:,} parameters added" in str(replaced)
+    assert type(model.blocks[1].mlp.fc1) is nn.Linear
+
+
+@pytest.mark.parametrize("method", ["lora", "slr", "ia3"])
+def test_baselines_keep_the_output_of_the_model(model: ToyViT, method: Method) -> None:
+    images = torch.randn(2, 3, 16, 24)
+    expected = model(images)
+    replaced = adapt(model, method=method)
+    assert len(replaced.names) == 3 * 4 + 1
+    kinds = {type(model.get_submodule(name)) for name in replaced.names[1:]}
+    assert kinds == {KINDS[method]}
+    torch.testing.assert_close(model(images), expected)
+
+
+def test_patch_convolutions_take_the_convolution_adapters(model: ToyViT) -> None:
+    adapt(model, method="slr", targets=r"^patch_embed\.proj$", rank=2)
+    layer = model.get_submodule("patch_embed.proj")
+    assert type(layer) is SLRConv2d
+    assert layer.down.weight.shape == (2, 3, 2, 2)
+    assert layer.up.weight.shape == (32, 2, 4, 4)
+
+
+def test_adapted_layers_are_left_alone(model: ToyViT) -> None:
+    adapt(model, method="lora", targets="fc1$")
+    replaced = adapt(model, method="lora", targets="fc1|fc2|linear")
+    assert replaced.names == tuple(f"blocks.{i}.mlp.fc2" for i in range(3))
+    with pytest.raises(ValueError, match="matches no linear or convolution layer"):
+        adapt(model, method="ia3", targets="fc1")
+
+
+def test_shared_layers_stay_shared(model: ToyViT) -> None:
+    model.blocks[2].mlp = model.blocks[0].mlp
+    adapt(model, method="lora", targets="fc1$")
+    assert model.blocks[2].mlp.fc1 is model.blocks[0].mlp.fc1
+    twin = nn.ModuleDict({"a": model.head, "b": model.head})
+    replaced = adapt(twin, method="lora", targets="[ab]")
+    assert twin["a"] is twin["b"]
+    assert replaced.names == ("a", "b")
+    assert replaced.parameters == 16 * (32 + 5) + 16 + 5
+
+
+def test_layers_of_sequentials_and_eval_mode(model: ToyViT) -> None:
+    layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    replaced = adapt(layers, method="lora", targets="2")
+    assert replaced.names == ("2",)
+    assert isinstance(layers[2], LoRALinear)
+    assert not any(module.training for module in layers.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"method": "dora"}, "method: got 'dora', expected one of aomoa, lora, slr, ia3"),
+        ({"method": "lora", "targets": "query"}, "targets: 'query' matches no"),
+        ({"method": "lora", "blocks": []}, r"in blocks \[\] of ToyViT"),
+        ({"method": "aomoa", "blocks": [1, 5, 7]}, r"blocks: got \[5, 7\], which hold no layer"),
+        ({"method": "lora", "targets": "head", "blocks": [0]}, "matches no"),
+        ({"method": "aomoa", "targets": "patch_embed"}, "patch_embed.proj is a convolution"),
+        ({"method": "aomoa", "targets": "head"}, "attributes: got 2"),
+    ],
+)
+def test_errors(model: ToyViT, arguments: dict, names: str) -> None:
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=names):
+        adapt(model, **arguments)
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_aomoa_refuses_a_linear_layer_with_another_forward() -> None:
+    attention = nn.ModuleDict({"attn": RotaryAttention(16, 2)})
+    with pytest.raises(ValueError, match=r"attn\.qkv is a KeyMaskedLinear"):
+        adapt(attention, method="aomoa", targets="qkv")
+    adapt(attention, method="lora", targets="qkv")
+    assert isinstance(attention["attn"].qkv, LoRALinear)
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks"), [(24, [5, 11, 17, 23]), (12, [5, 11]), (6, [5]), (7, [5]), (4, [3])]
+)
+def test_adapter_blocks(depth: int, blocks: list[int]) -> None:
+    assert adapter_blocks(depth) == blocks
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_freeze_leaves_adapters_and_norms(model: ToyViT, method: Method) -> None:
+    model.requires_grad_(True)
+    adapt(model, method=method, blocks=[1])
+    names = set(freeze(model))
+    adapters = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith("blocks.1.")
+        and any(part in name for part in ("scaler", "down", "up", "gate", "fc1_", "fc2_", "norm"))
+    }
+    norms = {n for n, _ in model.named_parameters() if "norm" in n}
+    assert names == adapters | norms
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == names
+    assert not any(n.endswith("linear.weight") for n in names)
+
+
+def test_freeze_without_norms_and_with_kept_names(model: ToyViT) -> None:
+    assert freeze(model, norms=False) == []
+    assert freeze(model, norms=False, keep=r"^(cls_token|head\.)") == [
+        "cls_token",
+        "head.weight",
+        "head.bias",
+    ]
+
+
+@pytest.mark.parametrize("trainable", ["official", "all"])
+def test_freeze_leaves_hypert_as_it_is(trainable: str) -> None:
+    tokenizer = HyperT(
+        3, [0.5, 0.6, 0.7], embed_dim=16, image_size=32, stem_dim=16, trainable=trainable
+    )
+    holder = nn.ModuleDict({"proj": tokenizer})
+    before = {name: p.requires_grad for name, p in holder.named_parameters()}
+    freeze(holder)
+    assert {name: p.requires_grad for name, p in holder.named_parameters()} == before
+    with pytest.raises(ValueError, match="matches no"):
+        adapt(holder, method="lora", targets="fc1")
+
+
+def test_a_transformers_vit() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=16,
+        num_channels=4,
+    )
+    model = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    images = torch.randn(2, 4, 32, 32)
+    expected = model(images).last_hidden_state
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    in_block_1 = [name for name in linears if ".1." in name]
+    mlp = [name for name in in_block_1 if "attention" not in name]
+    assert len(in_block_1) == 6
+    assert len(mlp) == 2
+
+    (patches,) = (name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    assert adapt(model, method="lora", targets=patches).names == (patches,)
+    assert isinstance(model.get_submodule(patches), LoRAConv2d)
+    torch.testing.assert_close(model(images).last_hidden_state, expected)
+
+    mlp_pattern = "|".join(name.replace(".1.", r"\.\d+\.") + "$" for name in mlp)
+    replaced = adapt(model, method="aomoa", targets=mlp_pattern, blocks=[1])
+    assert list(replaced.names) == mlp
+    trainable = freeze(model)
+    model(images).last_hidden_state.square().mean().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} <= set(trainable)
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    for name in mlp:
+        assert grads[f"{name}.scaler"].abs().sum() > 0
+        assert grads[f"{name}.linear.weight"] is None
