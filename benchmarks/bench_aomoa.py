@@ -18,8 +18,6 @@ from benchmarks.case import Case, Draw, Setting, Tensors, rotating
 from benchmarks.shapes import FORWARD, AomoaShape
 from spectralx_kernels import aomoa
 
-OP = "aomoa"
-
 
 def weights(shape: AomoaShape, draw: Draw) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Frozen and trained tensors of an adapted layer, none at a constant start value."""

@@ -1,7 +1,7 @@
 """pytest's side of the benchmarks: options, which rows exist, and the ``report`` fixture.
 
-A ``bench_<op>.py`` names its operator (``OP``) and has one test that hands a builder to
-``report``. The rows come from `benchmarks.shapes`; a group is measured when its first row runs.
+A test called ``test_<op>`` hands the builder of its cases to ``report``. The rows come from
+`benchmarks.shapes`; a group is measured when its first row runs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _dtypes(config: pytest.Config) -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "report" not in metafunc.fixturenames:
         return
-    op, full = metafunc.module.OP, metafunc.config.getoption("--full")
+    op = metafunc.function.__name__.removeprefix("test_")
+    full = metafunc.config.getoption("--full")
     rows = [
         (op, shape.name, mode, dtype, impl)
         for shape in selected(op, full=full)
@@ -115,7 +116,8 @@ class Groups:
             budget = Budget(seconds=10.0 if full else 2.0)
         torch._dynamo.reset()
         try:
-            return measure(build, shape, key.mode, Setting(device, DTYPES[key.dtype]), names, budget)
+            setting = Setting(device, DTYPES[key.dtype])
+            return measure(build, shape, key.mode, setting, names, budget)
         except Exception:  # the group cannot be built: every row of it fails with the reason
             return {name: Row(refused=traceback.format_exc()) for name in names}
 
@@ -148,7 +150,7 @@ def machine_facts(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "device_type": device,
         "threads": torch.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": os.cpu_count(),
         "torch": torch.__version__,
         "spectralx_kernels": spectralx_kernels.__version__,
         "python": platform.python_version(),
@@ -189,7 +191,7 @@ def report(
         key = GroupKey(op, shape, mode, dtype)
         row = config.stash[_GROUPS].row(build, key, impl)
         if row.refused:
-            pytest.fail(f"{key} {impl}: no number, as this row failed\n{row.refused}", pytrace=False)
+            pytest.fail(f"{key} {impl}: no number, it failed\n{row.refused}", pytrace=False)
         benchmark.group = str(key)
         benchmark.extra_info.update(config.stash[_FACTS])
         benchmark.extra_info.update(row.facts)

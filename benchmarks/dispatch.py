@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 NOISE_FLOOR = 0.1
 GATE_FLOOR = 1e-4
@@ -115,39 +115,3 @@ def aomoa(
         adapted.append(F.linear(mix(z, gates, fc1, fc2), up))
     out = F.linear(rows, weight, bias) + scaler * torch.cat(adapted, dim=1)
     return out.reshape(*x.shape[:-1], weight.shape[0])
-
-
-class DispatchLinear(nn.Module):
-    """An adapted layer (`spectralx_kernels.AoMoALinear`) run by this file's algorithm.
-
-    Shares the layer's parameters, and draws noise from it in the same order.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        noise = layer.draw_noise(x.numel() // x.shape[-1], x) if self.training else None
-        return aomoa(
-            x,
-            layer.linear.weight,
-            layer.linear.bias,
-            scaler=layer.scaler,
-            norm1_weight=layer.norm1.weight,
-            norm1_bias=layer.norm1.bias,
-            down=layer.down.weight,
-            norm2_weight=layer.norm2.weight,
-            norm2_bias=layer.norm2.bias,
-            gate=layer.gate,
-            gate_noise=layer.gate_noise,
-            fc1_weight=layer.fc1_weight,
-            fc1_bias=layer.fc1_bias,
-            fc2_weight=layer.fc2_weight,
-            fc2_bias=layer.fc2_bias,
-            up=layer.up.weight,
-            top_k=layer.top_k,
-            noise=noise,
-            norm_eps=layer.norm1.eps,
-        )

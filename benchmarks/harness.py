@@ -52,7 +52,7 @@ class Budget:
     rounds: tuple[int, int] = (3, 100)
 
 
-class Inaccurate(AssertionError):
+class InaccurateError(AssertionError):
     """An implementation disagrees with the reference: it gets no number."""
 
 
@@ -141,7 +141,7 @@ def _check(
             compared = compare(found, plain, exact, setting.dtype)
             wrong = [str(comparison) for comparison in compared if not comparison.holds]
             if wrong:
-                raise Inaccurate("; ".join(wrong))
+                raise InaccurateError("; ".join(wrong))
             row.facts["error"] = max(comparison.error for comparison in compared)
         except Exception:  # one implementation's failure is its own row's
             row.refused = traceback.format_exc()

@@ -43,7 +43,8 @@ class Group:
     def over_linear(self) -> float | None:
         """Time of `fused` over the frozen linear layer alone, where there is one."""
         alone = self.facts.get("floor", {}).get("linear_ms")
-        return None if alone is None or "fused" not in self.medians else self.medians["fused"] / alone
+        fused = self.medians.get("fused")
+        return None if alone is None or fused is None else fused / alone
 
     def memory(self, impl: str, fact: str) -> float | None:
         """`fact` of `impl` in MiB."""
@@ -56,7 +57,7 @@ class Group:
         return self.name.rsplit("/", 1)[0] + "/float32"
 
 
-class BadInput(ValueError):
+class BadInputError(ValueError):
     """The file is not what this report reads; one line says why."""
 
 
@@ -65,17 +66,18 @@ def load(path: Path) -> tuple[list[Group], dict[str, Any]]:
 
     Raises
     ------
-    BadInput : the file is missing, is not pytest-benchmark's JSON, or holds no rows of ours.
+    BadInputError : the file is missing, is not pytest-benchmark's JSON, or holds no rows of ours.
     """
+    wanted = "expected a file that --benchmark-json wrote"
     try:
         content = json.loads(path.read_text())
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}, expected a file of --benchmark-json") from error
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}: not JSON ({error}), expected a file of --benchmark-json") from error
+        raise BadInputError(f"{path}: {error.strerror}, {wanted}") from error
+    except ValueError as error:
+        raise BadInputError(f"{path}: no JSON ({error}), {wanted}") from error
     benchmarks = content.get("benchmarks") if isinstance(content, dict) else None
     if not isinstance(benchmarks, list):
-        raise BadInput(f"{path}: no list 'benchmarks', expected a file of --benchmark-json")
+        raise BadInputError(f"{path}: no list 'benchmarks', {wanted}")
     groups: dict[str, Group] = {}
     for row in benchmarks:
         impl = (row.get("params") or {}).get("impl")
@@ -85,7 +87,9 @@ def load(path: Path) -> tuple[list[Group], dict[str, Any]]:
         group.medians[impl] = row["stats"]["median"] * 1e3
         group.facts[impl] = row["extra_info"]
     if not groups:
-        raise BadInput(f"{path}: no rows, expected groups with impl {', '.join(IMPLEMENTATIONS)}")
+        raise BadInputError(
+            f"{path}: no rows, expected groups with impl {', '.join(IMPLEMENTATIONS)}"
+        )
     first = next(iter(groups.values()))
     facts = dict(next(iter(first.facts.values())))
     facts["date"] = str(content.get("datetime", "unknown"))[:19].replace("T", " ")
@@ -170,8 +174,8 @@ def document(groups: Sequence[Group], facts: Mapping[str, Any]) -> str:
         "",
         *(f"- {name.replace('_', ' ')}: {facts[name]}" for name in shown if name in facts),
         "",
-        "Medians in milliseconds; how they are taken, and what each column means, is in",
-        "[benchmarks/README.md](../README.md). Every row has passed its accuracy check in this run.",
+        "Medians in milliseconds; [benchmarks/README.md](../README.md) says how they are taken and",
+        "what each column means. Every row has passed its accuracy check in this run.",
         "",
     ]
     operators: dict[str, list[Group]] = {}
@@ -210,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         groups, facts = load(options.file)
-    except BadInput as error:
+    except BadInputError as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}")

@@ -240,14 +240,17 @@ UPSAMPLE_CE: tuple[UpsampleCeShape, ...] = tuple(
 )  # fmt: skip
 
 DECODER: tuple[DecoderShape, ...] = (
-    DecoderShape(name="vitl-b1", batch=1, classes=9, small=True, compiled=(FORWARD,)),
-    DecoderShape(name="vitl-b2", batch=2, classes=9),
+    # Batch statistics of the head's 1x1 pooled map need two images.
+    DecoderShape(
+        name="vitl-b1", batch=1, classes=9, small=True, modes=(FORWARD,), compiled=(FORWARD,)
+    ),
+    DecoderShape(name="vitl-b2", batch=2, classes=9, small=True, modes=(TRAINING,)),
     DecoderShape(name="vitl-b8", batch=8, classes=9),
 )
 
 STEPS: tuple[StepShape, ...] = (
-    StepShape(name="scalemae-vitl-dfc-b1", family="scalemae", batch=1, sensor="dfc", small=True),
-    StepShape(name="satmae++-vitl-whu-b1", family="satmae++", batch=1, sensor="whu"),
+    StepShape(name="scalemae-vitl-dfc-b2", family="scalemae", batch=2, sensor="dfc", small=True),
+    StepShape(name="satmae++-vitl-whu-b2", family="satmae++", batch=2, sensor="whu"),
     StepShape(name="scalemae-vitl-dfc-b8", family="scalemae", batch=8, sensor="dfc"),
 )
 

@@ -1,0 +1,95 @@
+"""One training step of stage 2: forward, loss, backward and AdamW, on the whole model.
+
+Below float32 the step runs under autocast, on float32 weights. ``eager`` runs the reference
+operators and a decoder that forms every upsampled map; ``dispatch`` is that with the per-expert
+algorithm in every adapted layer; ``compile`` is ``torch.compile`` of it. Dropout is off and gate
+noise is drawn from the same seed, so that implementations can be compared. Two images are the
+least that UPerNet's batch statistics allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks import floors
+from benchmarks.case import Case, Draw, Setting, Tensors, rotating
+from benchmarks.shapes import WAVELENGTHS, DecoderShape, HypertShape, StepShape
+from benchmarks.variants import compiled, on_reference, with_dispatch, with_plain_decoder
+from spectralx.segmentation import Segmentation
+
+
+def build(shape: StepShape, mode: str, setting: Setting) -> Case:
+    # Weights stay in float32; autocast rounds where the timed dtype is narrower.
+    draw = Draw(Setting(setting.device, rotate=setting.rotate), seed=0)
+    model = Segmentation(
+        shape.family,
+        shape.bands,
+        shape.classes,
+        WAVELENGTHS[shape.sensor],
+        image_size=shape.image_size,
+        embed_dim=shape.embed_dim,
+        depth=shape.depth,
+        num_heads=shape.num_heads,
+        feature_blocks=shape.blocks,
+        adapted_blocks=shape.blocks,
+        dropout=0.0,
+    )
+    draw.fill(model).train()
+    plain = with_plain_decoder(model)
+    dispatched = with_dispatch(plain)
+
+    def input_set() -> Tensors:
+        size = (shape.batch, shape.bands, shape.image_size, shape.image_size)
+        images = draw.normal(*size, scale=0.3, offset=0.5)
+        labels = draw.integers(shape.classes, shape.batch, shape.image_size, shape.image_size)
+        return images, labels
+
+    narrow = setting.dtype in (torch.bfloat16, torch.float16)
+
+    def step_of(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        def run(images: Tensor, labels: Tensor) -> Tensor:
+            with torch.autocast(setting.device, setting.dtype, enabled=narrow):
+                loss = loss_of(images, labels)
+            loss.backward()
+            return loss.detach()
+
+        return run
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4)
+
+    def finish() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    # Weights in, twice; AdamW reads and writes three times what trains; gradients out and in.
+    elements = 2 * sum(p.numel() for p in model.parameters())
+    elements += 8 * sum(p.numel() for p in trained.values())
+    elements *= torch.float32.itemsize // setting.dtype.itemsize
+    tokenizer = HypertShape(
+        name="", batch=shape.batch, sensor=shape.sensor, image_size=shape.image_size
+    )
+    decoder = DecoderShape(name="", batch=shape.batch, classes=shape.classes)
+    return Case(
+        functions={
+            "fused": step_of(model.loss),
+            "eager": on_reference(step_of(plain.loss)),
+            "dispatch": on_reference(step_of(dispatched.loss)),
+            # Gate noise from PyTorch's generator, as in the other implementations.
+            "compile": step_of(compiled(plain.loss, fallback_random=True)),
+        },
+        inputs=rotating(draw.setting, input_set),
+        parameters=trained,
+        constants=[*model.parameters(), *model.buffers()],
+        floor=lambda: floors.floor_of(floors.step(shape, tokenizer, decoder), elements, setting),
+        finish=finish,
+        whole_gradient=True,
+        truth=torch.float32,
+    )
+
+
+def test_step(report: Callable[..., None]) -> None:
+    report(build)

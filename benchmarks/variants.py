@@ -1,0 +1,117 @@
+"""Whole models as the other implementations run them, around the same parameters and buffers.
+
+``eager`` runs the reference operators and forms each upsampled map in the decoder before it
+convolves it; ``compile`` compiles that; ``dispatch`` replaces the adapted layers in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import dispatch
+from spectralx.decoder import ConvUnit
+from spectralx_kernels import AoMoALinear, use_backend
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+
+class PlainConvUnit(nn.Module):
+    """A decoder's `ConvUnit` by its definition: resize, concatenate, convolve, norm, ReLU."""
+
+    def __init__(self, unit: ConvUnit) -> None:
+        super().__init__()
+        self.conv = unit.conv
+        self.bn = unit.bn
+
+    def forward(self, *maps: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = size or (maps[0].shape[-2], maps[0].shape[-1])
+        resized = [
+            x
+            if x.shape[-2:] == size
+            else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            for x in maps
+        ]
+        x: Tensor = self.conv(torch.cat(resized, dim=1))
+        return x if self.bn is None else F.relu(self.bn(x))
+
+
+class DispatchLinear(nn.Module):
+    """An adapted layer run expert by expert (`benchmarks.dispatch`), on the layer's parameters.
+
+    Gate noise is drawn as the layer draws it.
+    """
+
+    def __init__(self, layer: AoMoALinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        noise = layer.draw_noise(x.numel() // x.shape[-1], x) if self.training else None
+        return dispatch.aomoa(
+            x,
+            layer.linear.weight,
+            layer.linear.bias,
+            scaler=layer.scaler,
+            norm1_weight=layer.norm1.weight,
+            norm1_bias=layer.norm1.bias,
+            down=layer.down.weight,
+            norm2_weight=layer.norm2.weight,
+            norm2_bias=layer.norm2.bias,
+            gate=layer.gate,
+            gate_noise=layer.gate_noise,
+            fc1_weight=layer.fc1_weight,
+            fc1_bias=layer.fc1_bias,
+            fc2_weight=layer.fc2_weight,
+            fc2_bias=layer.fc2_bias,
+            up=layer.up.weight,
+            top_k=layer.top_k,
+            noise=noise,
+            norm_eps=layer.norm1.eps,
+        )
+
+
+def share(model: ModuleType) -> ModuleType:
+    """A copy of the modules of `model` around the same parameters and buffers."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, tensors)
+
+
+def with_plain_decoder(model: ModuleType) -> ModuleType:
+    """`share` of `model` with every `ConvUnit` in its plain form."""
+    plain = share(model)
+    for path, module in list(plain.named_modules()):
+        if isinstance(module, ConvUnit):
+            plain.set_submodule(path, PlainConvUnit(module))
+    return plain
+
+
+def with_dispatch(model: ModuleType) -> ModuleType:
+    """`share` of `model` with every adapted layer run expert by expert."""
+    dispatched = share(model)
+    for path, module in list(dispatched.named_modules()):
+        if isinstance(module, AoMoALinear):
+            dispatched.set_submodule(path, DispatchLinear(module))
+    return dispatched
+
+
+def on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with every operator on its ``eager`` backend."""
+
+    def run(*inputs: Tensor) -> Any:
+        with use_backend("eager"):
+            return function(*inputs)
+
+    return run
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``torch.compile`` of `function` on the reference operators; compiles when first called."""
+    whole = torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
+    return on_reference(whole)
