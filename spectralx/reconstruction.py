@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spectralx.adapt import Method, adapt, adapter_blocks, check_method, freeze
 from spectralx.backbones.channel_norm import ChannelNorm
-from spectralx.backbones.mae import MaskedAutoencoder, PatchEmbed, init_linear
+from spectralx.backbones.encoder import PatchEmbed
+from spectralx.backbones.mae import MaskedAutoencoder, init_linear
 from spectralx.backbones.satmaepp import UpsamplingBlock
 from spectralx.backbones.scalemae import ConvHead, FeaturePyramid
 from spectralx_kernels import (
@@ -108,7 +109,8 @@ class MaskedReconstruction(MaskedAutoencoder):
     resolution : metres a pixel, for HyperT's and ScaleMAE's positions.
     adapted_blocks : encoder blocks to adapt; None is every sixth (5, 11, 17, 23 of 24).
     adapter_options : keywords of the adapter, for example ``{"rank": 8}``.
-    tokenizer_options : further keywords of HyperT, for example ``{"stem_dim": 64}``.
+    tokenizer_options : further keywords of HyperT, for example ``{"stem_dim": 64}``; None with a
+        patch convolution.
     trainable : "official" trains what the paper's code trains (see `spectralx.adapt.freeze`),
         "all" trains everything but the layers inside adapters.
 
@@ -183,6 +185,8 @@ class MaskedReconstruction(MaskedAutoencoder):
                 **(tokenizer_options or {}),
             )
         elif tokenizer == "conv":
+            if tokenizer_options:
+                raise ValueError(f"tokenizer_options: got {tokenizer_options}, expected hypert")
             proj = nn.Conv2d(in_channels, embed_dim, patch_size, patch_size)
             nn.init.xavier_uniform_(proj.weight.data.flatten(1))
         else:
@@ -286,7 +290,8 @@ class MaskedReconstruction(MaskedAutoencoder):
         """
         expected = [self.in_channels, *self.image_size]
         if images.dim() != 4 or list(images.shape[1:]) != expected:
-            raise ValueError(f"images: got shape {list(images.shape)}, expected [B, *{expected}]")
+            wanted = ", ".join(map(str, expected))
+            raise ValueError(f"images: got shape {list(images.shape)}, expected [B, {wanted}]")
         noise = self.draw_mask_noise(images) if mask_noise is None else mask_noise
         latent, mask, ids_restore = self.encode(images, noise)
         tokens = self.decode(latent, ids_restore)

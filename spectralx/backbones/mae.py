@@ -7,29 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from spectralx.backbones.encoder import PatchEmbed
 from spectralx.backbones.positions import sincos_positions
 from spectralx.backbones.vit import NORM_EPS, Block
 from spectralx_kernels import OfficialNames, gather_tokens, random_masking, restore_tokens
-
-
-class PatchEmbed(nn.Module):
-    """Tokens of images by ``proj``: a patch convolution, or a tokenizer such as HyperT.
-
-    Parameters
-    ----------
-    proj : maps images [B, C, H, W] to a map [B, D, rows, columns], or to tokens [B, N, D] that
-        may come first in a tuple.
-    """
-
-    def __init__(self, proj: nn.Module) -> None:
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] to tokens [B, N, D], row by row."""
-        made = self.proj(images)
-        tokens: Tensor = made[0] if isinstance(made, tuple) else made
-        return tokens.flatten(2).transpose(1, 2) if tokens.dim() == 4 else tokens
 
 
 class MaskedAutoencoder(OfficialNames):
@@ -58,7 +39,7 @@ class MaskedAutoencoder(OfficialNames):
 
     def __init__(
         self,
-        patch_embed: nn.Module,
+        patch_embed: PatchEmbed,
         grid: tuple[int, int],
         *,
         embed_dim: int,
@@ -138,7 +119,7 @@ class MaskedAutoencoder(OfficialNames):
         mask : [B, patches], 1 where a patch is hidden.
         ids_restore : [B, patches], a patch's place in the order of noise.
         """
-        tokens = self.patch_embed(images) + self.positions[1:]
+        tokens = self.patch_embed(images).tokens + self.positions[1:]
         ids_keep, mask, ids_restore = random_masking(mask_noise, self.visible)
         tokens = gather_tokens(tokens, ids_keep)
         first = (self.cls_token + self.positions[:1]).expand(tokens.shape[0], -1, -1)

@@ -35,7 +35,8 @@ class ToyViT(nn.Module):
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)[:, 0])
+        logits: Tensor = self.head(self.norm(x)[:, 0])
+        return logits
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_aomoa_goes_onto_the_mlp_of_the_chosen_blocks(model: ToyViT) -> None:
     assert replaced.parameters == count
     assert "aomoa on 4 layers" in str(replaced)
     assert f"{count:,} parameters added" in str(replaced)
-    assert type(model.blocks[1].mlp.fc1) is nn.Linear
+    assert type(model.get_submodule("blocks.1.mlp.fc1")) is nn.Linear
 
 
 @pytest.mark.parametrize("method", ["lora", "slr", "ia3"])
@@ -95,7 +96,9 @@ def test_adapted_layers_are_left_alone(model: ToyViT) -> None:
 def test_shared_layers_stay_shared(model: ToyViT) -> None:
     model.blocks[2].mlp = model.blocks[0].mlp
     adapt(model, method="lora", targets="fc1$")
-    assert model.blocks[2].mlp.fc1 is model.blocks[0].mlp.fc1
+    first, last = (model.get_submodule(f"blocks.{i}.mlp.fc1") for i in (0, 2))
+    assert isinstance(first, LoRALinear)
+    assert first is last
     twin = nn.ModuleDict({"a": model.head, "b": model.head})
     replaced = adapt(twin, method="lora", targets="[ab]")
     assert twin["a"] is twin["b"]

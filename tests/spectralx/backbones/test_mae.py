@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from spectralx.backbones.channel_norm import ChannelNorm
-from spectralx.backbones.mae import MaskedAutoencoder, PatchEmbed
+from spectralx.backbones.encoder import PatchEmbed
+from spectralx.backbones.mae import MaskedAutoencoder
 from spectralx.backbones.satmaepp import UpsamplingBlock
 from spectralx.backbones.scalemae import ConvHead, FeaturePyramid
 

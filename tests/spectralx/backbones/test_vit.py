@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectralx.backbones.vit import Attention, Block
 
@@ -30,10 +30,12 @@ def test_block_is_pre_norm_attention_and_mlp() -> None:
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 5, 24, dtype=torch.float64)
-    after = x + attention_by_hand(
-        block.attn, F.layer_norm(x, (24,), *block.norm1.parameters(), 1e-6)
-    )
-    normed = F.layer_norm(after, (24,), *block.norm2.parameters(), 1e-6)
+
+    def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, (24,), layer.weight, layer.bias, 1e-6)
+
+    after = x + attention_by_hand(block.attn, norm(x, block.norm1))
+    normed = norm(after, block.norm2)
     hidden = F.gelu(normed @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
     expected = after + hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
     torch.testing.assert_close(block(x), expected)
