@@ -48,10 +48,9 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
     """[B, H/P * W/P, P*P*C] -> [B, C, H, W]: undoes `patchify`."""
     batch, _, length = patches.shape
-    blocks = patches.reshape(
-        batch, height // patch, width // patch, patch, patch, length // (patch * patch)
-    )
-    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
+    bands = length // (patch * patch)
+    blocks = patches.reshape(batch, height // patch, width // patch, patch, patch, bands)
+    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(batch, bands, height, width)
 
 
 def _masked_mean(errors: Tensor, mask: Tensor) -> Tensor:

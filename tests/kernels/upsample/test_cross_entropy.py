@@ -17,6 +17,7 @@ from spectralx_kernels.upsample import (
     upsample_cross_entropy,
 )
 from spectralx_kernels.upsample.ops import UPSAMPLE_CROSS_ENTROPY
+from spectralx_kernels.upsample.reference import REDUCTIONS
 from tests.kernels import ladder
 from tests.tolerances import ROUND_OFF
 
@@ -39,12 +40,15 @@ def ordinary(logits: Tensor, target: Tensor, align_corners: bool, **options: Any
     return F.cross_entropy(upsampled, target.long(), **options)
 
 
-@pytest.mark.parametrize("reduction", [0, 1, 2], ids=["none", "mean", "sum"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-def test_ladder(reduction: int, weighted: bool) -> None:
-    weight = draw(4, seed=2).abs() if weighted else None
-    target = labels(4, 2, 3, 4)
-    args = (draw(2, 4, 2, 2), target, weight, [3, 4], 0, 0.1 * reduction, reduction, False)
+@pytest.mark.parametrize(
+    ("reduction", "weighted", "label_smoothing"),
+    [("none", False, 0.1), ("mean", False, 0.0), ("mean", True, 0.1), ("sum", True, 0.0)],
+)
+def test_ladder(reduction: str, weighted: bool, label_smoothing: float) -> None:
+    weight = draw(3, seed=2).abs() if weighted else None
+    target = labels(3, 2, 3, 4)
+    code = REDUCTIONS.index(reduction)
+    args = (draw(2, 3, 2, 2), target, weight, [3, 4], 0, label_smoothing, code, False)
     ladder.check_contract(UPSAMPLE_CROSS_ENTROPY, args)
     ladder.check_gradients(UPSAMPLE_CROSS_ENTROPY, args)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -187,7 +191,7 @@ def test_a_wrong_label_nobody_looked_at_is_nan_in_loss_and_gradient(
     for wrong in (3, -1, 2**40):
         target = labels(3, 1, 4, 4)
         target[0, 1, 2] = wrong
-        code = {"mean": 1, "sum": 2}[reduction]
+        code = REDUCTIONS.index(reduction)
         loss = UPSAMPLE_CROSS_ENTROPY(
             logits, target, None, [4, 4], -100, 0.0, code, False, backend=backend
         )
