@@ -14,7 +14,7 @@ anything else goes through the dispatcher.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,18 @@ def has_kernel(name: str, device: str) -> bool:
     return any(line.startswith(f"{device}:") for line in registered.splitlines())
 
 
+class Saving(NamedTuple):
+    """What kernels of an operator keep for their backward.
+
+    `forward` is the reference with `hidden` more outputs, the last ones of the schema, which
+    callers never see; `kept` lists the outputs that the backward operator is given as ``saved``.
+    """
+
+    forward: Callable[..., Any]
+    hidden: int
+    kept: tuple[int, ...]
+
+
 class Operator:
     """A differentiable operator with a reference and kernels by device.
 
@@ -52,8 +64,7 @@ class Operator:
     differentiable : False for an operator with no floating-point output.
     autocast_to : dtype that floating-point tensors are cast to under autocast; autocast's own
         where None. float32 for losses and for what is compared, as autocast treats those.
-    saving : the reference with more outputs, and how many: the last ones of `schema`, which
-        kernels keep for their backward. Callers never see them.
+    saving : what kernels keep for their backward; nothing but the inputs by default.
     """
 
     def __init__(
@@ -64,11 +75,11 @@ class Operator:
         *,
         differentiable: bool = True,
         autocast_to: torch.dtype | None = None,
-        saving: tuple[Callable[..., Any], int] | None = None,
+        saving: Saving | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
-        self._saving, self._saved = saving or (reference, 0)
+        self._saving = saving or Saving(reference, 0, ())
         self._autocast_to = autocast_to
         qualified = define(name, schema)
         self.op = getattr(torch.ops.spectralx, name)
@@ -113,14 +124,14 @@ class Operator:
 
     def _dispatch(self, *args: Any) -> Any:
         outputs = self.op(*args)
-        if not self._saved:
+        if not self._saving.hidden:
             return outputs
-        kept = outputs[: -self._saved]
-        return kept if len(kept) > 1 else kept[0]
+        seen = outputs[: -self._saving.hidden]
+        return seen if len(seen) > 1 else seen[0]
 
     def _forward_kernel(self, *args: Any) -> Any:
         with torch.no_grad():
-            outputs = self._saving(*args)
+            outputs = self._saving.forward(*args)
         # A kernel's outputs must not alias its inputs or each other.
         if isinstance(outputs, Tensor):
             return outputs.contiguous()
@@ -131,21 +142,23 @@ class Operator:
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        saved = list(output[-self._saved :]) if self._saved else []
-        ctx.mark_non_differentiable(*saved)
+        if self._saving.hidden:
+            ctx.mark_non_differentiable(*output[-self._saving.hidden :])
+        saved = [output[position] for position in self._saving.kept]
         ctx.save_for_backward(*saved, *[value for value in inputs if isinstance(value, Tensor)])
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]
         ctx.set_materialize_grads(False)
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors[: self._saved]
-        tensors = iter(ctx.saved_tensors[self._saved :])
+        kept = len(self._saving.kept)
+        saved = ctx.saved_tensors[:kept]
+        tensors = iter(ctx.saved_tensors[kept:])
         inputs = [
             next(tensors) if is_tensor else other
             for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)
         ]
         mask = [bool(needs) for needs in ctx.needs_input_grad]
-        output_grads = list(grads[: len(grads) - self._saved])
+        output_grads = list(grads[: len(grads) - self._saving.hidden])
         computed = iter(self.backward_op(output_grads, *inputs, list(saved), mask))
         return tuple(next(computed) if needs else None for needs in mask)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spectralx_kernels._checks import check_floating, check_like, check_range, check_shape
-from spectralx_kernels._operator import Operator
+from spectralx_kernels._operator import Operator, Saving
 from spectralx_kernels.aomoa import reference
 
 GATING = Operator(
@@ -21,7 +21,7 @@ AOMOA = Operator(
     "Tensor fc2_bias, Tensor up, int top_k, float norm_eps) "
     "-> (Tensor out, Tensor gates, Tensor load, Tensor normed, Tensor statistics)",
     reference.aomoa,
-    saving=(reference.aomoa_saving, 2),
+    saving=Saving(reference.aomoa_saving, hidden=2, kept=(1, 3, 4)),
 )
 
 

@@ -2,7 +2,8 @@
 //
 // One pass over the rows of [A, T, E]; a row is E logits. The load is summed over fixed blocks of
 // tokens and the blocks in order, so its bits do not depend on the number of threads.
-#include <ATen/ATen.h>
+#include "cpu/aomoa/gating.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -16,14 +17,11 @@
 namespace {
 
 using at::Tensor;
+using spectralx::cpu::accumulation_type;
 
 constexpr double kNoiseFloor = 0.1;
 constexpr double kGateFloor = 1e-4;
 constexpr int64_t kBlock = 256;  // tokens of one partial sum of the load
-
-at::ScalarType accumulation_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 template <typename T>
 T softplus(T x) {
@@ -209,6 +207,31 @@ void check(const Tensor& clean, const std::optional<Tensor>& raw_std,
   }
 }
 
+// output_mask names the four inputs (clean, raw_std, noise, top_k); the wanted gradients come in
+// that order.
+std::vector<Tensor> backward_operator(const c10::List<std::optional<Tensor>>& output_grads,
+                                      const Tensor& clean, const std::optional<Tensor>& raw_std,
+                                      const std::optional<Tensor>& noise, int64_t top_k,
+                                      at::TensorList /*saved*/,
+                                      const c10::List<bool>& output_mask) {
+  TORCH_CHECK(output_grads.size() == 2, "output_grads: got ", output_grads.size(), ", expected 2");
+  TORCH_CHECK(output_mask.size() == 4, "output_mask: got ", output_mask.size(), ", expected 4");
+  const auto grads = spectralx::cpu::noisy_topk_gating_gradients(
+      output_grads[0], output_grads[1], clean, raw_std, noise, top_k, output_mask[1],
+      output_mask[2]);
+  std::vector<Tensor> wanted;
+  if (output_mask[0]) wanted.push_back(grads.clean.to(clean.scalar_type()));
+  if (output_mask[1]) wanted.push_back(grads.raw_std.to(raw_std->scalar_type()));
+  if (output_mask[2]) wanted.push_back(grads.noise.to(noise->scalar_type()));
+  return wanted;
+}
+
+}  // namespace
+
+namespace spectralx::cpu {
+
+using at::Tensor;
+
 std::tuple<Tensor, Tensor> noisy_topk_gating(const Tensor& clean,
                                              const std::optional<Tensor>& raw_std,
                                              const std::optional<Tensor>& noise, int64_t top_k) {
@@ -227,42 +250,35 @@ std::tuple<Tensor, Tensor> noisy_topk_gating(const Tensor& clean,
   return {gates, load};
 }
 
-// output_mask names the four inputs (clean, raw_std, noise, top_k); the wanted gradients come in
-// that order.
-std::vector<Tensor> noisy_topk_gating_backward(const c10::List<std::optional<Tensor>>& output_grads,
-                                               const Tensor& clean,
-                                               const std::optional<Tensor>& raw_std,
-                                               const std::optional<Tensor>& noise, int64_t top_k,
-                                               at::TensorList /*saved*/,
-                                               const c10::List<bool>& output_mask) {
+GatingGradients noisy_topk_gating_gradients(const std::optional<Tensor>& gates_grad,
+                                            const std::optional<Tensor>& load_grad,
+                                            const Tensor& clean,
+                                            const std::optional<Tensor>& raw_std,
+                                            const std::optional<Tensor>& noise, int64_t top_k,
+                                            bool want_raw_std, bool want_noise) {
   check(clean, raw_std, noise, top_k);
-  TORCH_CHECK(output_grads.size() == 2, "output_grads: got ", output_grads.size(), ", expected 2");
-  TORCH_CHECK(output_mask.size() == 4, "output_mask: got ", output_mask.size(), ", expected 4");
   const auto type = accumulation_type(clean.scalar_type());
   const Sizes s{clean.size(0), clean.size(1), clean.size(2)};
   const auto clean_ = prepared(clean, type), raw_std_ = prepared(raw_std, type),
-             noise_ = prepared(noise, type), gates_grad = prepared(output_grads[0], type),
-             load_grad = prepared(output_grads[1], type);
-  Tensor clean_grad = at::empty(clean.sizes(), clean.options().dtype(type));
-  Tensor raw_std_grad = output_mask[1] ? at::empty_like(clean_grad) : Tensor();
-  Tensor noise_grad = output_mask[2] ? at::empty_like(clean_grad) : Tensor();
+             noise_ = prepared(noise, type), gates_grad_ = prepared(gates_grad, type),
+             load_grad_ = prepared(load_grad, type);
+  GatingGradients grads;
+  grads.clean = at::empty(clean.sizes(), clean.options().dtype(type));
+  if (want_raw_std) grads.raw_std = at::empty_like(grads.clean);
+  if (want_noise) grads.noise = at::empty_like(grads.clean);
   AT_DISPATCH_FLOATING_TYPES(type, "noisy_topk_gating_backward", [&] {
-    backward<scalar_t>(data<scalar_t>(gates_grad), data<scalar_t>(load_grad),
+    backward<scalar_t>(data<scalar_t>(gates_grad_), data<scalar_t>(load_grad_),
                        data<scalar_t>(clean_), data<scalar_t>(raw_std_), data<scalar_t>(noise_), s,
-                       top_k, clean_grad.mutable_data_ptr<scalar_t>(),
-                       raw_std_grad.defined() ? raw_std_grad.mutable_data_ptr<scalar_t>() : nullptr,
-                       noise_grad.defined() ? noise_grad.mutable_data_ptr<scalar_t>() : nullptr);
+                       top_k, grads.clean.mutable_data_ptr<scalar_t>(),
+                       want_raw_std ? grads.raw_std.mutable_data_ptr<scalar_t>() : nullptr,
+                       want_noise ? grads.noise.mutable_data_ptr<scalar_t>() : nullptr);
   });
-  std::vector<Tensor> wanted;
-  if (output_mask[0]) wanted.push_back(clean_grad.to(clean.scalar_type()));
-  if (output_mask[1]) wanted.push_back(raw_std_grad.to(raw_std->scalar_type()));
-  if (output_mask[2]) wanted.push_back(noise_grad.to(noise->scalar_type()));
-  return wanted;
+  return grads;
 }
 
-}  // namespace
+}  // namespace spectralx::cpu
 
 TORCH_LIBRARY_IMPL(spectralx, CPU, m) {
-  m.impl("noisy_topk_gating", &noisy_topk_gating);
-  m.impl("noisy_topk_gating_backward", &noisy_topk_gating_backward);
+  m.impl("noisy_topk_gating", &spectralx::cpu::noisy_topk_gating);
+  m.impl("noisy_topk_gating_backward", &backward_operator);
 }
