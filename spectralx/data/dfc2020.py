@@ -82,6 +82,8 @@ def _season_pairs(root: Path, season: str) -> list[Pair]:
     pairs = []
     for city in cities:
         labels = root / season / "label" / city.name.replace("s2_", "dfc_", 1)
-        for image in list_rasters(city, f"DFC2020 {season}"):
-            pairs.append(Pair(image, labels / image.name.replace("_s2_", "_dfc_", 1)))
+        pairs += [
+            Pair(image, labels / image.name.replace("_s2_", "_dfc_", 1))
+            for image in list_rasters(city, f"DFC2020 {season}")
+        ]
     return pairs

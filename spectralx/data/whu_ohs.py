@@ -48,7 +48,7 @@ SIDES = ("source", "target")
 def transfer_values() -> dict[int, int]:
     """Raw label value to class of the transfer: 18 and 20 to 0, the others renumbered in order."""
     kept = [value for value in range(len(CLASS_NAMES)) if value not in NOT_TRANSFERRED]
-    return {value: 0 for value in NOT_TRANSFERRED} | {value: i for i, value in enumerate(kept)}
+    return dict.fromkeys(NOT_TRANSFERRED, 0) | {value: i for i, value in enumerate(kept)}
 
 
 class WhuOhs(TileDataset):
