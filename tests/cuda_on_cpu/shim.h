@@ -1,6 +1,6 @@
 // Runs CUDA C++ device code on a CPU, one thread after another: a thread is a fibre, a barrier a
-// yield. Included from the command line (g++ -x c++ -include shim.h file.cu); see csrc/cuda/README.md for
-// what it catches and what it cannot show.
+// yield. Included from the command line (g++ -x c++ -include shim.h file.cu); what it catches and
+// what it cannot show: csrc/cuda/README.md.
 #pragma once
 #define SPECTRALX_CUDA_ON_CPU 1
 
