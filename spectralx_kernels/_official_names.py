@@ -18,11 +18,11 @@ class OfficialTensor(NamedTuple):
     """Where a published tensor lives here: `name` in ``state_dict()``, and its row if stacked."""
 
     name: str
-    index: int | None
+    row: int | None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part of `tensor` (the value or the gradient of `name`) that is the published one."""
-        return tensor if self.index is None else tensor[self.index]
+        return tensor if self.row is None else tensor[self.row]
 
 
 class OfficialNames(nn.Module):
@@ -59,7 +59,7 @@ class OfficialNames(nn.Module):
         assert isinstance(module, OfficialNames)
         for own, official in module.official_names.items():
             if "{}" in official:
-                rows = []
+                rows: list[Tensor] = []
                 while (key := prefix + official.format(len(rows))) in state_dict:
                     rows.append(state_dict.pop(key))
                 if rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_folder_holds_golden_files() -> None:
 
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_golden(path, backend: str) -> None:
+def test_golden(path: Path, backend: str) -> None:
     golden = Golden(path)
     module = golden.meta["module"]
     handler = next((run for key, run in HANDLERS.items() if module.startswith(key)), None)

@@ -120,7 +120,7 @@ def test_non_contiguous_input(backend: str) -> None:
     assert raw_std is not None
     assert noise is not None
     swapped = [value.transpose(0, 1).contiguous().transpose(0, 1) for value in (clean, raw_std)]
-    found = noisy_topk_gating(*swapped, noise, top_k=top_k, backend=backend)
+    found = noisy_topk_gating(swapped[0], swapped[1], noise, top_k=top_k, backend=backend)
     expected = noisy_topk_gating(clean, raw_std, noise, top_k=top_k, backend=backend)
     assert torch.equal(found[0], expected[0])
 
