@@ -6,9 +6,11 @@ Status 0 is success, 2 is input that cannot be used (options, configuration, dat
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 INPUT_STATUS = 2
 RUN_STATUS = 1
@@ -81,3 +83,15 @@ def one_of(word: str, choices: Iterable[str]) -> str:
     names = list(choices)
     close = get_close_matches(word, names, n=1)
     return "one of " + ", ".join(close + [name for name in names if name not in close])
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, its folder included, in one step: all of it or nothing."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -187,7 +187,7 @@ class SegmentationScores(Metric):
                     f"expected 0 to {size - 1}"
                 )
         pairs = torch.bincount(target * size + prediction, minlength=size * size)
-        self.matrix += pairs.reshape(size, size)
+        self.matrix = self.matrix + pairs.reshape(size, size)
 
     def compute(self) -> Scores:
         """The scores of everything counted since the last ``reset``."""

@@ -75,8 +75,11 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    partial.replace(target)
+    try:
+        FigureCanvasAgg(figure).print_png(str(partial))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def reconstruction(
@@ -122,8 +125,8 @@ def class_colours(count: int) -> ListedColormap:
 def segmentation(
     path: str | os.PathLike[str],
     images: Tensor,
-    predictions: Tensor,
-    truths: Tensor,
+    predictions: Sequence[Tensor],
+    truths: Sequence[Tensor],
     class_names: Sequence[str],
     wavelengths: Sequence[float],
 ) -> None:
@@ -133,7 +136,7 @@ def segmentation(
     ----------
     path : PNG file to write.
     images : [B, C, H, W].
-    predictions, truths : int64 [B, H, W], class 0 unlabelled.
+    predictions, truths : int64, B of [H, W] each, class 0 unlabelled.
     class_names : one name a class.
     wavelengths : micrometres, C of them.
     """

@@ -1,0 +1,96 @@
+"""Models of both stages from the settings of an experiment and the data they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from spectralx import checkpoints
+from spectralx.cli import InputError
+from spectralx.reconstruction import MaskedReconstruction
+from spectralx.segmentation import Segmentation
+from spectralx.settings import FROM_STAGE1, Settings
+
+
+def reconstruction_model(settings: Settings, wavelengths: Sequence[float]) -> MaskedReconstruction:
+    """The stage-1 model for bands centred at `wavelengths` (micrometres)."""
+    model, stage = settings.model, settings.stage1
+    if model.family == "dinov3":
+        raise InputError("model.family: found dinov3; expected scalemae or satmae++ in stage 1")
+    hypert = {
+        "stem_dim": model.stem_dim,
+        "num_heads": model.tokenizer_heads,
+        "low_rank": model.low_rank,
+    }
+    return MaskedReconstruction(
+        model.family,
+        in_channels=len(wavelengths),
+        wavelengths=list(wavelengths),
+        adapter=model.adapter,
+        image_size=settings.data.image_size,
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        num_heads=model.num_heads,
+        decoder_embed_dim=stage.decoder_dim,
+        decoder_depth=stage.decoder_depth,
+        decoder_num_heads=stage.decoder_heads,
+        fcn_dim=stage.fcn_dim,
+        fcn_layers=stage.fcn_layers,
+        mask_ratio=stage.mask_ratio,
+        resolution=model.resolution,
+        adapted_blocks=model.adapted_blocks,
+        adapter_options=dict(model.adapter_options),
+        tokenizer_options=hypert if model.adapter == "aomoa" else None,
+        trainable="all" if model.trainable == "all" else "official",
+    )
+
+
+def segmentation_model(
+    settings: Settings, wavelengths: Sequence[float], num_classes: int
+) -> Segmentation:
+    """The stage-2 model for bands centred at `wavelengths`; class 0 is "unlabelled"."""
+    model, stage = settings.model, settings.stage2
+    return Segmentation(
+        model.family,
+        len(wavelengths),
+        num_classes,
+        list(wavelengths),
+        image_size=settings.data.image_size,
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        num_heads=model.num_heads,
+        feature_blocks=model.feature_blocks,
+        adapter=model.adapter,
+        adapted_blocks=model.adapted_blocks,
+        adapter_options=dict(model.adapter_options),
+        trainable=model.trainable,
+        resolution=model.resolution,
+        stem_dim=model.stem_dim,
+        tokenizer_heads=model.tokenizer_heads,
+        low_rank=model.low_rank,
+        neck_channels=stage.neck_channels,
+        head_channels=stage.head_channels,
+        dropout=stage.dropout,
+    )
+
+
+def stage1_checkpoint(settings: Settings) -> Path | None:
+    """Where stage 2 starts from: a folder, or None for a start without stage 1.
+
+    Raises
+    ------
+    InputError : "stage1" is asked for, and this experiment has no checkpoint of it.
+    """
+    if settings.stage2.init_from is None:
+        return None
+    if settings.stage2.init_from != FROM_STAGE1:
+        return Path(settings.stage2.init_from)
+    folder = Path(settings.out) / "stage1" / "best"
+    if not (folder / checkpoints.MANIFEST).is_file():
+        raise InputError(
+            f"stage2.init_from: found no checkpoint {folder}; expected stage 1 to be trained, a "
+            "folder of a checkpoint, or null to start without"
+        )
+    return folder

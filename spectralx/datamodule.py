@@ -1,0 +1,190 @@
+"""A task's datasets as Lightning takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from spectralx.data import FixedStatistics, ImageMinMax, Sample, Task, TileDataset, build_task
+from spectralx.settings import DataSettings, RunSettings
+
+# Image files up to this size together are all read before training starts.
+READ_ALL_BYTES = 2**29
+
+
+class Batch(TypedDict):
+    """image [B, C, H, W]; mask [B, h, w], or B masks of different sizes; path of each image."""
+
+    image: Tensor
+    mask: Tensor | list[Tensor]
+    path: list[str]
+
+
+class CachedImages(Dataset[Sample]):
+    """`dataset` with its scaled images in memory; its transform is applied to each anew."""
+
+    def __init__(self, dataset: TileDataset) -> None:
+        plain = dataset.with_transform(None)
+        self.samples = [plain[index] for index in range(len(plain))]
+        self.transform = dataset.transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        image, mask = sample["image"], sample["mask"]
+        if self.transform is not None:
+            generator = torch.Generator()
+            generator.manual_seed(int(torch.randint(2**62, ())))
+            image, mask = self.transform(image, mask, generator)
+        return {"image": image.contiguous(), "mask": mask.contiguous(), "path": sample["path"]}
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """A batch; masks stay a list where their sizes differ (scored at their native size)."""
+    masks = [sample["mask"] for sample in samples]
+    one_size = len({tuple(mask.shape) for mask in masks}) == 1
+    return {
+        "image": torch.stack([sample["image"] for sample in samples]),
+        "mask": torch.stack(masks) if one_size else masks,
+        "path": [sample["path"] for sample in samples],
+    }
+
+
+def describe_normalisation(dataset: TileDataset) -> dict[str, Any]:
+    """The scaling of `dataset` as a checkpoint keeps it; `restore_normalisation` reads it."""
+    scaling = dataset.normalisation
+    if isinstance(scaling, FixedStatistics):
+        return {"kind": "fixed", "mean": scaling.mean.tolist(), "std": scaling.std.tolist()}
+    return {"kind": "image"}
+
+
+def restore_normalisation(described: Mapping[str, Any]) -> ImageMinMax | FixedStatistics:
+    """The scaling that `describe_normalisation` described."""
+    if described["kind"] == "fixed":
+        return FixedStatistics(described["mean"], described["std"])
+    return ImageMinMax()
+
+
+class TaskData(pl.LightningDataModule):
+    """Training on, validation on and tests of one task.
+
+    An epoch is the whole training: images are drawn in random order, all of them before any comes
+    again, until `run.steps` batches are full.
+
+    Parameters
+    ----------
+    settings : of the data.
+    run : batch size and number of steps.
+    normalisation : scaling of a model that is trained already, instead of the settings'.
+
+    Attributes
+    ----------
+    task : the datasets.
+    tests : name -> dataset; the source domain first, then each target.
+
+    Raises
+    ------
+    ValueError : data that is missing or does not fit together, in one line.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        run: RunSettings,
+        *,
+        normalisation: ImageMinMax | FixedStatistics | None = None,
+    ) -> None:
+        super().__init__()
+        self.run = run
+        self.workers = settings.workers
+        self.task = build_task(
+            settings.task,
+            settings.root,
+            image_size=settings.image_size,
+            crop=settings.crop,
+            flips=settings.flips,
+            turns=settings.turns,
+            normalisation="image" if normalisation is not None else settings.normalisation,
+            official=settings.official,
+            wavelengths=settings.wavelengths,
+            class_names=settings.class_names,
+            nodata=settings.nodata,
+        )
+        self._given = normalisation
+        self._cache: dict[str, Dataset[Sample]] | None = {} if settings.cache else None
+        self.tests: dict[str, TileDataset] = {"source": self.task.source_test}
+        self.tests |= {f"target {name}": data for name, data in self.task.target_tests.items()}
+
+    def _dataset(self, key: str, dataset: TileDataset) -> Dataset[Sample]:
+        if self._given is not None:
+            dataset = dataset.with_normalisation(self._given)
+        if self._cache is None:
+            return dataset
+        if key not in self._cache:
+            self._cache[key] = CachedImages(dataset)
+        return self._cache[key]
+
+    def _loader(self, dataset: Dataset[Sample], steps: int | None = None) -> DataLoader[Sample]:
+        sampler = None
+        if steps is not None:
+            sampler = RandomSampler(dataset, num_samples=steps * self.run.batch_size)  # type: ignore[arg-type]
+        return DataLoader(
+            dataset,
+            batch_size=self.run.batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            collate_fn=collate,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Batches of random, augmented images: `run.steps` of them."""
+        return self._loader(self._dataset("train", self.task.train), self.run.steps)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """The validation images, in order."""
+        return self._loader(self._dataset("validation", self.task.validation))
+
+    def test_loader(self, name: str) -> DataLoader[Sample]:
+        """The test images of ``tests[name]``, in order."""
+        return self._loader(self._dataset(f"test {name}", self.tests[name]))
+
+    def check(self) -> None:
+        """Read images and labels once, so that damage is found before anything is written.
+
+        All of them where they are cached or small altogether, else the first of each set: what is
+        wrong with the others then ends the run when they are met.
+        """
+        named = {"train": self.task.train, "validation": self.task.validation}
+        named |= {f"test {name}": dataset for name, dataset in self.tests.items()}
+        size = sum(pair.image.stat().st_size for part in named.values() for pair in part.pairs)
+        for key, dataset in named.items():
+            samples = self._dataset(key, dataset)
+            for index in range(len(dataset) if size <= READ_ALL_BYTES else 1):
+                samples[index]
+
+    def class_weights(self) -> Tensor:
+        """Inverse square root of each class's share of the labelled training pixels.
+
+        Mean 1 over the classes that occur; the unlabelled class and classes that do not occur
+        have 0. float32 [K].
+        """
+        return _class_weights(self.task)
+
+
+def _class_weights(task: Task) -> Tensor:
+    counts = torch.zeros(task.num_classes, dtype=torch.float64)
+    for index in range(len(task.train)):
+        classes = torch.from_numpy(task.train.read_classes(index)).reshape(-1)
+        counts += torch.bincount(classes, minlength=task.num_classes)
+    counts[0] = 0
+    weights = torch.where(counts > 0, counts.clamp(min=1).rsqrt(), 0.0)
+    return (weights * (counts > 0).sum().clamp(min=1) / weights.sum().clamp(min=1e-12)).float()

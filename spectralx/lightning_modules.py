@@ -1,0 +1,228 @@
+"""The two stages as Lightning modules: steps, validation, optimiser."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from spectralx.datamodule import Batch
+from spectralx.metrics import SegmentationScores
+from spectralx.reconstruction import MaskedReconstruction, Reconstruction
+from spectralx.segmentation import Segmentation
+from spectralx.settings import OptimizerSettings
+from spectralx_kernels import masked_patch_loss, upsample_argmax, upsample_cross_entropy
+
+PLATEAU_FACTOR = 0.1
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss that is NaN or infinite: names the files of its batch."""
+
+
+def learning_rate_factor(step: int, settings: OptimizerSettings, total_steps: int) -> float:
+    """Learning rate of optimiser step `step` (from 0) over ``settings.lr``."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    if settings.schedule != "cosine":
+        return 1.0
+    done = (step - settings.warmup) / max(total_steps - settings.warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def fixed_mask_noise(batch_index: int, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Mask noise of a validation batch: the same at every validation, so that losses compare."""
+    generator = torch.Generator().manual_seed(batch_index)
+    return torch.rand(shape, generator=generator).to(like)
+
+
+def separate_masks(mask: Tensor | list[Tensor]) -> list[Tensor]:
+    """The masks of a batch: [B, H, W] alone, or B of [1, H, W] where their sizes differ."""
+    return [mask] if isinstance(mask, Tensor) else [one[None] for one in mask]
+
+
+def _separate_logits(logits: Tensor, masks: list[Tensor]) -> list[Tensor]:
+    """`logits` [B, K, h, w] as `separate_masks` separated the masks."""
+    return list(logits.split([len(mask) for mask in masks]))
+
+
+def predict_masks(logits: Tensor, mask: Tensor | list[Tensor]) -> list[Tensor]:
+    """Classes int64 at the size of the masks of a batch, separated as `separate_masks` does.
+
+    Parameters
+    ----------
+    logits : [B, K, h, w].
+    mask : [B, H, W], or B masks of different sizes.
+    """
+    masks = separate_masks(mask)
+    predictions = []
+    for part, one in zip(_separate_logits(logits, masks), masks, strict=True):
+        prediction = upsample_argmax(part, list(one.shape[-2:]))
+        assert isinstance(prediction, Tensor)
+        predictions.append(prediction)
+    return predictions
+
+
+def masked_error(model: MaskedReconstruction, result: Reconstruction, images: Tensor) -> Tensor:
+    """Mean squared error of the predicted patches that were masked: comparable across families."""
+    return masked_patch_loss(result.prediction, images, result.mask, model.patch_size)
+
+
+class _Stage(pl.LightningModule):
+    """What both stages share. Subclasses set `monitor` and `mode`, which choose the best."""
+
+    monitor: str
+    mode: str
+    model: nn.Module
+
+    def __init__(self, optimizer: OptimizerSettings, total_steps: int) -> None:
+        super().__init__()
+        self.optimizer_settings = optimizer
+        self.total_steps = total_steps
+        self._plateau: ReduceLROnPlateau | None = None
+
+    def configure_optimizers(self) -> Any:
+        settings = self.optimizer_settings
+        optimizer = AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        if settings.schedule == "plateau":
+            self._plateau = ReduceLROnPlateau(
+                optimizer, factor=PLATEAU_FACTOR, patience=settings.patience
+            )
+            return optimizer
+        schedule = LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, settings, self.total_steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.log("lr", optimizer.param_groups[0]["lr"])
+
+    def on_validation_epoch_end(self) -> None:
+        if self._plateau is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._plateau.step(self.trainer.callback_metrics["val/loss"])
+
+    def log_training_loss(self, loss: Tensor, batch: Batch) -> Tensor:
+        """Log `loss`, and refuse it where it is not finite.
+
+        Raises
+        ------
+        NonFiniteLossError : before the weights are changed.
+        """
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"loss: found {float(loss)} at step {self.global_step}; expected a finite number; "
+                f"images of the batch: {', '.join(batch['path'])}"
+            )
+        self.log("train/loss", loss, batch_size=len(batch["path"]))
+        return loss
+
+    def log_validation(self, name: str, value: Tensor | float, size: int) -> None:
+        """Log the mean over validation of `value`, weighted by `size` images."""
+        self.log(f"val/{name}", value, on_epoch=True, batch_size=size, sync_dist=True)
+
+
+class ReconstructionStage(_Stage):
+    """Stage 1: masked reconstruction."""
+
+    monitor = "val/loss"
+    mode = "min"
+    model: MaskedReconstruction
+
+    def __init__(
+        self, model: MaskedReconstruction, optimizer: OptimizerSettings, total_steps: int
+    ) -> None:
+        super().__init__(optimizer, total_steps)
+        self.model = model
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        result = self.model(batch["image"])
+        return self.log_training_loss(result.loss, batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images = batch["image"]
+        noise = fixed_mask_noise(batch_idx, (len(images), self.model.patches), images)
+        result = self.model(images, noise)
+        self.log_validation("loss", result.loss, len(images))
+        self.log_validation("masked_loss", masked_error(self.model, result, images), len(images))
+
+
+class SegmentationStage(_Stage):
+    """Stage 2: semantic segmentation.
+
+    Parameters
+    ----------
+    model : a `Segmentation`.
+    optimizer, total_steps : of the run.
+    class_names : index 0 first, the unlabelled class.
+    class_weights : float [K] or None.
+    label_smoothing : of the training loss.
+    official : score as the published protocol does.
+    """
+
+    monitor = "val/miou"
+    mode = "max"
+    model: Segmentation
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        model: Segmentation,
+        optimizer: OptimizerSettings,
+        total_steps: int,
+        *,
+        class_names: list[str],
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        official: bool = False,
+    ) -> None:
+        super().__init__(optimizer, total_steps)
+        self.model = model
+        self.label_smoothing = label_smoothing
+        self.official = official
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.scores = SegmentationScores(class_names, protocol="official" if official else "proper")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        mask = batch["mask"]
+        assert isinstance(mask, Tensor)  # training images are resized with their masks
+        logits = self.model(batch["image"])
+        loss = upsample_cross_entropy(
+            logits,
+            mask,
+            weight=self.class_weights,
+            ignore_index=0,
+            label_smoothing=self.label_smoothing,
+        )
+        return self.log_training_loss(loss, batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        logits, masks = self.model(batch["image"]), separate_masks(batch["mask"])
+        predictions = predict_masks(logits, batch["mask"])
+        parts = _separate_logits(logits, masks)
+        for part, prediction, truth in zip(parts, predictions, masks, strict=True):
+            self.scores.update(prediction, truth)
+            loss = upsample_cross_entropy(part, truth, ignore_index=0)
+            self.log_validation("loss", loss, len(part))
+
+    def on_validation_epoch_end(self) -> None:
+        scores = self.scores.compute()
+        for name, value in scores.summary().items():
+            # An empty truth has no score; 0 lets any later one be better.
+            self.log(f"val/{name}", 0.0 if math.isnan(value) else value)
+        if not self.official:
+            self.scores.reset()
+        super().on_validation_epoch_end()

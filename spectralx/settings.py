@@ -1,0 +1,362 @@
+"""Everything an experiment is made of, as typed settings with the paper's as defaults.
+
+`spectralx.options` reads them from YAML and the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from spectralx.cli import InputError
+
+FROM_STAGE1 = "stage1"
+
+Family = Literal["scalemae", "satmae++", "dinov3"]
+Adapter = Literal["aomoa", "lora", "slr", "ia3"]
+
+
+def _require(condition: bool, key: str, found: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{key}: found {found}; expected {expected}")
+
+
+@dataclass
+class DataSettings:
+    """What is learnt from and scored on.
+
+    Parameters
+    ----------
+    root
+        Folder of the data set.
+    task
+        Name of a task, e.g. WS-WD; "folder" for a folder of tiles (spectralx.data.tasks lists
+        them all).
+    image_size
+        Side in pixels that the model sees.
+    crop
+        How training images get there: "resize", "crop" or "resized-crop".
+    flips
+        Random flips of training images.
+    turns
+        Random quarter turns of training images.
+    normalisation
+        "image" scales each band of each image to [0, 1] by its own extremes (the paper's);
+        "fixed" by the mean and deviation of each band over the training images.
+    official
+        The published protocol: selection on the target domain, scores at the model's size,
+        classes absent from the truth dropped, scores never reset between validations.
+    cache
+        Keep all images in memory: for small data sets.
+    workers
+        Processes that read data; 0 reads in the main process.
+    wavelengths
+        Band centres in micrometres, for folders whose files do not state them.
+    class_names
+        Names of the classes from 1 on, for folders; null names them by number.
+    nodata
+        Value of missing pixels, for folders whose files do not state it.
+    """
+
+    root: str = "data"
+    task: str = "WS-WD"
+    image_size: int = 224
+    crop: Literal["resize", "crop", "resized-crop"] = "resize"
+    flips: bool = True
+    turns: bool = True
+    normalisation: Literal["image", "fixed"] = "image"
+    official: bool = False
+    cache: bool = False
+    workers: int = 0
+    wavelengths: list[float] | None = None
+    class_names: list[str] | None = None
+    nodata: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.image_size > 0, "data.image_size", self.image_size, "at least 1")
+        _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
+
+
+@dataclass
+class ModelSettings:
+    """The backbone and what adapts it, the same in both stages.
+
+    Parameters
+    ----------
+    family
+        Backbone: scalemae, satmae++ or dinov3 (stage 2 only).
+    patch_size
+        Side of a patch in pixels; 16 with HyperT.
+    embed_dim
+        Width of a token.
+    depth
+        Number of transformer blocks.
+    num_heads
+        Attention heads of a block.
+    adapter
+        What adapts the backbone: aomoa (with HyperT), lora, slr, ia3 (with a patch convolution)
+        or null.
+    adapter_options
+        Keywords of the adapter, e.g. {experts: 8} or {rank: 8}.
+    adapted_blocks
+        Blocks that get the adapter; null takes every sixth.
+    feature_blocks
+        Four blocks whose tokens stage 2 sees; null takes the last of each quarter.
+    trainable
+        "adapters" trains what the paper trains on a pre-trained backbone; "all" trains the
+        backbone too, for one that starts from scratch.
+    resolution
+        Metres on the ground a pixel covers, for positions.
+    stem_dim
+        Width of HyperT's feature map.
+    tokenizer_heads
+        Attention heads of HyperT.
+    low_rank
+        Width of HyperT's low-rank path.
+    """
+
+    family: Family = "scalemae"
+    patch_size: int = 16
+    embed_dim: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    adapter: Adapter | None = "aomoa"
+    adapter_options: dict[str, int] = field(default_factory=dict)
+    adapted_blocks: list[int] | None = None
+    feature_blocks: list[int] | None = None
+    trainable: Literal["adapters", "all"] = "adapters"
+    resolution: float = 10.0
+    stem_dim: int = 512
+    tokenizer_heads: int = 8
+    low_rank: int = 16
+
+    def __post_init__(self) -> None:
+        heads = max(self.num_heads, 1)
+        _require(
+            self.num_heads > 0 and self.embed_dim % heads == 0,
+            "model.embed_dim",
+            self.embed_dim,
+            f"a multiple of num_heads, {self.num_heads}",
+        )
+        for name in ("adapted_blocks", "feature_blocks"):
+            blocks = getattr(self, name)
+            _require(
+                blocks is None or all(0 <= block < self.depth for block in blocks),
+                f"model.{name}",
+                blocks,
+                f"blocks 0 to {self.depth - 1}",
+            )
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW and its learning rate.
+
+    Parameters
+    ----------
+    lr
+        Learning rate.
+    betas
+        Decay of the two moments.
+    weight_decay
+        Decoupled weight decay.
+    schedule
+        "constant", "cosine" (down to 0 over the run) or "plateau" (a tenth whenever the
+        validation loss has not fallen for more than `patience` validations).
+    warmup
+        Steps of linear warm-up, for constant and cosine.
+    patience
+        See schedule.
+    clip
+        Largest norm of the gradient; null does not clip.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 1e-4
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    warmup: int = 0
+    patience: int = 5
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+        _require(
+            self.schedule != "plateau" or self.warmup == 0,
+            "optimizer.warmup",
+            self.warmup,
+            "0 with the plateau schedule",
+        )
+
+
+@dataclass
+class RunSettings:
+    """How long a stage trains, and on how much at a time.
+
+    Parameters
+    ----------
+    steps
+        Optimiser steps.
+    batch_size
+        Images a step (and device).
+    validate_every
+        Steps between validations.
+    pictures
+        Images drawn after training; 0 draws none.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 32
+    validate_every: int = 500
+    pictures: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "validate_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"run.{name}", value, "at least 1")
+
+
+@dataclass
+class Stage1Settings:
+    """Masked reconstruction.
+
+    Parameters
+    ----------
+    run
+        Length and batch.
+    optimizer
+        AdamW and its schedule.
+    mask_ratio
+        Share of patches hidden.
+    decoder_dim
+        Width of the decoder.
+    decoder_depth
+        Blocks of the decoder; null takes the family's, 8 (satmae++) or 3 (scalemae).
+    decoder_heads
+        Attention heads of the decoder.
+    fcn_dim
+        Width of ScaleMAE's two convolutional heads.
+    fcn_layers
+        Blocks of ScaleMAE's two convolutional heads.
+    """
+
+    run: RunSettings = field(default_factory=RunSettings)
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: OptimizerSettings(schedule="plateau")
+    )
+    mask_ratio: float = 0.75
+    decoder_dim: int = 512
+    decoder_depth: int | None = None
+    decoder_heads: int = 16
+    fcn_dim: int = 512
+    fcn_layers: int = 2
+
+    def __post_init__(self) -> None:
+        _require(0 < self.mask_ratio < 1, "stage1.mask_ratio", self.mask_ratio, "between 0 and 1")
+
+
+@dataclass
+class Stage2Settings:
+    """Semantic segmentation.
+
+    Parameters
+    ----------
+    run
+        Length and batch.
+    optimizer
+        AdamW and its schedule.
+    init_from
+        Checkpoint of stage 1 to start from: a folder, "stage1" for the best of this experiment,
+        or null to start without.
+    head_channels
+        Width of the UPerNet head.
+    neck_channels
+        Width of the feature pyramid; null takes the backbone's.
+    dropout
+        Channel dropout before the classes.
+    label_smoothing
+        Share of the target spread over all classes.
+    class_weights
+        "balanced" weights each class by the inverse square root of its share of the training
+        pixels.
+    """
+
+    run: RunSettings = field(default_factory=lambda: RunSettings(steps=30_000))
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    init_from: str | None = FROM_STAGE1
+    head_channels: int = 512
+    neck_channels: int | None = None
+    dropout: float = 0.1
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+
+
+@dataclass
+class TrainerSettings:
+    """The machine.
+
+    Parameters
+    ----------
+    accelerator
+        "auto", "cpu" or "gpu".
+    devices
+        Number of devices, or "auto".
+    precision
+        As Lightning names it: 32-true, bf16-mixed, 16-mixed.
+    threads
+        CPU threads; null leaves torch's own choice (OMP_NUM_THREADS).
+    log_every
+        Steps between logged training losses.
+    progress
+        Show a progress bar.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | Literal["auto"] = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    threads: int | None = None
+    log_every: int = 10
+    progress: bool = True
+
+
+@dataclass
+class Settings:
+    """One experiment.
+
+    Parameters
+    ----------
+    data
+        What is learnt from.
+    model
+        What learns.
+    stage1
+        Masked reconstruction.
+    stage2
+        Segmentation.
+    trainer
+        The machine.
+    out
+        Folder for checkpoints, logs and pictures; each stage has its own folder in it.
+    seed
+        Of everything random.
+    """
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    stage1: Stage1Settings = field(default_factory=Stage1Settings)
+    stage2: Stage2Settings = field(default_factory=Stage2Settings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    out: str = "runs/spectralx"
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries and lists, as YAML and JSON hold them."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

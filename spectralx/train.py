@@ -1,0 +1,52 @@
+"""Train an experiment: ``python -m spectralx.train stage1|stage2|both --config NAME.yaml``.
+
+Options override the configuration, e.g. ``--data.root DIR --stage2.run.steps 500``;
+``--help`` lists them all, ``--print_config`` prints what would run. `fit` does the same in a
+program.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from spectralx.cli import run_command
+from spectralx.fit import FitResult, Stage, fit
+from spectralx.options import load_settings, make_parser, parse_settings
+from spectralx.settings import Settings
+
+__all__ = ["FitResult", "Settings", "fit", "load_settings", "main", "report"]
+
+
+def report(stage: Stage, result: FitResult) -> str:
+    """What a stage reached, for the terminal."""
+    lines = []
+    for name, value in result.after.items():
+        start = result.before.get(name)
+        before = "" if start is None else f"{start:.5f} before training, "
+        lines.append(f"{stage} validation {name}: {before}{value:.5f} after")
+    if result.evaluation is not None:
+        lines += [f"{stage} test of {result.best}:", result.evaluation.table()]
+    lines.append(f"logs, pictures and checkpoints: {result.folder}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of ``python -m spectralx.train``; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def body() -> None:
+        parser = make_parser("spectralx.train")
+        parser.add_argument("stage", choices=["stage1", "stage2", "both"], help="what to train")
+        settings, others = parse_settings(parser, arguments)
+        stages: tuple[Stage, ...] = (
+            ("stage1", "stage2") if others["stage"] == "both" else (others["stage"],)
+        )
+        for stage in stages:
+            print(report(stage, fit(stage, settings)), flush=True)
+
+    return run_command("spectralx.train", body, debug="--debug" in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
