@@ -32,22 +32,26 @@ def outputs_of(result: Any) -> list[Tensor]:
 
 
 def check_contract(operator: Operator, args: Sequence[Any]) -> None:
-    """torch.library.opcheck on the operator as it is, with and without gradients."""
-    for grad in (False, True):
-        torch.library.opcheck(operator.op.default, tuple(cast(args, torch.float32, grad=grad)))
+    """torch.library.opcheck on the operator as it is: schema, fake kernel, autograd, tracing."""
+    torch.library.opcheck(operator.op.default, tuple(cast(args, torch.float32, grad=True)))
 
 
 def check_gradients(operator: Operator, args: Sequence[Any]) -> None:
-    """gradcheck in float64 of the dispatched operator and of the reference."""
+    """gradcheck in float64: every entry for the dispatched operator, projected for the reference."""
     leaves = cast(args, torch.float64, grad=True)
-    assert torch.autograd.gradcheck(operator.op, tuple(leaves), fast_mode=False)
-    assert torch.autograd.gradcheck(operator.reference, tuple(leaves), fast_mode=False)
+    assert torch.autograd.gradcheck(operator.op, tuple(leaves))
+    assert torch.autograd.gradcheck(operator.reference, tuple(leaves), fast_mode=True)
 
 
-def check_compiles(function: Callable[..., Any], args: Sequence[Any]) -> None:
-    """torch.compile(fullgraph=True), forward and backward, agrees with the function itself."""
+def check_compiles(
+    function: Callable[..., Any], args: Sequence[Any], *, compiler: str = "inductor"
+) -> None:
+    """torch.compile(fullgraph=True), forward and backward, agrees with the function itself.
+
+    ``compiler="aot_eager"`` traces all the same but builds no C++, which takes a tenth of the time.
+    """
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     results = []
     for run in (function, compiled):
         leaves = cast(args, torch.float32, grad=True)

@@ -39,11 +39,14 @@ def test_gradient_of_the_probability() -> None:
 
 
 def test_compiles() -> None:
-    ladder.check_compiles(lambda logits: upsample_argmax(logits, (6, 7)), (draw(2, 4, 3, 3),))
-    ladder.check_compiles(
-        lambda logits: upsample_argmax(logits, (6, 7), return_probability=True),
-        (draw(2, 4, 3, 3),),
-    )
+    for probability in (False, True):
+        ladder.check_compiles(
+            lambda logits, probability=probability: upsample_argmax(
+                logits, (6, 7), return_probability=probability
+            ),
+            (draw(2, 4, 3, 3),),
+            compiler="aot_eager",
+        )
 
 
 @given(
