@@ -65,6 +65,8 @@ class Operator:
     autocast_to : dtype that floating-point tensors are cast to under autocast; autocast's own
         where None. float32 for losses and for what is compared, as autocast treats those.
     saving : what kernels keep for their backward; nothing but the inputs by default.
+    fake : shapes and dtypes of the outputs; the reference traced without data by default, which
+        is slow for long references.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Operator:
         differentiable: bool = True,
         autocast_to: torch.dtype | None = None,
         saving: Saving | None = None,
+        fake: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -84,7 +87,7 @@ class Operator:
         qualified = define(name, schema)
         self.op = getattr(torch.ops.spectralx, name)
         register_default(name, self._forward_kernel)
-        torch.library.register_fake(qualified, self._forward_fake, lib=_LIBRARY)
+        torch.library.register_fake(qualified, fake or self._forward_kernel, lib=_LIBRARY)
         _backends.add_operator(name)
         if has_kernel(name, "CPU"):
             _backends.add_kernel(name, "cpp")
@@ -136,9 +139,6 @@ class Operator:
         if isinstance(outputs, Tensor):
             return outputs.contiguous()
         return tuple(output.contiguous() for output in outputs)
-
-    def _forward_fake(self, *args: Any) -> Any:
-        return self._forward_kernel(*args)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from spectralx_kernels._checks import check_floating, check_like, check_range, check_shape
@@ -13,6 +15,20 @@ GATING = Operator(
     "(Tensor clean, Tensor? raw_std, Tensor? noise, int top_k) -> (Tensor gates, Tensor load)",
     reference.noisy_topk_gating,
 )
+
+
+def _aomoa_fake(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    attributes, rank, experts = others[7].shape  # gate
+    tokens, wide = x.shape[0], reference.accumulation_dtype(x.dtype)
+    return (
+        x.new_empty(tokens, weight.shape[0]),
+        x.new_empty(attributes, tokens, experts, dtype=wide),
+        x.new_empty(attributes, experts, dtype=wide),
+        x.new_empty(tokens, attributes, rank, dtype=wide),
+        x.new_empty(3, attributes, tokens, dtype=wide),
+    )
+
+
 AOMOA = Operator(
     "aomoa",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor scaler, Tensor norm1_weight, "
@@ -22,6 +38,7 @@ AOMOA = Operator(
     "-> (Tensor out, Tensor gates, Tensor load, Tensor normed, Tensor statistics)",
     reference.aomoa,
     saving=Saving(reference.aomoa_saving, hidden=2, kept=(1, 3, 4)),
+    fake=_aomoa_fake,
 )
 
 

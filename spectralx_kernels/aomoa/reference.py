@@ -107,9 +107,7 @@ def aomoa(
     return F.linear(x, weight, bias) + scaler * adapted, gates, load
 
 
-def aomoa_saving(
-    x: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def aomoa_saving(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`aomoa`, and what its kernels keep for backward.
 
     normed [T, A, r] is norm2's output before its weight and bias; statistics [3, A, T] are mean
