@@ -37,7 +37,7 @@ def check_contract(operator: Operator, args: Sequence[Any]) -> None:
 
 
 def check_gradients(operator: Operator, args: Sequence[Any]) -> None:
-    """gradcheck in float64: every entry for the dispatched operator, projected for the reference."""
+    """gradcheck in float64: all entries of the dispatched operator, projected for the reference."""
     leaves = cast(args, torch.float64, grad=True)
     assert torch.autograd.gradcheck(operator.op, tuple(leaves))
     assert torch.autograd.gradcheck(operator.reference, tuple(leaves), fast_mode=True)

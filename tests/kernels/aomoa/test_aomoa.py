@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,9 @@ from spectralx_kernels import AoMoALinear, aomoa, balance_loss, official_paramet
 from spectralx_kernels.aomoa import reference
 from spectralx_kernels.aomoa.ops import AOMOA
 from tests.kernels import ladder
+
+
+ROOT = Path(__file__).parents[3]
 
 
 def arguments(
@@ -88,6 +95,28 @@ def test_contract(size: str) -> None:
 @pytest.mark.parametrize("size", ["plain", "evaluation", "k = E"])
 def test_gradients(size: str) -> None:
     ladder.check_gradients(AOMOA, arguments(tokens=2, **SIZES[size]))
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_other_instruction_sets(capability: str) -> None:
+    """The row kernels that this processor would not choose agree too, in a process of their own."""
+    code = (
+        "import torch\n"
+        "from tests.kernels import ladder\n"
+        "from tests.kernels.aomoa.test_aomoa import AOMOA, arguments\n"
+        "for size in ({}, {'tokens': 70, 'rank': 19, 'hidden': 5}):\n"
+        "    ladder.check_accuracy(AOMOA, arguments(**size), torch.float32)\n"
+    )
+    environment = {**os.environ, "SPECTRALX_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_chunks_join_seamlessly() -> None:
+    """More tokens than a chunk holds, and not a multiple of it."""
+    ladder.check_accuracy(AOMOA, arguments(tokens=1030), torch.float32)
 
 
 def test_repeats() -> None:
