@@ -19,12 +19,14 @@ from spectralx_kernels import AoMoALinear
 from spectralx_kernels._official_names import official_parameters
 from tests.tolerances import (
     GOLDEN_FLOOR,
+    GOLDEN_GRADIENT_QUANTILE,
     GOLDEN_SPREAD_FACTOR,
     GOLDEN_UNLISTED_SPREAD,
     GOLDEN_ZERO_GRADIENT,
 )
 
 FOLDER = Path(os.environ.get("SPECTRALX_GOLDEN_DIR", Path(__file__).parent / "data"))
+_GRADIENTS = ("grad/", "gnorm/")
 Arrays = dict[str, Tensor | NDArray[Any]]
 
 
@@ -41,6 +43,12 @@ class Golden:
         self.spread: Mapping[str, float] = (
             json.loads(spreads.read_text()).get(self.name, {}) if spreads.exists() else {}
         )
+        listed = [
+            self.spread.get(key, GOLDEN_UNLISTED_SPREAD)
+            for key in self.arrays
+            if key.startswith(_GRADIENTS)
+        ]
+        self.gradient_spread = float(np.quantile(listed or [0.0], GOLDEN_GRADIENT_QUANTILE))
 
     def generator(self, key: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(key.encode())])
@@ -76,6 +84,8 @@ class Golden:
     def tolerance(self, array: str) -> float:
         """Allowed difference, relative to the largest value of the array."""
         spread = self.spread.get(array, GOLDEN_UNLISTED_SPREAD)
+        if array.startswith(_GRADIENTS):
+            spread = max(spread, self.gradient_spread)
         return max(GOLDEN_FLOOR, GOLDEN_SPREAD_FACTOR * spread)
 
     def zero_gradient(self, array: str) -> float | None:

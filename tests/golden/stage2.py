@@ -24,9 +24,7 @@ _INERT_FROZEN = ("vit_backbone.head.", "vit_backbone.mask_token")
 class _SkipRandomStarts(TorchFunctionMode):
     """Weights stay unset where the constructor would draw them: every one is loaded."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.uniform_, Tensor.normal_):
             return args[0]
         return func(*args, **(kwargs or {}))
@@ -111,9 +109,7 @@ def curve(golden: Golden) -> Arrays:
     with golden.gate_noise():
         for step in range(meta["steps"]):
             images = golden.input(f"x{step}", "x<i>")
-            coarse = golden.integers(
-                f"label{step}", meta["num_classes"], (images.shape[0], 14, 14)
-            )
+            coarse = golden.integers(f"label{step}", meta["num_classes"], (images.shape[0], 14, 14))
             labels = coarse.repeat_interleave(16, 1).repeat_interleave(16, 2)
             loss = model.loss(images, labels, ignore_index=meta["ignore_index"])
             optimizer.zero_grad()
