@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectralx_kernels import upsample_conv2d
+
 NECK_SCALES = (4.0, 2.0, 1.0, 0.5)
 POOL_SCALES = (1, 2, 3, 6)
 BATCH_NORM_EPS = 1e-6
@@ -60,7 +62,15 @@ class ConvUnit(nn.Module):
         [B, out_channels, *size]
         """
         size = size or (maps[0].shape[-2], maps[0].shape[-1])
-        x = self.conv(torch.cat([_resize(x, size) for x in maps], dim=1))
+        if len(maps) == 1 and maps[0].shape[-2:] == size:
+            x = self.conv(maps[0])
+        else:
+            # A convolution of concatenated maps is the sum of theirs, and that of an upsampled
+            # map need not form it.
+            weights = self.conv.weight.split([each.shape[1] for each in maps], dim=1)
+            x = upsample_conv2d(maps[0], weights[0], self.conv.bias, size=size)
+            for other, weight in zip(maps[1:], weights[1:], strict=True):
+                x = x + upsample_conv2d(other, weight, size=size)
         return x if self.bn is None else F.relu(self.bn(x))
 
 
