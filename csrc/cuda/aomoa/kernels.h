@@ -20,4 +20,28 @@ int spectralx_gating_backward(int type, const void* gates_grad, const void* load
                               const void* clean, const void* raw_std, const void* noise,
                               int64_t attributes, int64_t tokens, int64_t experts, int64_t top_k,
                               void* clean_grad, void* raw_std_grad, void* noise_grad, void* stream);
+
+// The whole layer, beside the vendor's matrix products. Rows are t A + a; R = T A; d = in / A;
+// o = out / A. Pointers a call does not use may be null.
+struct SpectralxAomoa {
+  int64_t type, tokens, attributes, width, out, rank, hidden, experts, top_k;
+  int64_t dense;  // every expert on every row, instead of grouped by expert
+  double eps;
+  // Of `type`. noise: null in evaluation.
+  const void *x, *scaler, *norm1_weight, *norm1_bias, *down, *norm2_weight, *norm2_bias, *gate,
+      *gate_noise, *noise, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias, *up;
+  // Kept for backward, wide: statistics [3, A, T], normed [R, r].
+  void *statistics, *normed;
+  // prepare: of `type` folded [r, d], scaled_up [A, o, r]; wide column_sums, shift [r]; int [1].
+  void *folded, *scaled_up, *column_sums, *shift, *counter;
+  // forward: products [R, r] = x folded^T (wide, the vendor's); mixed [R, r] of `type`; wide gates
+  // [A, T, E], load [A, E], load_partial [blocks, A, E].
+  void *products, *mixed, *gates, *load, *load_partial;
+};
+
+// Blocks of forward. 0 where the sizes exceed a multiprocessor's shared memory.
+int64_t spectralx_aomoa_forward_blocks(const SpectralxAomoa* layer);
+// statistics may be null: then folded weights only.
+int spectralx_aomoa_prepare(const SpectralxAomoa* layer, void* stream);
+int spectralx_aomoa_forward(const SpectralxAomoa* layer, void* stream);
 }
