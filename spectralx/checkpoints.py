@@ -161,7 +161,7 @@ def save(
         "format_version": FORMAT_VERSION,
         "code_version": __version__,
         "model": kind,
-        "config": dict(model.config if config is None else config),
+        "config": dict(getattr(model, "config", {}) if config is None else config),
         "wavelengths": wavelengths,
         "class_names": class_names,
         "normalisation": normalisation,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -173,7 +172,8 @@ class UPerHead(nn.Module):
             laterals[level - 1] = below + _resize(laterals[level], size)
         fused = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
         x = self.fpn_bottleneck(*fused, laterals[-1])
-        return self.conv_seg(self.dropout(x))
+        logits: Tensor = self.conv_seg(self.dropout(x))
+        return logits
 
 
 class UPerNet(nn.Module):
@@ -214,4 +214,5 @@ class UPerNet(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Feature maps [B, C_i, H, W] to logits [B, classes, H·scales[0], W·scales[0]]."""
-        return self.head(self.neck(features))
+        logits: Tensor = self.head(self.neck(features))
+        return logits

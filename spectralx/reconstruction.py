@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from spectralx.adapt import Method, adapt, adapter_blocks, check_method, freeze
 from spectralx.backbones.channel_norm import ChannelNorm
 from spectralx.backbones.encoder import PatchEmbed
-from spectralx.backbones.mae import MaskedAutoencoder, init_linear
+from spectralx.backbones.mae import MaskedAutoencoder
 from spectralx.backbones.satmaepp import UpsamplingBlock
 from spectralx.backbones.scalemae import ConvHead, FeaturePyramid
+from spectralx.backbones.vit import init_linear
 from spectralx_kernels import (
     HyperT,
     band_reconstruction_loss,

@@ -22,7 +22,7 @@ from spectralx_kernels import (
 )
 
 Family = Literal["scalemae", "satmae++", "dinov3"]
-Tokenizer = Literal["hypert", "patch"]
+Tokenizer = Literal["hypert", "conv"]
 Trainable = Literal["adapters", "decoder", "all"]
 
 HYPERT_PATCH = 16
@@ -46,7 +46,7 @@ class Segmentation(OfficialNames):
     in_channels : number of bands C.
     num_classes : number of classes, class 0 ("unlabelled") included.
     wavelengths : [C], centre wavelengths of the bands in micrometres; HyperT needs them.
-    image_size : side of the images in pixels, a multiple of `patch_size`.
+    image_size : side, or height and width, of the images in pixels; multiples of `patch_size`.
     patch_size : side of a patch in pixels.
     embed_dim, depth, num_heads, mlp_ratio : of the transformer. ViT-L is 1024, 24, 16, 4.
     feature_blocks : ascending indices of one to four blocks whose tokens UPerNet sees; by default
@@ -55,11 +55,13 @@ class Segmentation(OfficialNames):
     adapted_blocks : indices of the blocks that get the adapter; by default every sixth (5, 11, 17,
         23 of 24).
     adapter_options : keywords of the adapter, for example ``{"experts": 8}`` or ``{"rank": 8}``.
-    tokenizer : "hypert" or "patch" (one convolution); by default HyperT for AoMoA.
+    tokenizer : "hypert", or "conv", a patch convolution that the adapter adapts too (AoMoA cannot
+        and leaves it frozen); by default HyperT for AoMoA, the convolution for all else.
     refine : whether the Are-adapter runs; by default with AoMoA on HyperT.
     trainable : "adapters" trains adapters, norms of the backbone, HyperT's low-rank path, the
-        Are-adapter and the decoder (SpectralX); "decoder" the decoder and the Are-adapter;
-        "all" everything (full fine-tuning, training from scratch).
+        Are-adapter and the decoder (SpectralX), and without an adapter the decoder alone;
+        "decoder" the decoder and the Are-adapter; "all" everything (full fine-tuning, training
+        from scratch).
     resolution : metres on the ground a pixel covers.
     stem_dim, tokenizer_heads, low_rank : of `HyperT`.
     storage_tokens : of DINOv3.
@@ -83,7 +85,7 @@ class Segmentation(OfficialNames):
         num_classes: int,
         wavelengths: Sequence[float] | None = None,
         *,
-        image_size: int = 224,
+        image_size: int | Sequence[int] = 224,
         patch_size: int = 16,
         embed_dim: int = 1024,
         depth: int = 24,
@@ -114,24 +116,20 @@ class Segmentation(OfficialNames):
         }
         _check_one_of("family", family, Family)
         _check_one_of("trainable", trainable, Trainable)
-        tokenizer = tokenizer or ("hypert" if adapter == "aomoa" else "patch")
+        tokenizer = tokenizer or ("hypert" if adapter == "aomoa" else "conv")
         _check_one_of("tokenizer", tokenizer, Tokenizer)
         with_hypert = tokenizer == "hypert"
         refine = (with_hypert and adapter == "aomoa") if refine is None else refine
         if refine and not with_hypert:
             raise ValueError("refine: got True, expected False without HyperT (tokenizer)")
-        if patch_size < 1 or image_size < 1 or image_size % patch_size:
-            raise ValueError(
-                f"image_size: got {image_size}, expected a positive multiple of patch_size "
-                f"{patch_size}"
-            )
+        self.image_size = _image_size(image_size, patch_size)
         if patch_size != HYPERT_PATCH and with_hypert and (refine or low_rank is not None):
             raise ValueError(
                 f"patch_size: got {patch_size}, expected {HYPERT_PATCH} with HyperT's low-rank "
                 "path or the Are-adapter (low_rank=None, refine=False go without)"
             )
-        self.in_channels, self.num_classes, self.image_size = in_channels, num_classes, image_size
-        self.grid = (image_size // patch_size, image_size // patch_size)
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
         tokens = self.grid[0] * self.grid[1]
         self.feature_blocks = _feature_blocks(feature_blocks, depth)
 
@@ -143,7 +141,7 @@ class Segmentation(OfficialNames):
                 in_channels,
                 wavelengths,
                 embed_dim=embed_dim,
-                image_size=image_size,
+                image_size=self.image_size,
                 tokens=tokens,
                 stem_dim=stem_dim,
                 num_heads=tokenizer_heads,
@@ -196,7 +194,7 @@ class Segmentation(OfficialNames):
         )
         self.neck, self.head = decoder.neck, decoder.head
         if trainable == "adapters":
-            freeze(self.vit_backbone)
+            freeze(self.vit_backbone, norms=adapter is not None)
         else:
             self.vit_backbone.requires_grad_(trainable == "all")
 
@@ -213,7 +211,7 @@ class Segmentation(OfficialNames):
         ------
         ValueError : images of another size or another number of bands.
         """
-        expected = (self.in_channels, self.image_size, self.image_size)
+        expected = (self.in_channels, *self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images: got shape {list(images.shape)}, expected [batch, "
@@ -266,6 +264,16 @@ class Segmentation(OfficialNames):
     def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Classes [B, *size] of images [B, C, H, W], at the images' size by default."""
         return upsample_argmax(self(images), size or (images.shape[-2], images.shape[-1]))
+
+
+def _image_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Height and width, if they are whole patches."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if patch_size < 1 or len(sides) != 2 or min(sides) < 1 or any(s % patch_size for s in sides):
+        raise ValueError(
+            f"image_size: got {size}, expected positive multiples of patch_size {patch_size}"
+        )
+    return sides[0], sides[1]
 
 
 def _feature_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:

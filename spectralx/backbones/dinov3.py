@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectralx.backbones.vit import NORM_EPS, Attention, Block
+from spectralx.backbones.vit import NORM_EPS, Attention, Block, init_linear
 from spectralx_kernels import OfficialNames
 
 Rotation = tuple[Tensor, Tensor]
@@ -110,7 +110,8 @@ class RotaryAttention(Attention):
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        return out
 
 
 class LayerScale(nn.Module):
@@ -152,7 +153,8 @@ class DINOv3Block(Block):
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Tokens [B, N, D] to tokens [B, N, D]."""
         x = x + self.ls1(self.attn(self.norm1(x), rotation))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        return out
 
 
 class DINOv3(OfficialNames):
@@ -198,6 +200,7 @@ class DINOv3(OfficialNames):
             )
             for _ in range(depth)
         )
+        self.blocks.apply(init_linear)
         self.rope_embed = AxialRope(embed_dim // num_heads, base=rope_base, dtype=rope_dtype)
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
 

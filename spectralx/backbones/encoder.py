@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectralx.backbones.vit import Block
+from spectralx.backbones.vit import Block, init_linear
 from spectralx_kernels import HyperT, OfficialNames
 
 _PRETRAINING_CLASSES = 1000
@@ -73,6 +73,7 @@ class PositionedEncoder(OfficialNames):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)
         )
+        self.blocks.apply(init_linear)
 
     @property
     def official_inert(self) -> Mapping[str, tuple[int, ...]]:

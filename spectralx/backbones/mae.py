@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spectralx.backbones.encoder import PatchEmbed
 from spectralx.backbones.positions import sincos_positions
-from spectralx.backbones.vit import NORM_EPS, Block
+from spectralx.backbones.vit import NORM_EPS, Block, init_linear
 from spectralx_kernels import OfficialNames, gather_tokens, random_masking, restore_tokens
 
 
@@ -143,11 +143,3 @@ class MaskedAutoencoder(OfficialNames):
             tokens = block(tokens)
         normed: Tensor = self.decoder_norm(tokens)
         return normed
-
-
-def init_linear(module: nn.Module) -> None:
-    """MAE's start values of a linear layer: Xavier uniform, bias zero. Others are left alone."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

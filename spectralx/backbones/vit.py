@@ -8,6 +8,14 @@ from torch import Tensor, nn
 NORM_EPS = 1e-6
 
 
+def init_linear(module: nn.Module) -> None:
+    """MAE's start values of a linear layer: Xavier uniform, bias zero. Others are left alone."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one joint projection ``qkv`` and an output ``proj``.
 
