@@ -20,6 +20,10 @@ from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, GOLDEN_FLOOR, ROUN
 GRADIENT = "gradient"
 # Indices may differ in this share of places, beyond the reference's own: near-ties.
 INDEX_SLACK = 1e-4
+# A whole model has ReLUs and best matches that fall on the other side where a value is within
+# round-off of the kink: a share f of them moves its gradients by about sqrt(f), which measured up
+# to 1e-3 of a part in float32. A wrong gradient is out by about 1.
+KINKS = 1e-2
 # A gradient that cancels to nothing is measured against this share of the largest one.
 VANISHING = 1e-3
 
@@ -57,11 +61,17 @@ def error(found: Tensor, exact: Tensor, least_norm: float = 0.0) -> float:
     return math.inf if math.isnan(distance) else distance
 
 
-def whole(results: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`results` with all gradients joined into one vector."""
-    joined = {name: value for name, value in results.items() if not name.startswith(GRADIENT)}
-    parts = [value.flatten().float() for name, value in results.items() if name not in joined]
-    return {**joined, f"{GRADIENT} as a whole": torch.cat(parts)}
+def by_part(results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`results` with the gradients of each part of a model joined into one vector."""
+    joined: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for name, value in results.items():
+        if name.startswith(GRADIENT):
+            parts.setdefault(name.split(".", 1)[0], []).append(value.flatten().float())
+        else:
+            joined[name] = value
+    joined.update({name: torch.cat(values) for name, values in parts.items()})
+    return joined
 
 
 def compare(
@@ -75,8 +85,8 @@ def compare(
     Parameters
     ----------
     found : the implementation's results.
-    plain : the reference's results in the same dtype; where they are `exact` itself, an error of
-        `GOLDEN_FLOOR` is allowed.
+    plain : the reference's results in the same dtype; where they are `exact` itself, errors of
+        `GOLDEN_FLOOR` and, of a gradient, of `KINKS` are allowed.
     exact : the truth.
     dtype : the dtype that is timed.
     """
@@ -93,7 +103,7 @@ def compare(
         if not truth.is_floating_point():
             slack = max(slack, INDEX_SLACK)
         elif plain is exact:
-            slack = max(slack, GOLDEN_FLOOR)
+            slack = max(slack, KINKS if is_gradient else GOLDEN_FLOOR)
         factor = BACKWARD_FACTOR if is_gradient else FORWARD_FACTOR
         bound = factor * error(plain[name], truth, least_norm) + slack
         compared.append(Comparison(name, error(found[name], truth, least_norm), bound))

@@ -1,7 +1,8 @@
 """UPerNet, whole: neck and head on four feature maps of ViT-L.
 
 ``eager`` forms every upsampled map. Dropout is off, so that implementations can be compared.
-``fwd+bwd`` trains with batch statistics, for which two images are the least.
+``fwd+bwd`` trains with batch statistics, for which two images are the least; see
+`use_running_statistics`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from torch import Tensor
 from benchmarks import floors
 from benchmarks.case import Case, Draw, Setting, Tensors, rotating
 from benchmarks.shapes import FORWARD, DecoderShape
-from benchmarks.variants import compiled, on_reference, with_plain_decoder
+from benchmarks.variants import (
+    compiled,
+    on_reference,
+    use_running_statistics,
+    with_plain_decoder,
+)
 from spectralx.decoder import UPerNet
 
 LEVELS = 4
@@ -27,6 +33,7 @@ def build(shape: DecoderShape, mode: str, setting: Setting) -> Case:
         [shape.width] * LEVELS, shape.classes, head_channels=shape.head_width, dropout=0.0
     )
     draw.fill(model).train(training)
+    use_running_statistics(model.head)
     plain = with_plain_decoder(model)
 
     def input_set() -> Tensors:
@@ -34,10 +41,12 @@ def build(shape: DecoderShape, mode: str, setting: Setting) -> Case:
         return tuple(draw.normal(*size).requires_grad_(training) for _ in range(LEVELS))
 
     def fused(*features: Tensor) -> Tensor:
-        return model(features)
+        logits: Tensor = model(features)
+        return logits
 
     def reference(*features: Tensor) -> Tensor:
-        return plain(features)
+        logits: Tensor = plain(features)
+        return logits
 
     # Maps and weights in, logits out; backward, the same and as many gradients.
     small = LEVELS * shape.batch * shape.width * shape.side**2

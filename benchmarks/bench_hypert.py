@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import floors
 from benchmarks.case import Case, Draw, Setting, Tensors, rotating
-from benchmarks.shapes import FORWARD, TOKENS, WAVELENGTHS, WIDTH, HypertShape
+from benchmarks.shapes import FORWARD, WAVELENGTHS, HypertShape
 from benchmarks.variants import compiled, on_reference
 from spectralx_kernels import HyperT
 
@@ -22,7 +22,7 @@ def build(shape: HypertShape, mode: str, setting: Setting) -> Case:
     model = HyperT(
         shape.bands,
         WAVELENGTHS[shape.sensor],
-        embed_dim=WIDTH,
+        embed_dim=shape.embed_dim,
         image_size=shape.image_size,
         trainable=shape.trainable,
     )
@@ -33,14 +33,17 @@ def build(shape: HypertShape, mode: str, setting: Setting) -> Case:
         return (draw.normal(shape.batch, shape.bands, side, side, scale=0.3, offset=0.5),)
 
     def run(images: Tensor) -> Tensors:
-        return model(images)
+        outputs: Tensors = model(images)
+        return outputs
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # Images and weights in, tokens and both features out; backward, the trained gradients.
-    elements = shape.batch * (shape.bands * shape.image_size**2 + TOKENS * WIDTH)
+    elements = shape.batch * (shape.bands * shape.image_size**2 + shape.tokens * shape.embed_dim)
     elements += sum(parameter.numel() for parameter in model.parameters())
     if mode != FORWARD:
-        elements += shape.batch * TOKENS * WIDTH + sum(p.numel() for p in trained.values())
+        elements += shape.batch * shape.tokens * shape.embed_dim + sum(
+            p.numel() for p in trained.values()
+        )
     return Case(
         functions={"fused": run, "eager": on_reference(run), "compile": compiled(run)},
         inputs=rotating(setting, input_set),

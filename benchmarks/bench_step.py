@@ -4,7 +4,7 @@ Below float32 the step runs under autocast, on float32 weights. ``eager`` runs t
 operators and a decoder that forms every upsampled map; ``dispatch`` is that with the per-expert
 algorithm in every adapted layer; ``compile`` is ``torch.compile`` of it. Dropout is off and gate
 noise is drawn from the same seed, so that implementations can be compared. Two images are the
-least that UPerNet's batch statistics allow.
+least that UPerNet's batch statistics allow; see `use_running_statistics`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from torch import Tensor
 from benchmarks import floors
 from benchmarks.case import Case, Draw, Setting, Tensors, rotating
 from benchmarks.shapes import WAVELENGTHS, DecoderShape, HypertShape, StepShape
-from benchmarks.variants import compiled, on_reference, with_dispatch, with_plain_decoder
+from benchmarks.variants import (
+    compiled,
+    on_reference,
+    use_running_statistics,
+    with_dispatch,
+    with_plain_decoder,
+)
 from spectralx.segmentation import Segmentation
 
 
@@ -38,12 +44,13 @@ def build(shape: StepShape, mode: str, setting: Setting) -> Case:
         dropout=0.0,
     )
     draw.fill(model).train()
+    use_running_statistics(model.head)
     plain = with_plain_decoder(model)
     dispatched = with_dispatch(plain)
 
     def input_set() -> Tensors:
         size = (shape.batch, shape.bands, shape.image_size, shape.image_size)
-        images = draw.normal(*size, scale=0.3, offset=0.5)
+        images = draw.normal(*size, scale=0.1) + draw.normal(*size[:2], 1, 1, scale=0.3, offset=0.5)
         labels = draw.integers(shape.classes, shape.batch, shape.image_size, shape.image_size)
         return images, labels
 
@@ -70,9 +77,19 @@ def build(shape: StepShape, mode: str, setting: Setting) -> Case:
     elements += 8 * sum(p.numel() for p in trained.values())
     elements *= torch.float32.itemsize // setting.dtype.itemsize
     tokenizer = HypertShape(
-        name="", batch=shape.batch, sensor=shape.sensor, image_size=shape.image_size
+        name="",
+        batch=shape.batch,
+        sensor=shape.sensor,
+        image_size=shape.image_size,
+        embed_dim=shape.embed_dim,
     )
-    decoder = DecoderShape(name="", batch=shape.batch, classes=shape.classes)
+    decoder = DecoderShape(
+        name="",
+        batch=shape.batch,
+        classes=shape.classes,
+        width=shape.embed_dim,
+        side=shape.image_size // 16,
+    )
     return Case(
         functions={
             "fused": step_of(model.loss),
@@ -86,7 +103,7 @@ def build(shape: StepShape, mode: str, setting: Setting) -> Case:
         constants=[*model.parameters(), *model.buffers()],
         floor=lambda: floors.floor_of(floors.step(shape, tokenizer, decoder), elements, setting),
         finish=finish,
-        whole_gradient=True,
+        by_part=True,
         truth=torch.float32,
     )
 

@@ -110,8 +110,8 @@ class Case:
     floor : makes name -> the bare work that no implementation can avoid; the slowest is the floor.
     linear : makes the work of the frozen linear layer alone, for an adapted layer.
     finish : ends a step (the optimiser); not part of the accuracy check.
-    whole_gradient : compare all gradients as one vector, where a discrete choice inside (a best
-        match, a route) may fall differently by one place and move a small gradient.
+    by_part : compare the gradients of each part of a model (the first word of their names) as one
+        vector.
     truth : dtype of the truth; float32 for whole models.
     """
 
@@ -122,7 +122,7 @@ class Case:
     floor: Callable[[], Mapping[str, Callable[[], object]]] = dict
     linear: Callable[[], Callable[[], object]] | None = None
     finish: Callable[[], object] | None = None
-    whole_gradient: bool = False
+    by_part: bool = False
     truth: torch.dtype = torch.float64
 
 

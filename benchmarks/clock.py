@@ -15,11 +15,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 # Twice the L2 cache of the largest GPU, written before every timed call.
 FLUSH_BYTES = 256 * 2**20
+# Seconds of a round above which its implementations are called only twice each.
+SLOW_ROUND = 10.0
 
 
 class Stopwatch:
@@ -51,7 +54,8 @@ class CudaStopwatch(Stopwatch):
         run()
         self._end.record()
         self._end.synchronize()
-        return self._begin.elapsed_time(self._end) / 1e3
+        milliseconds: float = self._begin.elapsed_time(self._end)
+        return milliseconds / 1e3
 
 
 def stopwatch_for(device: str) -> Stopwatch:
@@ -74,9 +78,10 @@ def interleave(
     runs : name -> function of the turn, a counter over all calls, by which it picks the next of
         its rotating inputs (so that none is still in the cache from the call before).
     stopwatch : seconds of one call.
-    seconds : how long to measure; the slowest warm-up round gives the number of rounds.
+    seconds : how long to measure; the last warm-up round gives the number of rounds.
     rounds : least and most rounds.
-    warm_up : rounds that do not count.
+    warm_up : rounds that do not count, at least one. Of a round that takes longer than
+        `SLOW_ROUND` two are taken and both count: there, a cold call makes no difference.
 
     Each round starts one name further, so none always follows the same other.
     """
@@ -88,20 +93,24 @@ def interleave(
         taken = {}
         for place in range(len(names)):
             name = names[(first + place) % len(names)]
-            run, this = runs[name], turn
-            taken[name] = stopwatch(lambda run=run, this=this: run(this))  # type: ignore[misc]
+            taken[name] = stopwatch(partial(runs[name], turn))
             turn += 1
         return taken
 
-    warm = [sum(one_round(0).values()) for _ in range(warm_up)]
-    low, high = rounds
-    count = min(max(int(seconds / max(warm[-1] if warm else 1e-9, 1e-9)), low), high)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(warm_up):
+        warm = one_round(0)
+    whole = sum(warm.values())
+    if whole > SLOW_ROUND:
+        count = min(1, rounds[1] - 1)
+        samples = {name: [sample] for name, sample in warm.items()}
+    else:
+        count = min(max(int(seconds / max(whole, 1e-9)), rounds[0]), rounds[1])
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
-        for first in range(count):
+        for first in range(1, count + 1):
             for name, sample in one_round(first % len(names)).items():
                 samples[name].append(sample)
     finally:

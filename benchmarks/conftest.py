@@ -97,7 +97,7 @@ class Groups:
         for item in items:
             if isinstance(item, pytest.Function) and "report" in item.fixturenames:
                 params = item.callspec.params
-                self._wanted.setdefault(_key(params), []).append(params["impl"])
+                self._wanted.setdefault(_key(params), []).append(str(params["impl"]))
 
     def row(self, build: Build, key: GroupKey, impl: str) -> Row:
         if key != self._key:

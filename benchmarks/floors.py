@@ -16,10 +16,8 @@ import torch
 from benchmarks.case import Draw, Setting
 from benchmarks.shapes import (
     FORWARD,
-    STEM_SIDE,
     STEM_WIDTH,
-    TOKENS,
-    WIDTH,
+    TRAINING,
     AomoaShape,
     DecoderShape,
     HypertShape,
@@ -140,31 +138,32 @@ def block(
 
 def hypert(shape: HypertShape, mode: str) -> list[Product]:
     """Stem, both branches, attribute match, feed-forward, and the low-rank path."""
-    b, side, half = shape.batch, shape.image_size, WIDTH // 2
-    keys = STEM_SIDE**2
+    b, side, width, half = shape.batch, shape.image_size, shape.embed_dim, shape.embed_dim // 2
+    tokens, positions = shape.tokens, shape.positions
+    window = max(shape.image_size // 8 // 2, 1) ** 2
     tokenizer = [
         Product(b * side**2, shape.bands, 64),
         Product(b * side**2, 64 * 9, 64),
         Product(b * (side // 2) ** 2, 64 * 4, 128),
         Product(b * (side // 2) ** 2, 128 * 9, 128),
         Product(b * (side // 4) ** 2, 128 * 4, 256),
-        Product(b * keys, 256 * 9, STEM_WIDTH),
-        *block(keys, STEM_WIDTH, 8, batch=b, window=(STEM_SIDE // 2) ** 2),
-        *block(STEM_WIDTH, keys, 8, batch=b),
+        Product(b * positions, 256 * 9, STEM_WIDTH),
+        *block(positions, STEM_WIDTH, 8, batch=b, window=window),
+        *block(STEM_WIDTH, positions, 8, batch=b),
     ]
-    for count, features in ((keys, STEM_WIDTH), (STEM_WIDTH, keys)):
-        width = features // 2
+    for count, features in ((positions, STEM_WIDTH), (STEM_WIDTH, positions)):
+        inner = features // 2
         tokenizer += [
-            Product(TOKENS, half, width),
-            Product(b * count, features, 2 * width),
-            Product(TOKENS, width, count, batch=b),
-            Product(TOKENS, count, width, batch=b),
-            Product(b * TOKENS, width, half),
+            Product(tokens, half, inner),
+            Product(b * count, features, 2 * inner),
+            Product(tokens, inner, count, batch=b),
+            Product(tokens, count, inner, batch=b),
+            Product(b * tokens, inner, half),
         ]
-    tokenizer += [Product(b * TOKENS, WIDTH, 4 * WIDTH), Product(b * TOKENS, 4 * WIDTH, WIDTH)]
+    tokenizer += [Product(b * tokens, width, 4 * width), Product(b * tokens, 4 * width, width)]
     low_rank = [
         Product(b * (side // 4) ** 2, shape.bands * 16, 16),
-        Product(b * TOKENS, 16 * 16, WIDTH),
+        Product(b * tokens, 16 * 16, width),
     ]
     if mode == FORWARD:
         return tokenizer + low_rank
@@ -204,24 +203,22 @@ def decoder(shape: DecoderShape, mode: str) -> list[Product]:
 
 def step(shape: StepShape, tokenizer: HypertShape, head: DecoderShape) -> list[Product]:
     """Backbone with frozen weights, adapters, tokenizer, match and decoder, there and back."""
-    tokens = TOKENS + 1
-    layers = block(tokens, shape.embed_dim, shape.num_heads, batch=shape.batch)
-    attention = {1, 2}
-    blocks = [
+    width, tokens = shape.embed_dim, tokenizer.tokens
+    layers = block(tokens + 1, width, shape.num_heads, batch=shape.batch)
+    attention = (1, 2)  # scores and values: both operands have gradients
+    backbone = [
         direction
         for place, product in enumerate(layers)
         for direction in (trained([product]) if place in attention else frozen([product]))
     ]
-    work = [replace(product, count=shape.depth) for product in blocks]
-    for sizes in ((shape.embed_dim, 4 * shape.embed_dim), (4 * shape.embed_dim, shape.embed_dim)):
-        layer = AomoaShape(
-            name="fc", tokens=shape.batch * tokens, in_features=sizes[0], out_features=sizes[1]
-        )
-        # The frozen layer itself is in `layers`.
-        adapter = aomoa(layer, "")[2:]
-        work += [replace(p, count=p.count * len(shape.blocks)) for p in adapter]
-    for keys, width in ((STEM_SIDE**2, STEM_WIDTH // 2), (STEM_WIDTH, STEM_SIDE**2 // 2)):
-        work += [
-            Product(TOKENS, width, keys, batch=shape.batch, count=len(shape.blocks)),
-        ]
-    return work + hypert(tokenizer, "") + decoder(head, "")
+    work = [replace(product, count=shape.depth) for product in backbone]
+    adapted = len(shape.blocks)
+    for ins, outs in ((width, 4 * width), (4 * width, width)):
+        rows = shape.batch * (tokens + 1)
+        layer = AomoaShape(name="", tokens=rows, in_features=ins, out_features=outs)
+        # The frozen layer itself, forward and back, is in `layers`.
+        adapter = aomoa(layer, TRAINING)[2:]
+        work += [replace(product, count=product.count * adapted) for product in adapter]
+    for keys, features in ((tokenizer.positions, STEM_WIDTH), (STEM_WIDTH, tokenizer.positions)):
+        work.append(Product(tokens, features // 2, keys, batch=shape.batch, count=adapted))
+    return work + hypert(tokenizer, TRAINING) + decoder(head, TRAINING)

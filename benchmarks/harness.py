@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import compare, whole
+from benchmarks.accuracy import by_part, compare
 from benchmarks.case import Case, Runner, Setting
 from benchmarks.clock import Stopwatch, interleave, stopwatch_for
 from benchmarks.memory import SavedBytes, peak_bytes
@@ -127,9 +127,9 @@ def _check(
     if "eager" in rows:
         rows["eager"] = eager
     exact = plain if exact is None else exact
-    if case.whole_gradient:
-        same, plain = exact is plain, whole(plain)
-        exact = plain if same else whole(exact)
+    if case.by_part:
+        same, plain = exact is plain, by_part(plain)
+        exact = plain if same else by_part(exact)
     for name, row in rows.items():
         if name not in functions:
             continue
@@ -137,7 +137,7 @@ def _check(
             found = plain
             if name != "eager":
                 found = _probe(row, name, functions[name], runner, setting)
-                found = whole(found) if case.whole_gradient else found
+                found = by_part(found) if case.by_part else found
             compared = compare(found, plain, exact, setting.dtype)
             wrong = [str(comparison) for comparison in compared if not comparison.holds]
             if wrong:

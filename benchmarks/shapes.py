@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 FORWARD = "fwd"
 TRAINING = "fwd+bwd"
@@ -75,16 +75,26 @@ class AomoaShape(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class HypertShape(Shape):
-    """The tokenizer: images [batch, bands, image_size, image_size] -> [batch, 196, 1024]."""
+    """The tokenizer: images [batch, bands, image_size, image_size] -> tokens, 196 of 224 x 224."""
 
     batch: int
     sensor: str
     image_size: int = 224
+    embed_dim: int = WIDTH
     trainable: str = "official"
 
     @property
     def bands(self) -> int:
         return len(WAVELENGTHS[self.sensor])
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // 16) ** 2
+
+    @property
+    def positions(self) -> int:
+        """Positions of the stem's map."""
+        return (self.image_size // 8) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +154,7 @@ class DecoderShape(Shape):
 class StepShape(Shape):
     """One stage-2 training step: forward, loss, backward, AdamW."""
 
-    family: str
+    family: Literal["scalemae", "satmae++", "dinov3"]
     batch: int
     sensor: str
     embed_dim: int = WIDTH

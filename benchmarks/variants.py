@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import dispatch
-from spectralx.decoder import ConvUnit
+from spectralx.decoder import ConvUnit, UPerHead
 from spectralx_kernels import AoMoALinear, use_backend
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -99,6 +99,18 @@ def with_dispatch(model: ModuleType) -> ModuleType:
         if isinstance(module, AoMoALinear):
             dispatched.set_submodule(path, DispatchLinear(module))
     return dispatched
+
+
+def use_running_statistics(head: UPerHead) -> None:
+    """Take the batch norm of the map that is pooled to one value out of training.
+
+    Of two images it has two values to average over, which makes them 1 and -1 whatever they are
+    and their gradient the difference of nearly equal numbers: nothing could be compared. The map
+    has one value a channel, so this saves no time.
+    """
+    for scale, pooled in zip(head.pool_scales, head.psp_modules, strict=True):
+        if scale == 1:
+            pooled.eval()
 
 
 def on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
