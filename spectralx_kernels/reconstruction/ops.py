@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -155,9 +157,9 @@ def upsampled_l1_loss(prediction: Tensor, images: Tensor, *, backend: str | None
 
 def band_targets(
     images: Tensor,
-    high_size: tuple[int, int],
-    low_size: tuple[int, int],
-    base_size: tuple[int, int],
+    high_size: Sequence[int],
+    low_size: Sequence[int],
+    base_size: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """What the high- and the low-frequency decoder of ScaleMAE are to predict.
 
@@ -195,8 +197,8 @@ def band_reconstruction_loss(
     images: Tensor,
     mask: Tensor,
     *,
-    grid: tuple[int, int] | None = None,
-    base_size: tuple[int, int] | None = None,
+    grid: Sequence[int] | None = None,
+    base_size: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Loss of the high- and low-frequency predictions of ScaleMAE, added.

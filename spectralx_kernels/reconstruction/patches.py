@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return reference.patchify(images, patch)
 
 
-def unpatchify(patches: Tensor, patch: int, size: tuple[int, int] | None = None) -> Tensor:
+def unpatchify(patches: Tensor, patch: int, size: Sequence[int] | None = None) -> Tensor:
     """Put patches back together: undoes `patchify`.
 
     Parameters
@@ -76,9 +78,14 @@ def unpatchify(patches: Tensor, patch: int, size: tuple[int, int] | None = None)
     check_range("patch", patch, 1, 2**31)
     if size is None:
         rows, columns = square_grid("patches", patches.shape[1])
-        size = (rows * patch, columns * patch)
+        size = [rows * patch, columns * patch]
     height, width = size
-    if height % patch or width % patch or height * width != patches.shape[1] * patch * patch:
+    if (
+        min(size) < 1
+        or height % patch
+        or width % patch
+        or height * width != patches.shape[1] * patch * patch
+    ):
         raise ValueError(
             f"size: got {list(size)}, expected multiples of {patch} that hold "
             f"{patches.shape[1]} patches"

@@ -309,7 +309,10 @@ def test_bad_arguments_of_the_band_loss(change: dict[str, Any], message: str) ->
     ],
 )
 def test_bad_arguments_of_the_l1_loss(change: dict[str, Any], message: str) -> None:
-    good = {"prediction": torch.zeros(2, 2, 8, 8), "images": torch.zeros(2, 2, 4, 4)}
+    good: dict[str, Any] = {
+        "prediction": torch.zeros(2, 2, 8, 8),
+        "images": torch.zeros(2, 2, 4, 4),
+    }
     with pytest.raises((TypeError, ValueError), match=message):
         upsampled_l1_loss(**{**good, **change})
 

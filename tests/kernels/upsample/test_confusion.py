@@ -29,7 +29,9 @@ def test_ladder() -> None:
 
 def test_compiles() -> None:
     ladder.check_compiles(
-        lambda *values: confusion_matrix_update(*values, 0),
+        lambda confusion, prediction, target: confusion_matrix_update(
+            confusion, prediction, target, 0
+        ),
         (torch.ones(5, 5).long(), labels(5, 2, 4, 3), labels(5, 2, 4, 3, seed=1)),
         compiler="aot_eager",
     )
@@ -92,7 +94,10 @@ def test_a_wrong_label_nobody_looked_at_is_not_counted() -> None:
     ],
 )
 def test_bad_counts_are_named(change: dict[str, Any], message: str) -> None:
-    good = {"confusion": torch.zeros(3, 3).long(), "prediction": torch.zeros(2, 5).long()}
+    good: dict[str, Any] = {
+        "confusion": torch.zeros(3, 3).long(),
+        "prediction": torch.zeros(2, 5).long(),
+    }
     good["target"] = torch.zeros(2, 5).long()
     with pytest.raises((TypeError, ValueError), match=message):
         confusion_matrix_update(**{**good, **change})

@@ -78,7 +78,7 @@ def test_taps_agree_with_the_ordinary_path(
         max(length, side - 2 * pad) for length, side, pad in zip(size, kernel, padding, strict=True)
     )
     args = (draw(batch, channels, *small), draw(2, channels, *kernel, seed=1), draw(2, seed=2))
-    options = {"size": size, "padding": padding, "align_corners": align_corners}
+    options: dict[str, Any] = {"size": size, "padding": padding, "align_corners": align_corners}
     expected, expected_grads = ladder.run_with_gradients(
         lambda *values: ordinary(*values, **options), ladder.cast(args, torch.float64, grad=True)
     )
@@ -116,7 +116,7 @@ def test_borders_pixel_by_pixel(align_corners: bool, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_taps_are_as_accurate_as_the_ordinary_path(dtype: torch.dtype) -> None:
     args = (draw(2, 24, 7, 7), draw(16, 24, 3, 3, seed=1) / 15, draw(16, seed=2))
-    options = {"size": (28, 21), "padding": (1, 1), "align_corners": False}
+    options: dict[str, Any] = {"size": (28, 21), "padding": (1, 1), "align_corners": False}
     rounded = ladder.cast(ladder.cast(args, dtype), torch.float64, grad=True)
     exact, exact_grads = ladder.run_with_gradients(lambda *v: ordinary(*v, **options), rounded)
     plain, plain_grads = ladder.run_with_gradients(
@@ -208,6 +208,10 @@ def test_module_is_a_convolution_with_the_same_state_dict() -> None:
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    good = {"x": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(5, 3, 3, 3), "size": 8}
+    good: dict[str, Any] = {
+        "x": torch.zeros(2, 3, 4, 4),
+        "weight": torch.zeros(5, 3, 3, 3),
+        "size": 8,
+    }
     with pytest.raises((TypeError, ValueError), match=message):
         upsample_conv2d(**{**good, **change})

@@ -251,6 +251,9 @@ def test_check_labels_names_the_label() -> None:
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    good = {"logits": torch.zeros(2, 3, 4, 4), "target": torch.zeros(2, 8, 8).long()}
+    good: dict[str, Any] = {
+        "logits": torch.zeros(2, 3, 4, 4),
+        "target": torch.zeros(2, 8, 8).long(),
+    }
     with pytest.raises((TypeError, ValueError), match=message):
         upsample_cross_entropy(**{**good, **change})  # type: ignore[arg-type]
