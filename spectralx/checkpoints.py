@@ -14,21 +14,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spectralx.cli import one_line
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
-from spectralx_kernels import __version__, official_inert, official_parameters
+from spectralx.state_dicts import CheckpointError, check_names, load_official, load_safetensors
+from spectralx_kernels import __version__
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "Checkpoint",
+    "CheckpointError",
+    "Initialised",
+    "initialise_from_stage1",
+    "load",
+    "load_official",
+    "save",
+]
 
 FORMAT = "spectralx-checkpoint"
 FORMAT_VERSION = 1
@@ -42,10 +54,6 @@ _MODELS: dict[str, type[nn.Module]] = {
 # Stage-2 tensors that depend on the bands or the image size, which may change between stages.
 _MAY_DIFFER = ("patch_embed.", "pos_embed")
 _BACKBONE = "vit_backbone."
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: names the file, what was found and what is expected."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Checkpoint:
         try:
             model = _MODELS[kind](**self.config)
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path / MANIFEST}: config: {_one_line(error)}") from error
+            raise CheckpointError(f"{self.path / MANIFEST}: config: {one_line(error)}") from error
         self.load_into(model)
         return model.eval()
 
@@ -96,7 +104,7 @@ class Checkpoint:
         """
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        _check_names(str(self.path), found, own)
+        check_names(str(self.path), found, own)
         model.load_state_dict(self.tensors)
 
 
@@ -180,7 +188,10 @@ def save(
     }
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
         new = Path(scratch, "model")
+        new.touch()
+        mode = new.stat().st_mode  # safetensors makes files that only their owner reads
         save_file(tensors, new)
+        new.chmod(mode)
         digest = _sha256(new)
         tensor_file = folder / f"model-{digest[:16]}.safetensors"
         manifest["tensors"] = {
@@ -215,7 +226,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON: {_one_line(error)}") from error
+        raise CheckpointError(f"{file}: not JSON: {one_line(error)}") from error
     _check_manifest(file, manifest)
 
     entry = manifest["tensors"]
@@ -228,47 +239,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             f"{tensor_file}: got sha256 {digest[:16]}..., expected {entry['sha256'][:16]}... "
             "as in its manifest: the file is damaged or of another checkpoint"
         )
-    return Checkpoint(folder, manifest, _load_safetensors(tensor_file))
-
-
-def load_official(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
-    """Load the paper's published state dict: every name of it, and every name of the model.
-
-    Parameters
-    ----------
-    model : takes the published names where its modules derive from
-        `spectralx_kernels.OfficialNames`.
-    source : a state dict, or a file: ``.safetensors``, or what ``torch.save`` wrote. A
-        ``state_dict`` or ``model`` entry that holds it and a ``module.`` before every name
-        (data-parallel training) are taken off.
-
-    Raises
-    ------
-    CheckpointError : unreadable, or names or shapes that differ. Names are checked before
-        anything is loaded; after an error in a shape the model is to be thrown away.
-    """
-    if isinstance(source, Mapping):
-        where, state = "state_dict", dict(source)
-    else:
-        where, state = str(source), _read_official(Path(source))
-    state = _unwrapped(state)
-    not_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if not_tensors:
-        raise CheckpointError(f"{where}: {_some(not_tensors)}: not tensors, expected a state dict")
-    inert = official_inert(model)
-    expected = [*official_parameters(model), *(name for name in inert if name in state)]
-    _check_names(where, dict.fromkeys(state), dict.fromkeys(expected))
-    for name, shape in inert.items():
-        if name in state and tuple(state[name].shape) != shape:
-            found = list(state[name].shape)
-            raise CheckpointError(f"{where}: {name}: got shape {found}, expected {list(shape)}")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:  # other shapes: its first line is a heading
-        lines = [line.strip() for line in str(error).splitlines()]
-        first = lines[1] if len(lines) > 1 else lines[0]
-        more = f" ({len(lines) - 2} more)" if len(lines) > 2 else ""
-        raise CheckpointError(f"{where}: {first}{more}") from error
+    return Checkpoint(folder, manifest, load_safetensors(tensor_file))
 
 
 def initialise_from_stage1(
@@ -344,71 +315,6 @@ def _check_manifest(file: Path, manifest: Any) -> None:
         raise CheckpointError(
             f"{file}: tensors: got file {entry['file']!r}, expected a name in the same folder"
         )
-
-
-def _check_names(
-    where: str,
-    found: Mapping[str, tuple[int, ...] | None],
-    expected: Mapping[str, tuple[int, ...] | None],
-) -> None:
-    """Raise one line for all differences between the names (and shapes) found and expected."""
-    missing = [name for name in expected if name not in found]
-    surplus = [name for name in found if name not in expected]
-    wrong = [
-        f"{name} (got {found[name]}, expected {shape})"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    problems = [
-        f"{len(names)} tensors {what}: {_some(names)}"
-        for what, names in (
-            ("of another shape", wrong),
-            ("missing", missing),
-            ("not expected", surplus),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{where}: " + "; ".join(problems))
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _read_official(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file, expected a state dict")
-    if file.suffix == ".safetensors":
-        return dict(_load_safetensors(file))
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{file}: not a file of tensors alone: {first}") from error
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{file}: got {type(state).__name__}, expected a state dict")
-    return dict(state)
-
-
-def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            state = dict(state[key])
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return state
-
-
-def _load_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file: {_one_line(error)}") from error
 
 
 def _sha256(file: Path) -> str:

@@ -44,9 +44,10 @@ def test_neck_is_resize_between_two_convolutions():
     neck = MultiLevelNeck([24] * 4, 16)
     sizes = [(24, 16), (12, 8), (6, 4), (3, 2)]
     for level, (found, x) in enumerate(zip(neck(maps()), maps(), strict=True)):
-        lateral, conv = neck.lateral_convs[level].conv, neck.convs[level].conv
+        lateral, unit = neck.lateral_convs[level], neck.convs[level]
+        assert isinstance(unit, ConvUnit)
         resized = F.interpolate(lateral(x), size=sizes[level], mode="bilinear")
-        expected = F.conv2d(resized, conv.weight, conv.bias, padding=1)
+        expected = F.conv2d(resized, unit.conv.weight, unit.conv.bias, padding=1)
         torch.testing.assert_close(found, expected)
 
 
@@ -64,6 +65,7 @@ def test_one_pixel_and_odd_maps():
 
 def test_unit_of_several_maps_is_that_of_their_concatenation():
     unit = ConvUnit(12, 8, 3)
+    assert unit.bn is not None
     generator = torch.Generator().manual_seed(2)
     wide = torch.randn(2, 8, 6, 6, generator=generator)
     small = torch.randn(2, 4, 3, 3, generator=generator)
@@ -78,7 +80,7 @@ def test_top_down_path_adds_the_coarser_map():
     head = UPerHead([8] * 4, 8, 3).eval()
     generator = torch.Generator().manual_seed(3)
     pyramid = [torch.randn(2, 8, side, side, generator=generator) for side in (8, 4, 2, 1)]
-    seen = {}
+    seen: dict[int, list[torch.Tensor]] = {}
     for level, conv in enumerate(head.fpn_convs):
         conv.register_forward_pre_hook(
             lambda module, inputs, level=level: seen.setdefault(level, []).append(inputs[0])

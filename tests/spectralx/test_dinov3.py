@@ -66,6 +66,7 @@ def test_key_bias_does_not_act():
     out = layer(torch.zeros(4))
     assert torch.equal(out, torch.tensor([1.0] * 4 + [0.0] * 4 + [1.0] * 4))
     out.sum().backward()
+    assert layer.bias.grad is not None
     assert torch.equal(layer.bias.grad, out.detach())
 
 

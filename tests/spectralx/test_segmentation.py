@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectralx.segmentation import Segmentation
+
+BANDS = 5
+SMALL: dict[str, Any] = {
+    "family": "scalemae",
+    "in_channels": BANDS,
+    "num_classes": 4,
+    "wavelengths": [0.45, 0.55, 0.65, 0.85, 1.6],
+    "image_size": 32,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 4,
+    "stem_dim": 16,
+    "tokenizer_heads": 2,
+    "low_rank": 4,
+    "neck_channels": 16,
+    "head_channels": 8,
+}
+FAMILIES = ("scalemae", "satmae++", "dinov3")
+
+
+def small(**options: Any) -> Segmentation:
+    torch.manual_seed(0)
+    return Segmentation(**{**SMALL, **options})
+
+
+def batch(height: int = 32, width: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(2, BANDS, height, width, generator=generator)
+    return images, torch.randint(0, 4, (2, height, width), generator=generator)
+
+
+def trained(model: Segmentation) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_reaches_every_trainable_parameter(family):
+    model = small(family=family)
+    images, labels = batch()
+    model.loss(images, labels).backward()
+    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
+    without = trained(model) - with_grad
+    # What only chooses a match gets no gradient.
+    assert all("match_attn" in name for name in without), without
+    assert with_grad <= trained(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes(family):
+    model = small(family=family, image_size=(32, 48)).eval()
+    images, _ = batch(32, 48)
+    assert [tuple(x.shape) for x in model.features(images)] == [(2, 32, 2, 3)] * 4
+    assert model(images).shape == (2, 4, 8, 12)
+    assert model.predict(images).shape == (2, 32, 48)
+    assert model.predict(images, (20, 30)).shape == (2, 20, 30)
+
+
+def test_loss_is_cross_entropy_of_upsampled_logits():
+    model = small().eval()
+    images, labels = batch()
+    logits = F.interpolate(model(images), size=(32, 32), mode="bilinear")
+    weight = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    for options in ({}, {"weight": weight}, {"label_smoothing": 0.1}):
+        expected = F.cross_entropy(logits, labels, ignore_index=0, **options)
+        torch.testing.assert_close(model.loss(images, labels, **options), expected)
+    expected = F.cross_entropy(logits, labels, ignore_index=2)
+    torch.testing.assert_close(model.loss(images, labels, ignore_index=2), expected)
+    assert torch.equal(model.predict(images), logits.argmax(1))
+
+
+def test_what_trains_with_adapters():
+    names = trained(small(adapted_blocks=[1]))
+    backbone = {name for name in names if name.startswith("vit_backbone.")}
+    assert "vit_backbone.patch_embed.proj.scaler" in names
+    assert "vit_backbone.patch_embed.proj.down.weight" in names
+    assert "vit_backbone.blocks.1.mlp.fc1.gate" in names
+    assert "vit_backbone.blocks.0.norm1.weight" in names
+    assert "AreApt.scale" in names
+    assert "head.conv_seg.bias" in names
+    assert not any(".proj.proj." in name or ".linear." in name for name in backbone)
+    assert not any("attn" in name or name.endswith("cls_token") for name in backbone)
+    assert not any(".blocks.0.mlp" in name for name in backbone)
+
+
+def test_what_trains_otherwise():
+    everything = {name for name, _ in small().named_parameters()}
+    assert trained(small(trainable="all")) == everything
+    decoder = {name for name in everything if not name.startswith("vit_backbone.")}
+    assert trained(small(trainable="decoder")) == decoder
+    frozen = small(adapter=None)
+    assert trained(frozen) == {
+        name for name, _ in frozen.named_parameters() if name.startswith(("neck.", "head."))
+    }
+
+
+@pytest.mark.parametrize("adapter", ["lora", "slr", "ia3"])
+def test_baselines(adapter):
+    model = small(adapter=adapter, adapted_blocks=[2])
+    images, labels = batch()
+    model.loss(images, labels).backward()
+    added = {"lora": "down.weight", "slr": "out_scaler", "ia3": "in_scaler"}[adapter]
+    names = trained(model)
+    for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        assert f"vit_backbone.blocks.2.{layer}.{added}" in names
+    assert any(name.startswith("vit_backbone.patch_embed.proj.") for name in names)
+    assert "vit_backbone.patch_embed.proj.proj.weight" not in names
+    assert "vit_backbone.blocks.2.mlp.fc1.linear.weight" not in names
+    assert not any("blocks.1.mlp" in name for name in names)
+    assert model.AreApt is None
+
+
+def test_a_convolution_takes_other_patch_sizes():
+    model = small(adapter=None, patch_size=4, image_size=16).eval()
+    assert model(batch(16, 16)[0]).shape == (2, 4, 16, 16)
+
+
+def test_are_adapter_refines_what_the_next_block_sees():
+    images, _ = batch()
+    model = small().eval()
+    assert model.AreApt is not None
+    seen: list[Tensor] = []
+    model.vit_backbone.blocks[1].register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
+    with torch.no_grad():
+        model.AreApt.scale.zero_()
+        plain = model.features(images)
+        model.AreApt.scale.fill_(1.0)
+        refined = model.features(images)
+    assert not torch.allclose(refined[0], plain[0])
+    for features, tokens in zip((plain, refined), seen, strict=True):
+        assert torch.equal(tokens[:, 1:], features[0].flatten(2).transpose(1, 2))
+    assert torch.equal(seen[0][:, 0], seen[1][:, 0])
+
+
+def test_positions_differ_between_families():
+    metres = small().state_dict()["vit_backbone.pos_embed"]
+    patches = small(family="satmae++").state_dict()["vit_backbone.pos_embed"]
+    assert metres.shape == patches.shape == (1, 5, 32)
+    assert not torch.allclose(metres, patches)
+
+
+def test_config_builds_the_same_model():
+    model = small(family="dinov3", feature_blocks=(1, 3), adapter_options={"experts": 3})
+    again = Segmentation(**json.loads(json.dumps(model.config)))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
+    again.load_state_dict(model.state_dict())
+    images, _ = batch()
+    assert torch.equal(model.eval()(images), again.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(24, [5, 11, 17, 23]), (4, [0, 1, 2, 3]), (2, [0, 1]), (1, [0])]
+)
+def test_default_feature_blocks(depth, expected):
+    model = small(depth=depth, adapter=None)
+    assert model.feature_blocks == expected
+    assert model.eval()(batch()[0]).shape == (2, 4, 8, 8)
+
+
+def test_it_learns():
+    """Bright images from dark ones, at labelled pixels only."""
+    model = small(trainable="all", dropout=0.0)
+    images, labels = batch()
+    images[1] += 1.0
+    labels[0], labels[1] = 1, 2
+    labels[:, ::2] = 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-2)
+    losses = []
+    for _ in range(8):
+        loss = model.loss(images, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"family": "mae"}, "family: got 'mae', expected one of scalemae, satmae"),
+        ({"trainable": "some"}, "trainable: got 'some'"),
+        ({"tokenizer": "patch"}, "tokenizer: got 'patch'"),
+        ({"image_size": 40}, "image_size: got 40, expected positive multiples of patch_size 16"),
+        ({"patch_size": 8}, "patch_size: got 8, expected 16 with HyperT"),
+        ({"wavelengths": None}, "wavelengths: got None"),
+        ({"wavelengths": [0.5]}, "wavelengths: got shape"),
+        ({"tokenizer": "conv", "refine": True}, "refine: got True, expected False"),
+        ({"feature_blocks": [3, 1]}, r"feature_blocks: got \[3, 1\], expected one to four"),
+        ({"feature_blocks": [0, 1, 2, 4]}, "below depth 4"),
+        ({"feature_blocks": []}, r"feature_blocks: got \[\]"),
+        ({"num_heads": 5}, "num_heads: got 5"),
+        ({"adapter": "moe"}, "method: got 'moe'"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 32, 32), (2, BANDS, 32, 48), (BANDS, 32, 32)])
+def test_images_of_another_shape(shape):
+    expected = rf"images: got shape .*, expected \[batch, {BANDS}, 32, 32\]"
+    with pytest.raises(ValueError, match=expected):
+        small()(torch.zeros(shape))
