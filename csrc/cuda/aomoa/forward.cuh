@@ -6,7 +6,6 @@
 namespace spectralx::cuda {
 
 constexpr double kLogEpsilon = -36.04365338911715;  // a row that no expert takes
-constexpr int kStateStride = kChunk + 8;            // a warp's pairs of columns meet all banks
 
 template <typename S>
 struct ForwardTensors {
@@ -21,7 +20,7 @@ struct ForwardTensors {
 template <typename S>
 __host__ __device__ int forward_shared(const MixtureSizes& s) {
   const MixtureLayout<S> layout(s);
-  const int state = MixtureLayout<S>::template bytes<Wide<S>>(2 * s.tile * kStateStride);
+  const int state = MixtureLayout<S>::template bytes<Wide<S>>(2 * s.tile * s.state_stride());
   return layout.hidden + layout.staged + layout.router + layout.lists + max(layout.z, state);
 }
 
@@ -73,7 +72,7 @@ __device__ __forceinline__ W log_total(W peak, W total) {
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     mixture_forward(MixtureSizes s, MixtureWeights<S> weights, ForwardTensors<S> t, double eps) {
   using W = Wide<S>;
   const Mixture<S> m(s, weights, dynamic_shared());
@@ -103,24 +102,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   m.group();
   m.hidden_layer();
 
-  W *peaks = reinterpret_cast<W*>(m.z), *totals = peaks + s.tile * kStateStride;
-  for (int c0 = 0; c0 < s.rank; c0 += kChunk) {
-    const int columns = min(kChunk, s.rank - c0);
-    for (int i = threadIdx.x; i < s.tile * kStateStride; i += kThreads) {
+  W *peaks = reinterpret_cast<W*>(m.z), *totals = peaks + s.tile * s.state_stride();
+  for (int c0 = 0; c0 < s.rank; c0 += s.chunk) {
+    const int columns = min(s.chunk, s.rank - c0);
+    for (int i = threadIdx.x; i < s.tile * s.state_stride(); i += kThreads) {
       peaks[i] = W(-INFINITY);
       totals[i] = 0;
     }
     for (int e = 0; e < s.experts; ++e) {
       if (m.count(e) == 0) continue;
       m.output_layer(e, c0, columns, [&](int place, int column, W y) {
-        const int row = m.listed(e, place), at = row * kStateStride + column;
+        const int row = m.listed(e, place), at = row * s.state_stride() + column;
         if (m.gates[row * s.stride() + e] != W(0))
           add_term(y + m.logits[row * s.stride() + e], peaks[at], totals[at]);
       });
     }
     __syncthreads();
     for (int i = threadIdx.x; i < m.rows * columns; i += kThreads) {
-      const int row = i / columns, column = i % columns, at = row * kStateStride + column;
+      const int row = i / columns, column = i % columns, at = row * s.state_stride() + column;
       t.mixed[(m.first + row) * s.rank + c0 + column] =
           narrow<S>(log_total(peaks[at], totals[at]));
     }

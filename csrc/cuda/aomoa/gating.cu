@@ -1,4 +1,6 @@
 // Launches of noisy_topk_gating.
+#include <algorithm>
+
 #include "cuda/aomoa/gating.cuh"
 #include "cuda/aomoa/kernels.h"
 #include "cuda/common/dispatch.h"

@@ -15,22 +15,30 @@ const T* as(const void* pointer) {
   return static_cast<const T*>(pointer);
 }
 
-// Sizes with the tallest tile for which two blocks fit a multiprocessor, or one where two never do;
-// shorter where there would be too few blocks to fill a GPU. `tile` is 0 where nothing fits.
+// Sizes with the tallest tile for which two blocks fit a multiprocessor, or one where two never do,
+// narrower only where nothing else fits; shorter where there would be too few blocks to fill a GPU.
+// A tile that the caller chose stays. `tile` is 0 where nothing fits.
 template <typename Bytes>
 MixtureSizes mixture_sizes(const SpectralxAomoa& layer, Bytes bytes) {
-  MixtureSizes s{static_cast<int>(layer.tokens), static_cast<int>(layer.attributes),
-                 static_cast<int>(layer.rank),   static_cast<int>(layer.hidden),
-                 static_cast<int>(layer.experts), static_cast<int>(layer.top_k),
-                 0,                               layer.dense != 0,
-                 layer.noise != nullptr};
   constexpr int kMultiprocessors = 128;
+  const int wanted = static_cast<int>(layer.tile);
+  MixtureSizes s{static_cast<int>(layer.tokens),
+                 static_cast<int>(layer.attributes),
+                 static_cast<int>(layer.rank),
+                 static_cast<int>(layer.hidden),
+                 static_cast<int>(layer.experts),
+                 static_cast<int>(layer.top_k),
+                 0,
+                 0,
+                 layer.dense != 0,
+                 layer.noise != nullptr};
   for (const int64_t budget : {kSharedBudget, kSharedLimit}) {
-    for (int tile = 64; tile >= 16; tile /= 2) {
-      s.tile = tile;
-      if (bytes(s) > budget) continue;
-      if (tile > 16 && ceil_div(s.rows(), tile) < kMultiprocessors) continue;
-      return s;
+    for (s.chunk = kChunk; s.chunk >= 16; s.chunk /= 2) {
+      for (s.tile = 64; s.tile >= 16; s.tile /= 2) {
+        const bool short_enough = s.tile == 16 || ceil_div(s.rows(), s.tile) >= kMultiprocessors;
+        if ((wanted == 0 ? short_enough : s.tile == wanted) && bytes(s) <= budget) return s;
+      }
+      if (budget == kSharedBudget) break;
     }
   }
   s.tile = 0;
@@ -39,8 +47,8 @@ MixtureSizes mixture_sizes(const SpectralxAomoa& layer, Bytes bytes) {
 
 template <typename S>
 MixtureWeights<S> mixture_weights(const SpectralxAomoa& layer) {
-  return {as<S>(layer.gate),     as<S>(layer.gate_noise), as<S>(layer.noise),
-          as<S>(layer.fc1_weight), as<S>(layer.fc1_bias),  as<S>(layer.fc2_weight),
+  return {as<S>(layer.gate),     as<S>(layer.gate_noise), as<Wide<S>>(layer.noise),
+          as<S>(layer.fc1_weight), as<S>(layer.fc1_bias),   as<S>(layer.fc2_weight),
           as<S>(layer.fc2_bias)};
 }
 

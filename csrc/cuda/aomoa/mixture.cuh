@@ -13,18 +13,22 @@ namespace spectralx::cuda {
 struct MixtureSizes {
   int tokens, attributes, rank, hidden, experts, top_k;
   int tile;    // rows of a block: 16, 32 or 64
+  int chunk;   // columns of the rank combined at once: 64, 32 or 16
   int dense;   // every row runs through every expert
   int noisy;   // training
 
   __host__ __device__ int64_t rows() const { return int64_t(tokens) * attributes; }
   __host__ __device__ int taken() const { return tile * (dense ? experts : top_k); }
   __host__ __device__ int stride() const { return experts | 1; }
+  // Of [tile, chunk] values; a warp's pairs of columns meet all banks.
+  __host__ __device__ int state_stride() const { return chunk + 8; }
 };
 
 template <typename S>
 struct MixtureWeights {
-  const S *gate, *gate_noise, *noise;                 // [A, r, E], [A, r, E], [A, T, E]
-  const S *fc1, *fc1_bias, *fc2, *fc2_bias;           // [E, h, r], [E, h], [E, r, h], [E, r]
+  const S *gate, *gate_noise;                // [A, r, E]
+  const Wide<S>* noise;                      // [A, T, E]
+  const S *fc1, *fc1_bias, *fc2, *fc2_bias;  // [E, h, r], [E, h], [E, r, h], [E, r]
 };
 
 constexpr int kRouterTiles = 5;  // logits, clean, deviation, raw deviation, gates
@@ -123,7 +127,7 @@ struct Mixture {
             raw[at] = noise_sum;
             deviation[at] = std;
             logits[at] =
-                sum + wide(weights.noise[position(row) * s.experts + e0 + i]) * std;
+                sum + weights.noise[position(row) * s.experts + e0 + i] * std;
           } else {
             logits[at] = sum;
           }
