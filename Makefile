@@ -16,7 +16,7 @@ else
   READY := $(VENV)/.ready
 endif
 
-.PHONY: setup train real test lint types bench clean
+.PHONY: setup train real test lint types gates bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -50,6 +50,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(RUN) -m mypy
+
+# CUDA sources compile for sm_80 and sm_90a without warnings or spills; skips aloud without nvcc.
+gates: $(READY)
+	$(RUN) -m tests.compile_gates.nvcc
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks --benchmark-json=out.json

@@ -101,7 +101,8 @@ def extension() -> dict[str, Any]:
             ("SPECTRALX_CUDA", None),
             ("SPECTRALX_ARCHITECTURES", f'"{architectures}"'),
         ]
-        sources += sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+        device_code = ROOT / "csrc" / "cuda"
+        sources += sorted([*device_code.rglob("*.cu"), *device_code.rglob("*.cpp")])
         options["nvcc"] = ["-std=c++20", "-lineinfo", *(["-O0", "-G"] if debug else ["-O3"])]
     module = (CUDAExtension if cuda else CppExtension)(
         "spectralx_kernels._C",

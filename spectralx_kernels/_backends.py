@@ -164,7 +164,9 @@ def show_backends() -> str:
         for name in _operators:
             if (name, backend) not in _kernels:
                 reasons.setdefault(f"{backend}: {why_not(name, backend)}", []).append(name)
-    lines += [f"{reason} ({', '.join(names)})" for reason, names in reasons.items()]
+    for reason, names in reasons.items():
+        which = "all operators" if len(names) == len(_operators) else ", ".join(names)
+        lines.append(f"{reason} ({which})")
     text = "\n".join(lines)
     print(text)
     return text

@@ -89,8 +89,9 @@ class Operator:
         register_default(name, self._forward_kernel)
         torch.library.register_fake(qualified, fake or self._forward_kernel, lib=_LIBRARY)
         _backends.add_operator(name)
-        if has_kernel(name, "CPU"):
-            _backends.add_kernel(name, "cpp")
+        for backend in ("cpp", "cuda"):
+            if has_kernel(name, _backends.DEVICE_OF[backend].upper()):
+                _backends.add_kernel(name, backend)
         if differentiable:
             arguments = schema[1 : schema.rindex("->")].rstrip()[:-1]
             backward = define(
