@@ -22,6 +22,8 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
+from .tiff import missing_bytes
+
 Array = npt.NDArray[Any]
 SUFFIXES = (".tif", ".tiff")
 
@@ -215,9 +217,7 @@ def write_raster(
                 target.set_band_description(band, text)
         os.replace(part, path)
     except RasterioError as error:
-        raise data_error(
-            path, f"that it cannot be written ({error})", "a writable folder"
-        ) from error
+        raise data_error(path, f"no way to write it ({error})", "a writable folder") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -333,6 +333,11 @@ def _open(path: str | Path) -> Iterator[Any]:
             path, f"{path.stat().st_size} bytes that do not open as one ({error})", "a GeoTIFF"
         ) from error
     with source:
+        missing = missing_bytes(path)
+        if missing:
+            raise data_error(
+                path, f"a file {missing} bytes too short for its tags", "a complete GeoTIFF"
+            )
         yield source
 
 

@@ -29,6 +29,7 @@ ZONES = ("paddies", "farmland", "orchards", "woods", "conifers", "meadows", "scr
          "barrens", "sands", "salt", "town", "works")  # fmt: skip
 
 ZONE_SPACING = 40.0
+_FARM_SPACING = 30.0
 UNSURVEYED = 0.03
 
 
@@ -38,7 +39,7 @@ class Landscape:
 
     cover : index into `COVERS`.
     unit : number of the field, patch or block a pixel belongs to.
-    ground : surface laid over the cover: 0 none, 1 road or street, 2 field track, 3 park.
+    ground : surface laid over the cover: 0 none, or `ROAD`, `TRACK`, `PARK`, `ROOF`, `POND`.
     height : relief, standard deviation 1.
     rows : -1 to 1, plant rows of fields and orchards.
     surveyed : False where the label map has no entry.
@@ -52,7 +53,7 @@ class Landscape:
     surveyed: npt.NDArray[np.bool_]
 
 
-ROAD, TRACK, PARK = 1, 2, 3
+ROAD, TRACK, PARK, ROOF, POND = 1, 2, 3, 4, 5
 
 
 def noise(size: int, length: float, rng: Rng, *, roughness: float = 2.0) -> Field:
@@ -147,6 +148,7 @@ def draw_landscape(
     if rng.random() < rivers:
         _river(canvas)
     _road(canvas)
+    _farms(canvas)
     surveyed = rng.random(canvas.units + 1)[canvas.unit] >= UNSURVEYED
     return Landscape(
         cover=canvas.cover,
@@ -245,16 +247,28 @@ def _road(canvas: _Canvas) -> None:
     canvas.ground[(np.abs(across) < 1.1) & ~water] = ROAD
 
 
+def _farms(canvas: _Canvas) -> None:
+    """Single roofs and ponds, too small for the label map, all over the scene.
+
+    They also see to it that every scene has something bright and something dark, as real tiles do.
+    """
+    count = max(3, round((canvas.size / _FARM_SPACING) ** 2))
+    for kind in (ROOF, POND):
+        for row, column in canvas.rng.integers(1, canvas.size - 2, (count, 2)):
+            height, width = canvas.rng.integers(2, 4, 2)
+            canvas.ground[row : row + height, column : column + width] = kind
+
+
 _PAINTERS: dict[str, Callable[[_Canvas, npt.NDArray[np.bool_]], None]] = {
     "paddies": _fields("paddy", (10.0, 8.0), 0.8),
     "farmland": _fields("dry farm", (30.0, 11.0), 1.0),
     "orchards": _orchards,
-    "woods": _patches({"woodland": 0.85, "shrubs": 0.15}),
+    "woods": _patches({"woodland": 1.0}),
     "conifers": _patches({"conifers": 0.85, "woodland": 0.15}),
     "meadows": _patches({"grassland": 0.8, "woodland": 0.2}),
-    "scrub": _patches({"shrubs": 0.6, "steppe": 0.4}),
+    "scrub": _patches({"shrubs": 0.55, "steppe": 0.45}),
     "marsh": _patches({"marsh": 0.8, "grassland": 0.2}, wet=True),
-    "barrens": _patches({"bare land": 0.7, "steppe": 0.3}),
+    "barrens": _patches({"bare land": 0.8, "steppe": 0.2}),
     "sands": _patches({"sand": 0.75, "steppe": 0.25}),
     "salt": _patches({"salt flat": 0.65, "bare land": 0.35}),
     "town": _town,

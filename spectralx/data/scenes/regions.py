@@ -22,7 +22,7 @@ _NORTH_PLAIN = Region(
         "marsh": Season(115, 285),
     },
     zones={"paddies": 1.2, "farmland": 1.6, "orchards": 1.0, "woods": 1.0, "meadows": 1.0,
-           "barrens": 0.8, "sands": 0.3, "town": 1.5},
+           "scrub": 1.0, "barrens": 0.8, "sands": 0.3, "town": 1.5},
     soil=Soil(brightness=0.36, iron=0.25, clay=0.3, moisture=0.1),
     river=Water(sediment=0.9, algae=0.1),
     lake=Water(sediment=0.5, algae=0.4),
@@ -34,11 +34,11 @@ _SOUTH_HILLS = Region(
         "tree": Season(60, 345, least=0.55),
         "crop": Season(95, 265, least=0.08),
         "paddy": Season(120, 265),
-        "grass": Season(80, 290, least=0.25),
+        "grass": Season(80, 330, least=0.25),
         "marsh": Season(90, 310, least=0.3),
     },
-    zones={"paddies": 1.8, "farmland": 0.9, "orchards": 1.2, "woods": 1.8, "meadows": 0.6,
-           "barrens": 0.7, "salt": 0.15, "town": 1.2},
+    zones={"paddies": 1.8, "farmland": 0.9, "orchards": 1.2, "woods": 1.6, "meadows": 0.8,
+           "scrub": 1.2, "barrens": 0.8, "salt": 0.1, "town": 1.2},
     soil=Soil(brightness=0.24, iron=1.3, clay=0.9, moisture=0.45),
     tree=Leaves(chlorophyll=1.5, plateau=0.38, water=1.3),
     crop=Leaves(chlorophyll=0.8, plateau=0.44, water=0.9),
@@ -46,7 +46,7 @@ _SOUTH_HILLS = Region(
     river=Water(sediment=0.3, algae=0.3),
     lake=Water(sediment=0.15, algae=0.9),
     roofs=Roofs(concrete=0.23, asphalt=0.08, redness=0.8),
-    rivers=0.7, lakes=0.7, relief=1.6, epsg=32649,
+    rivers=0.7, lakes=0.7, relief=1.0, epsg=32649,
 )  # fmt: skip
 _STEPPE = Region(
     seasons={
@@ -68,7 +68,7 @@ WHU_OHS = {
     "T": Domain(
         _SOUTH_HILLS,
         _OHS,
-        (Acquisition(285, 46, 160, haze=0.30, gain=-0.06, tilt=0.25, noise=0.006),),
+        (Acquisition(300, 46, 160, haze=0.25, gain=-0.06, tilt=0.25, noise=0.005),),
     ),
     "O": Domain(_STEPPE, _OHS, (Acquisition(215, 58, 135, haze=0.15, gain=0.03, noise=0.005),)),
 }

@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 from . import spectra
 from .domains import Acquisition, Domain, Region
-from .landscape import COVER, COVERS, PARK, ROAD, TRACK, Landscape, noise
+from .landscape import COVER, COVERS, PARK, POND, ROAD, ROOF, TRACK, Landscape, noise
 
 Mixture = dict[str, float]
 MATERIALS = (
@@ -59,8 +59,8 @@ def mixtures(region: Region, day: float, elevation: float, snow: float) -> dict[
             "dry": 0.25 * (1 - green["crop"]),
         },
         "woodland": _canopy("tree", green["tree"], 0.92, shade),
-        "orchard": _canopy("tree", green["tree"], 0.74, 0.8 * shade),
-        "shrubs": _canopy("tree", 0.85 * green["tree"] + 0.1, 0.58, 0.5 * shade),
+        "orchard": _canopy("tree", green["tree"], 0.66, 0.7 * shade),
+        "shrubs": _canopy("tree", 0.85 * green["tree"] + 0.1, 0.45, 0.4 * shade),
         "conifers": _canopy("needle", 0.97, 0.93, 1.2 * shade),
         "grassland": {"grass": green["grass"], "dry": 1 - green["grass"], "soil": 0.08},
         "steppe": {
@@ -185,6 +185,8 @@ def _abundances(
     _lay(shares, scene.ground == ROAD, {"asphalt": 0.75, "concrete": 0.25}, 0.8)
     _lay(shares, scene.ground == TRACK, {"soil": 0.6, "grass": 0.4}, 0.5)
     _lay(shares, scene.ground == PARK, means[0]["grassland"], 0.7)
+    _lay(shares, scene.ground == ROOF, {"metal": 0.6, "concrete": 0.4}, 0.95)
+    _lay(shares, scene.ground == POND, {"lake": 1.0}, 0.95)
     total = shares.sum(axis=-1, keepdims=True)
     return np.asarray(shares / np.maximum(total, np.float32(1e-6)), dtype=np.float32)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rasterio.transform import from_origin
+from rasterio import Affine
 from tqdm import tqdm
 
 from spectralx.data.raster import data_error, write_raster
@@ -92,14 +92,11 @@ def _write_tile(root: Path, layout: Layout, tile: Tile, *, size: int, seed: int)
     scene = draw_landscape(size, rng, region.zones, rivers=region.rivers, lakes=region.lakes)
     numbers = render(scene, tile.domain, rng)
     label = np.where(scene.surveyed, layout.label_values(scene.cover), 0)
-    east, north = rng.integers(0, 5000, 2)
+    east, north = (sensor.pixel * int(step) for step in rng.integers(0, 5000, 2))
     georeference: dict[str, Any] = {
         "crs": f"EPSG:{region.epsg}",
-        "transform": from_origin(
-            300_000 + sensor.pixel * int(east), 4_000_000 + sensor.pixel * int(north),
-            sensor.pixel, sensor.pixel,
-        ),
-    }  # fmt: skip
+        "transform": Affine(sensor.pixel, 0.0, 3e5 + east, 0.0, -sensor.pixel, 4e6 + north),
+    }
     for path in (root / tile.image, root / tile.label):
         path.parent.mkdir(parents=True, exist_ok=True)
     wavelengths = sensor.wavelengths * len(tile.domain.dates)
