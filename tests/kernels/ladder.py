@@ -64,10 +64,10 @@ def check_compiles(
     (outputs, grads), (compiled_outputs, compiled_grads) = results
     for plain, other in zip(outputs, compiled_outputs, strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
-    for plain, other in zip(grads, compiled_grads, strict=True):
-        assert (plain is None) == (other is None)
-        if plain is not None and other is not None:
-            torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+    for grad, compiled_grad in zip(grads, compiled_grads, strict=True):
+        assert (grad is None) == (compiled_grad is None)
+        if grad is not None and compiled_grad is not None:
+            torch.testing.assert_close(compiled_grad, grad, rtol=1e-4, atol=1e-5)
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
