@@ -94,6 +94,25 @@ class AoMoALinear(OfficialNames):
         self.up = nn.Linear(rank, linear.out_features // attributes, bias=False, **factory)
         self.reset_parameters()
 
+    # Models that look at the layer they call (its dtype, its width) find the frozen one.
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], of the frozen layer."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] or None, of the frozen layer."""
+        return self.linear.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
+
     def reset_parameters(self) -> None:
         """Start values of the adapter; the frozen layer is left alone."""
         nn.init.ones_(self.scaler)

@@ -184,6 +184,14 @@ def test_fresh_layer_ties_and_takes_the_first_experts() -> None:
     assert torch.equal(load, torch.tensor([18.0, 18, 0, 0]).expand(2, 4))
 
 
+def test_answers_for_the_frozen_layer() -> None:
+    made = layer()
+    assert made.weight is made.linear.weight
+    assert made.bias is made.linear.bias
+    assert (made.in_features, made.out_features) == (64, 48)
+    assert "weight" not in made.state_dict()
+
+
 def test_noise_is_drawn_in_training_only() -> None:
     made = layer()
     x = torch.randn(3, 64)
