@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,14 @@ from torch import Tensor, nn
 from spectralx.cli import one_line
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
-from spectralx.state_dicts import CheckpointError, check_names, load_official, load_safetensors
+from spectralx.state_dicts import (
+    CheckpointError,
+    check_names,
+    load_official,
+    load_safetensors,
+    read_state_dict,
+    some,
+)
 from spectralx_kernels import __version__
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Initialised",
+    "initialise_backbone",
     "initialise_from_stage1",
     "load",
     "load_official",
@@ -51,8 +60,12 @@ _MODELS: dict[str, type[nn.Module]] = {
     "reconstruction": MaskedReconstruction,
     "segmentation": Segmentation,
 }
-# Stage-2 tensors that depend on the bands or the image size, which may change between stages.
+# Tensors that depend on the bands or the image size, which may differ.
 _MAY_DIFFER = ("patch_embed.", "pos_embed")
+# What an adapter puts before the name of the layer it holds.
+_INSIDE_ADAPTER = re.compile(
+    r"\.linear(?=\.(weight|bias|bias_mask)$)|(?<=^patch_embed\.proj)\.proj(?=\.(weight|bias)$)"
+)
 _BACKBONE = "vit_backbone."
 
 
@@ -110,21 +123,24 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Initialised:
-    """What `initialise_from_stage1` did: names of the stage-2 model.
+    """What started from other weights, by the names of the model.
 
     Attributes
     ----------
-    copied : tensors that came from stage 1.
-    kept : backbone tensors that did not, and why.
+    copied : tensors that were copied.
+    kept : tensors of the backbone that were not, and why.
+    where : what they came from.
     """
 
     copied: list[str]
     kept: dict[str, str]
+    where: str
 
     def __str__(self) -> str:
-        text = f"{len(self.copied)} tensors from stage 1"
+        text = f"{len(self.copied)} tensors from {self.where}"
         if self.kept:
-            text += "; kept: " + ", ".join(f"{name} ({why})" for name, why in self.kept.items())
+            few = [f"{name} ({why})" for name, why in self.kept.items()]
+            text += f"; {len(few)} kept: " + some(few)
         return text
 
 
@@ -274,25 +290,62 @@ def initialise_from_stage1(
             raise CheckpointError(
                 f"{where}: got a checkpoint of a {kind} model, expected one of reconstruction"
             )
+    return _copy_by_name(model, tensors, where)
+
+
+def initialise_backbone(
+    model: nn.Module, weights: Mapping[str, Tensor] | str | os.PathLike[str]
+) -> Initialised:
+    """Copy the public weights of a backbone into a model of either stage, by name.
+
+    For checkpoints of SatMAE++, ScaleMAE (encoder and decoder) and DINOv3 in their own names;
+    what adapters stand beside gets its weights inside them.
+
+    Parameters
+    ----------
+    model : a `Segmentation` or a `MaskedReconstruction`.
+    weights : a state dict or a file of one, as `load_official` takes it.
+
+    Returns
+    -------
+    What was copied and what was not (adapters, tokenizer, decoder of stage 2).
+
+    Raises
+    ------
+    CheckpointError : unreadable, nothing in common, or other sizes; the model is unchanged.
+    """
+    where, tensors = read_state_dict(weights)
+    return _copy_by_name(model, tensors, where)
+
+
+def _copy_by_name(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Initialised:
+    """Copy what `tensors` have of the backbone of `model`, adapted or not on either side."""
+    prefix = _BACKBONE if isinstance(model, Segmentation) else ""
+    theirs = {_plain_name(name): tensor for name, tensor in tensors.items()}
     copied: dict[str, Tensor] = {}
     kept: dict[str, str] = {}
     for name, own in model.state_dict().items():
-        if not name.startswith(_BACKBONE):
+        if not name.startswith(prefix):
             continue
-        stage1_name = name.removeprefix(_BACKBONE)
-        if stage1_name not in tensors:
-            kept[name] = "not in stage 1"
-        elif tensors[stage1_name].shape == own.shape:
-            copied[name] = tensors[stage1_name]
+        plain = _plain_name(name.removeprefix(prefix))
+        if plain not in theirs:
+            kept[name] = "not there"
+        elif theirs[plain].shape == own.shape:
+            copied[name] = theirs[plain]
         else:
-            shapes = f"got shape {list(tensors[stage1_name].shape)}, expected {list(own.shape)}"
-            if not stage1_name.startswith(_MAY_DIFFER):
-                raise CheckpointError(f"{where}: {stage1_name}: {shapes}")
+            shapes = f"got shape {list(theirs[plain].shape)}, expected {list(own.shape)}"
+            if not plain.startswith(_MAY_DIFFER):
+                raise CheckpointError(f"{where}: {plain}: {shapes}")
             kept[name] = shapes
-    if not copied:
-        raise CheckpointError(f"{where}: holds nothing of the backbone, expected its tensors")
+    if not any("blocks." in name for name in copied):
+        raise CheckpointError(f"{where}: got no blocks of a transformer, expected its tensors")
     model.load_state_dict(copied, strict=False)
-    return Initialised(list(copied), kept)
+    return Initialised(copied=list(copied), kept=kept, where=where)
+
+
+def _plain_name(name: str) -> str:
+    """The name of a layer's tensor, whether or not an adapter holds the layer."""
+    return _INSIDE_ADAPTER.sub("", name)
 
 
 def _check_manifest(file: Path, manifest: Any) -> None:

@@ -36,14 +36,7 @@ def load_official(model: nn.Module, source: Mapping[str, Tensor] | str | os.Path
     CheckpointError : unreadable, or names or shapes that differ. Names are checked before
         anything is loaded; after an error in a shape the model is to be thrown away.
     """
-    if isinstance(source, Mapping):
-        where, state = "state_dict", dict(source)
-    else:
-        where, state = str(source), _read_official(Path(source))
-    state = _unwrapped(state)
-    not_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if not_tensors:
-        raise CheckpointError(f"{where}: {_some(not_tensors)}: not tensors, expected a state dict")
+    where, state = read_state_dict(source)
     inert = official_inert(model)
     expected = [*official_parameters(model), *(name for name in inert if name in state)]
     check_names(where, dict.fromkeys(state), dict.fromkeys(expected))
@@ -60,6 +53,21 @@ def load_official(model: nn.Module, source: Mapping[str, Tensor] | str | os.Path
         raise CheckpointError(f"{where}: {first}{more}") from error
 
 
+def read_state_dict(
+    source: Mapping[str, Tensor] | str | os.PathLike[str],
+) -> tuple[str, dict[str, Tensor]]:
+    """What to call `source` in errors, and the state dict it is or holds; see `load_official`."""
+    if isinstance(source, Mapping):
+        where, state = "state_dict", dict(source)
+    else:
+        where, state = str(source), _read_file(Path(source))
+    state = _unwrapped(state)
+    not_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if not_tensors:
+        raise CheckpointError(f"{where}: {some(not_tensors)}: not tensors, expected a state dict")
+    return where, state
+
+
 def check_names(
     where: str,
     found: Mapping[str, tuple[int, ...] | None],
@@ -74,7 +82,7 @@ def check_names(
         if name in found and found[name] != shape
     ]
     problems = [
-        f"{len(names)} tensors {what}: {_some(names)}"
+        f"{len(names)} tensors {what}: {some(names)}"
         for what, names in (
             ("of another shape", wrong),
             ("missing", missing),
@@ -86,11 +94,12 @@ def check_names(
         raise CheckpointError(f"{where}: " + "; ".join(problems))
 
 
-def _some(names: list[str], count: int = 3) -> str:
+def some(names: list[str], count: int = 3) -> str:
+    """The first names of a list, and dots for the rest."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def _read_official(file: Path) -> dict[str, Any]:
+def _read_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file, expected a state dict")
     if file.suffix == ".safetensors":

@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectralx import checkpoints
-from spectralx.checkpoints import CheckpointError, initialise_from_stage1, load, load_official, save
+from spectralx.checkpoints import (
+    CheckpointError,
+    initialise_backbone,
+    initialise_from_stage1,
+    load,
+    load_official,
+    save,
+)
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
 from spectralx_kernels import official_inert, official_parameters
@@ -341,7 +348,9 @@ def test_stage2_starts_from_stage1(tmp_path):
     backbone = {name for name in ours if name.startswith("vit_backbone.")}
     assert {*report.copied, *report.kept} == backbone
     assert set(report.kept) == {"vit_backbone.pos_embed"}
-    assert str(report).startswith(f"{len(report.copied)} tensors from stage 1; kept: ")
+    assert str(report) == (
+        f"{len(report.copied)} tensors from {tmp_path}; 1 kept: vit_backbone.pos_embed (not there)"
+    )
     # The fixed positions are those stage 1 computed.
     torch.testing.assert_close(ours["vit_backbone.pos_embed"][0], first.positions)
 
@@ -363,6 +372,54 @@ def test_stage1_of_other_sizes_changes_nothing(tmp_path, model):
     assert torch.equal(second.state_dict()[name], before)
     with pytest.raises(CheckpointError, match="got a checkpoint of a segmentation model"):
         initialise_from_stage1(second, save(tmp_path, model))
+
+
+def test_stage1_adapted_elsewhere(tmp_path):
+    """The layers inside and outside adapters are the same layers."""
+    first = stage1(adapted_blocks=[1])
+    for adapter, blocks in (("aomoa", [2]), (None, None)):
+        second = stage2(adapter=adapter, adapted_blocks=blocks, tokenizer="hypert")
+        report = initialise_from_stage1(second, first)
+        assert not any("blocks.1.mlp.fc1" in name and "linear" in name for name in report.kept)
+        ours = second.state_dict()
+        name = "vit_backbone.blocks.1.mlp.fc1.weight"
+        weight = ours[name if name in ours else name.replace("weight", "linear.weight")]
+        assert torch.equal(weight, first.state_dict()["blocks.1.mlp.fc1.linear.weight"])
+
+
+@pytest.mark.parametrize("family", ["satmae++", "dinov3"])
+def test_public_weights_of_a_backbone(tmp_path, family):
+    plain = stage2(family=family, adapter=None)
+    public = {
+        name.removeprefix("vit_backbone."): tensor
+        for name, tensor in plain.state_dict().items()
+        if name.startswith("vit_backbone.")
+    }
+    torch.save({"model": {**public, "head.weight": torch.zeros(2)}}, tmp_path / "public.pth")
+    for adapter in ("aomoa", "lora"):
+        model = stage2(family=family, adapter=adapter, adapted_blocks=[1])
+        report = initialise_backbone(model, tmp_path / "public.pth")
+        backbone = model.state_dict()
+        for layer in ("mlp.fc1", "mlp.fc2"):
+            loaded = backbone[f"vit_backbone.blocks.1.{layer}.linear.weight"]
+            assert torch.equal(loaded, public[f"blocks.1.{layer}.weight"])
+        lora = "vit_backbone.patch_embed.proj.proj.weight"
+        assert (lora in report.copied) == (adapter == "lora")
+        untouched = {name for name in report.kept if "blocks." in name and "blocks.1." not in name}
+        assert not untouched
+    with pytest.raises(CheckpointError, match="got no blocks of a transformer"):
+        initialise_backbone(model, {"head.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"cls_token: got shape \[1, 1, 16\], expected"):
+        initialise_backbone(stage2(family=family, embed_dim=32), tmp_path / "public.pth")
+
+
+def test_public_weights_in_stage1():
+    plain, model = stage1(adapter=None, tokenizer_options=None), stage1()
+    initialise_backbone(model, plain.state_dict())
+    for name in ("blocks.3.mlp.fc1", "decoder_blocks.0.mlp.fc2", "decoder_embed"):
+        assert torch.equal(
+            model.state_dict()[f"{name}.linear.weight"], plain.state_dict()[f"{name}.weight"]
+        )
 
 
 def test_safetensors_hold_the_state_dict(folder, model):
