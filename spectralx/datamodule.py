@@ -87,7 +87,7 @@ class TaskData(pl.LightningDataModule):
     Attributes
     ----------
     task : the datasets.
-    tests : name -> dataset; the source domain first, then each target.
+    tests : name -> dataset; "source" first, then "target", or "target ..." for each of several.
 
     Raises
     ------
@@ -120,7 +120,9 @@ class TaskData(pl.LightningDataModule):
         self._given = normalisation
         self._cache: dict[str, Dataset[Sample]] | None = {} if settings.cache else None
         self.tests: dict[str, TileDataset] = {"source": self.task.source_test}
-        self.tests |= {f"target {name}": data for name, data in self.task.target_tests.items()}
+        targets = self.task.target_tests
+        for name, dataset in targets.items():
+            self.tests["target" if len(targets) == 1 else f"target {name}"] = dataset
 
     def _dataset(self, key: str, dataset: TileDataset) -> Dataset[Sample]:
         if self._given is not None:

@@ -117,7 +117,7 @@ class Evaluation:
 
     Attributes
     ----------
-    tests : test set ("source", "target ...") -> figures by name.
+    tests : test set ("source", "target", or "target ..." each) -> figures by name.
     scores : of a segmentation, the scores behind them.
     """
 

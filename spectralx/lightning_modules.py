@@ -124,7 +124,7 @@ class _Stage(pl.LightningModule):
         """
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"loss: found {float(loss)} at step {self.global_step}; expected a finite number; "
+                f"loss: found {loss.item()} at step {self.global_step}; expected a finite number; "
                 f"images of the batch: {', '.join(batch['path'])}"
             )
         self.log("train/loss", loss, batch_size=len(batch["path"]))

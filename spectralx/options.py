@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
@@ -30,8 +30,11 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         hint = hints[key]
-        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        arguments[key] = _build(hint, value) if nested else value
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            value = _build(hint, value)
+        elif get_origin(hint) is tuple:
+            value = tuple(value)  # YAML and JSON know lists only
+        arguments[key] = value
     return kind(**arguments)
 
 

@@ -38,7 +38,7 @@ def test_segmentation_colours_follow_the_classes(tmp_path: Path) -> None:
     labels[:, 4:] = 2
     path = tmp_path / "picture.png"
     names = ["unlabelled", "soil", "water"]
-    pictures.segmentation(path, torch.rand(1, 9, 8, 8), labels, labels, names, SENTINEL)
+    pictures.segmentation(path, torch.rand(1, 9, 8, 8), list(labels), list(labels), names, SENTINEL)
     drawn = imread(path)[..., :3]
 
     def share(index: int) -> float:
