@@ -1,6 +1,6 @@
 """The whole AoMoA layer on the pretended device: our kernels, with torch for the vendor's products.
 
-The calls stand in the order of csrc/cuda/aomoa/aomoa.cpp.
+The calls stand in the order of csrc/cuda/aomoa/aomoa_op.cpp.
 """
 
 from __future__ import annotations

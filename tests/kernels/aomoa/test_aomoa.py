@@ -19,7 +19,6 @@ from spectralx_kernels.aomoa import reference
 from spectralx_kernels.aomoa.ops import AOMOA
 from tests.kernels import ladder
 
-
 ROOT = Path(__file__).parents[3]
 
 

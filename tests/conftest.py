@@ -1,0 +1,35 @@
+"""What the whole test tree shares: which folders need packages that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+# Test files and folders that need more than PyTorch, and the packages they need.
+NEEDS = {
+    "spectralx/data": ("rasterio", "scipy", "tqdm"),
+    "spectralx/test_cli.py": ("jsonargparse", "rasterio"),
+    "spectralx/test_evaluate.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
+    "spectralx/test_metrics.py": ("torchmetrics",),
+    "spectralx/test_options.py": ("jsonargparse", "rasterio"),
+    "spectralx/test_quickstart.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
+    "spectralx/test_pictures.py": ("matplotlib",),
+    "spectralx/test_train.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
+    "spectralx/test_checkpoints.py": ("safetensors",),
+}
+
+_HERE = Path(__file__).parent
+_missing = {
+    path: [name for name in names if importlib.util.find_spec(name) is None]
+    for path, names in NEEDS.items()
+}
+collect_ignore = [str(_HERE / path) for path, names in _missing.items() if names]
+
+
+def pytest_report_header() -> list[str]:
+    """Says aloud what is left out."""
+    return [
+        f"NOT RUN: tests/{path} needs {', '.join(names)}"
+        for path, names in _missing.items()
+        if names
+    ]
