@@ -113,7 +113,7 @@ class Groups:
         if not self._config.getoption("benchmark_enable"):
             budget = Budget(seconds=0.0, rounds=(1, 1))
         else:
-            budget = Budget(seconds=10.0 if full else 2.0)
+            budget = Budget(seconds=10.0 if full else 1.5)
         torch._dynamo.reset()
         try:
             setting = Setting(device, DTYPES[key.dtype])

@@ -87,9 +87,7 @@ def load(path: Path) -> tuple[list[Group], dict[str, Any]]:
         group.medians[impl] = row["stats"]["median"] * 1e3
         group.facts[impl] = row["extra_info"]
     if not groups:
-        raise BadInputError(
-            f"{path}: no rows, expected groups with impl {', '.join(IMPLEMENTATIONS)}"
-        )
+        raise BadInputError(f"{path}: no rows with impl {', '.join(IMPLEMENTATIONS)}, {wanted}")
     first = next(iter(groups.values()))
     facts = dict(next(iter(first.facts.values())))
     facts["date"] = str(content.get("datetime", "unknown"))[:19].replace("T", " ")
