@@ -27,7 +27,8 @@ def test_sincos_is_its_formula(width):
             i = index % sines if index >= sines else index
             angle = value * 10000 ** (-2 * i / width)
             expected = math.sin(angle) if index < sines else math.cos(angle)
-            assert table[row, index].item() == pytest.approx(expected, abs=1e-12)
+            # Angles are rounded to float32.
+            assert table[row, index].item() == pytest.approx(expected, abs=3e-7 * max(value, 1))
 
 
 def test_spatial_positions_hold_columns_then_rows():
