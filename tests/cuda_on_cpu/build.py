@@ -13,7 +13,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SHIM = Path(__file__).parent / "shim.h"
 BUILD = ROOT / "build" / "cuda_on_cpu"
-FLAGS = ("-std=c++20", "-x", "c++", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas")
+SANITIZE = os.environ.get("SPECTRALX_SANITIZE") == "1"  # set by sanitized.py
+CHECKS = ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment") if SANITIZE else ()
+FLAGS = (
+    "-std=c++20",
+    "-x",
+    "c++",
+    "-fPIC",
+    "-fno-gnu-unique",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    *CHECKS,
+)
 
 
 def compiler() -> str | None:

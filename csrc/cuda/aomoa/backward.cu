@@ -108,7 +108,8 @@ int spectralx_aomoa_finish(const SpectralxAomoa* layer, void* stream) {
         static_cast<int>(l.experts),
         static_cast<int>(l.splits),
         static_cast<int>(l.x_grad == nullptr ? 0 : ceil_div(x_packs, kThreads)),
-        static_cast<int>(ceil_div(parts.norms + 2 * l.rank, kThreads)),
+        static_cast<int>(
+            l.weight_partial == nullptr ? 0 : ceil_div(parts.norms + 2 * l.rank, kThreads)),
         static_cast<int>(l.down_grad == nullptr ? 0 : ceil_div(l.rank, kWarps)),
         static_cast<int>(norm ? ceil_div(l.width, kNormColumns) : 0)};
     const int64_t up_blocks = up ? ceil_div(l.out, kWarps) : 0;
@@ -121,10 +122,12 @@ int spectralx_aomoa_finish(const SpectralxAomoa* layer, void* stream) {
         as<S>(l.norm2_weight_grad), as<S>(l.norm2_bias_grad), as<S>(l.gate_grad),
         as<S>(l.gate_noise_grad),   as<S>(l.fc1_weight_grad), as<S>(l.fc1_bias_grad),
         as<S>(l.fc2_weight_grad),   as<S>(l.fc2_bias_grad),   as<S>(l.up_grad)};
+    const int64_t blocks =
+        s.x_blocks + s.part_blocks + s.down_blocks + s.norm_blocks + up_blocks;
+    if (blocks == 0) return 0;
     return SPECTRALX_LAUNCH(
-        (finish<S>),
-        count(s.x_blocks + s.part_blocks + s.down_blocks + s.norm_blocks + up_blocks), kThreads,
-        2 * kThreads * sizeof(W), static_cast<cudaStream_t>(stream), s, tensors);
+        (finish<S>), count(blocks), kThreads, 2 * kThreads * sizeof(W),
+        static_cast<cudaStream_t>(stream), s, tensors);
   });
 }
 }

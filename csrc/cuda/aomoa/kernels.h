@@ -46,7 +46,8 @@ struct SpectralxAomoa {
   // noise_grad [A, T, E] or null, row_terms [R, 2], norm_partial [blocks, 4, r]; int16 slots [R, K].
   void *normed_grad, *hidden_rows, *hidden_grad, *output_grad, *router_grad, *z_grad, *noise_grad,
       *row_terms, *norm_partial, *slots;
-  // gradients: wide weight_partial [splits, spectralx_aomoa_partial_size].
+  // gradients: wide weight_partial [splits, spectralx_aomoa_partial_size]; null where no weight's
+  // gradient is wanted but those of scaler and up.
   int64_t splits, row_blocks;  // row_blocks: those of backward
   void* weight_partial;
   // finish, in: wide up_products [A, o, r] = output_grad_a^T mixed_a and down_products [r, d] =

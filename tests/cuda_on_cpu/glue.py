@@ -1,0 +1,111 @@
+"""The CUDA operators as torch calls them, on CPU tensors: glue and kernels against the reference.
+
+``python -m tests.cuda_on_cpu.glue`` compiles csrc/cuda/**/*_op.cpp with torch's headers (some
+minutes, and so not one of the tests), registers the operators for CUDA and calls them by that
+dispatch key.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from spectralx_kernels.aomoa import ops, reference
+from tests.cuda_on_cpu.build import BUILD, ROOT, compile_cuda, compiler
+from tests.cuda_on_cpu.test_aomoa import CASES, draw, upstream
+from tests.kernels.ladder import relative_error
+
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def build() -> None:
+    """Compile and load the kernels and the glue."""
+    folder = ROOT / "csrc" / "cuda" / "aomoa"
+    sources = [folder / name for name in ("gating.cu", "forward.cu", "backward.cu")]
+    kernels = compile_cuda(sources, "-O1", "-shared", "-Wl,-soname,spectralx_cuda_on_cpu.so")
+    ctypes.CDLL(str(kernels), ctypes.RTLD_GLOBAL)
+    target = BUILD / f"glue-{kernels.name.split('-')[-1]}.so"
+    stub = ROOT / "tests" / "cuda_on_cpu" / "stub"
+    command = [str(compiler()), "-std=c++20", "-O0", "-shared", "-fPIC", "-Wall", "-I", str(stub)]
+    command += [f"-I{path}" for path in [ROOT / "csrc", *include_paths()]]
+    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    command += [str(folder / name) for name in ("gating_op.cpp", "aomoa_op.cpp")]
+    for path in library_paths():
+        command += [f"-L{path}", f"-Wl,-rpath,{path}"]
+    command += ["-ltorch_cpu", "-lc10"]
+    subprocess.run([*command, "-o", str(target)], check=True)
+    torch.ops.load_library(target)
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """The kernel registered for CUDA."""
+    return getattr(torch.ops.spectralx, name).default.redispatch(CUDA, *arguments)
+
+
+def compare(name: str, found: list[Tensor], expected: list[Tensor], bound: float) -> bool:
+    """Whether all agree in shape, type and value; says where not."""
+    passed = len(found) == len(expected)
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        error = relative_error(ours, theirs) if same else float("inf")
+        if error > bound:
+            print(f"FAILED {name}, tensor {i}: {error}, {ours.shape} {ours.dtype}")
+            passed = False
+    return passed
+
+
+def check_layer(case: str, tokens: int | None, needed: list[bool]) -> bool:
+    """The whole layer in float64, its first `tokens` tokens; gradients of the arguments needed."""
+    w = draw(case, torch.float64)
+    out_grad, gates_grad, load_grad = upstream(w)
+    if tokens is not None:
+        w = w._replace(x=w.x[:tokens], noise=None if w.noise is None else w.noise[:, :tokens])
+        out_grad, gates_grad = out_grad[:tokens], gates_grad[:, :tokens]
+    outputs = call("aomoa", *w)
+    passed = compare(case, list(outputs), list(reference.aomoa_saving(*w)), 1e-12)
+    mask = [isinstance(a, Tensor) and n for a, n in zip(w, needed, strict=True)]
+    grads = [out_grad, gates_grad, load_grad]
+    found = call("aomoa_backward", grads, *w, list(outputs[3:]), mask)
+    expected = ops.AOMOA._backward_kernel(grads, *w, [], mask)
+    return compare(f"{case} backward", found, list(expected), 1e-11) and passed
+
+
+def check_gating() -> bool:
+    """noisy_topk_gating in float64."""
+    clean, raw_std, noise = torch.randn(3, 2, 11, 5, dtype=torch.float64)
+    found = call("noisy_topk_gating", clean, raw_std, noise, 2)
+    expected = reference.noisy_topk_gating(clean, raw_std, noise, 2)
+    passed = compare("gating", list(found), list(expected), 1e-12)
+    grads = [torch.randn_like(found[0]), torch.randn_like(found[1])]
+    arguments = (grads, clean, raw_std, noise, 2, [], [True, False, True, False])
+    results = call("noisy_topk_gating_backward", *arguments)
+    expected_grads = ops.GATING._backward_kernel(*arguments)
+    return compare("gating backward", results, list(expected_grads), 1e-12) and passed
+
+
+def main() -> int:
+    """0 if everything agrees."""
+    if compiler() is None:
+        print("SKIPPED: no C++ compiler; the CUDA operators were not run")
+        return 0
+    torch.manual_seed(0)
+    build()
+    count = len(ops.AOMOA.op.default._schema.arguments)
+    everything = [True] * count
+    results = [check_gating()]
+    results += [check_layer(case, None, everything) for case in CASES]
+    results += [check_layer("odd", tokens, everything) for tokens in (0, 1)]
+    for only in range(count - 2):
+        results.append(check_layer("odd", None, [i == only for i in range(count)]))
+    print(f"{sum(results)} of {len(results)} checks of the CUDA operators passed")
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
