@@ -94,3 +94,20 @@ def stage1_checkpoint(settings: Settings) -> Path | None:
             "folder of a checkpoint, or null to start without"
         )
     return folder
+
+
+def initialise(
+    model: MaskedReconstruction | Segmentation, settings: Settings
+) -> checkpoints.Initialised | None:
+    """Copy the weights `model` starts from: stage 1's, or the backbone's public ones, or none.
+
+    Raises
+    ------
+    ValueError : a checkpoint that is missing or of other sizes; the model is unchanged.
+    """
+    stage1 = stage1_checkpoint(settings) if isinstance(model, Segmentation) else None
+    if stage1 is not None:
+        return checkpoints.initialise_from_stage1(model, stage1)
+    if settings.model.backbone_weights is not None:
+        return checkpoints.initialise_backbone(model, settings.model.backbone_weights)
+    return None

@@ -18,13 +18,15 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 from spectralx import checkpoints, pictures
-from spectralx.build import reconstruction_model, segmentation_model, stage1_checkpoint
+from spectralx.build import initialise, reconstruction_model, segmentation_model
 from spectralx.callbacks import KeepCheckpoints, Progress
 from spectralx.cli import write_text
 from spectralx.datamodule import TaskData, describe_normalisation
 from spectralx.evaluate import Evaluation, run_tests
 from spectralx.lightning_modules import ReconstructionStage, SegmentationStage
-from spectralx.settings import OptimizerSettings, RunSettings, Settings
+from spectralx.reconstruction import MaskedReconstruction
+from spectralx.segmentation import Segmentation
+from spectralx.settings import RunSettings, Settings
 
 Stage = Literal["stage1", "stage2"]
 
@@ -74,28 +76,38 @@ def _validation_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _stage1(
-    settings: Settings, data: TaskData, optimizer: OptimizerSettings
-) -> ReconstructionStage:
-    model = reconstruction_model(settings, data.task.wavelengths)
-    return ReconstructionStage(model, optimizer, settings.stage1.run.steps)
-
-
-def _stage2(settings: Settings, data: TaskData, optimizer: OptimizerSettings) -> SegmentationStage:
-    start = stage1_checkpoint(settings)
-    task, stage = data.task, settings.stage2
-    model = segmentation_model(settings, task.wavelengths, task.num_classes)
-    if start is not None:
-        print(f"starting from {start}: {checkpoints.initialise_from_stage1(model, start)}")
+def _module(
+    stage: Stage, settings: Settings, data: TaskData
+) -> ReconstructionStage | SegmentationStage:
+    """The stage's model as it starts, ready for Lightning."""
+    task = data.task
+    if stage == "stage1":
+        first = reconstruction_model(settings, task.wavelengths)
+        _start(first, settings)
+        return ReconstructionStage(first, settings.stage1.optimizer, settings.stage1.run.steps)
+    own = settings.stage2
+    second = segmentation_model(settings, task.wavelengths, task.num_classes)
+    _start(second, settings)
     return SegmentationStage(
-        model,
-        optimizer,
-        stage.run.steps,
+        second,
+        own.optimizer,
+        own.run.steps,
         class_names=list(task.class_names),
-        class_weights=data.class_weights() if stage.class_weights == "balanced" else None,
-        label_smoothing=stage.label_smoothing,
+        class_weights=data.class_weights() if own.class_weights == "balanced" else None,
+        label_smoothing=own.label_smoothing,
         official=settings.data.official,
     )
+
+
+def _start(model: MaskedReconstruction | Segmentation, settings: Settings) -> None:
+    start = initialise(model, settings)
+    if start is not None:
+        print(start)
+    elif settings.model.trainable == "adapters":
+        print(
+            "note: the backbone is frozen at a random start; model.backbone_weights names a file "
+            "of public weights, model.trainable all trains everything"
+        )
 
 
 def _describe(stage: Stage, data: TaskData, model: nn.Module) -> str:
@@ -164,11 +176,7 @@ def fit(stage: Stage, settings: Settings) -> FitResult:
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     own = settings.stage1 if stage == "stage1" else settings.stage2
     data = TaskData(settings.data, own.run)
-    module: ReconstructionStage | SegmentationStage
-    if stage == "stage1":
-        module = _stage1(settings, data, own.optimizer)
-    else:
-        module = _stage2(settings, data, own.optimizer)
+    module = _module(stage, settings, data)
     data.check()
     print(_describe(stage, data, module.model))
 

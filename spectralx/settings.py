@@ -106,6 +106,9 @@ class ModelSettings:
     trainable
         "adapters" trains what the paper trains on a pre-trained backbone; "all" trains the
         backbone too, for one that starts from scratch.
+    backbone_weights
+        File of the backbone's public weights to start from; stage 2 takes them only where it
+        does not start from stage 1.
     resolution
         Metres on the ground a pixel covers, for positions.
     stem_dim
@@ -126,6 +129,7 @@ class ModelSettings:
     adapted_blocks: list[int] | None = None
     feature_blocks: list[int] | None = None
     trainable: Literal["adapters", "all"] = "adapters"
+    backbone_weights: str | None = None
     resolution: float = 10.0
     stem_dim: int = 512
     tokenizer_heads: int = 8
