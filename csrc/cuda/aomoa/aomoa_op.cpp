@@ -171,7 +171,8 @@ std::vector<Tensor> aomoa_backward(
     const Tensor& fc2_weight, const Tensor& fc2_bias, const Tensor& up, int64_t top_k,
     double norm_eps, at::TensorList saved, const c10::List<bool>& output_mask) {
   TORCH_CHECK(output_grads.size() == 3, "output_grads: got ", output_grads.size(), ", expected 3");
-  TORCH_CHECK(saved.size() == 2, "saved: got ", saved.size(), ", expected normed and statistics");
+  TORCH_CHECK(saved.size() == 3, "saved: got ", saved.size(),
+              ", expected gates, normed and statistics");
   TORCH_CHECK(output_mask.size() == kArguments, "output_mask: got ", output_mask.size(),
               ", expected ", int{kArguments});
   const c10::cuda::CUDAGuard guard(x.device());
@@ -199,8 +200,8 @@ std::vector<Tensor> aomoa_backward(
   Tensor out_grad = prepared(output_grads[0], x.scalar_type());
   if (!out_grad.defined()) out_grad = at::zeros({k.tokens, k.attributes * k.out}, x.options());
   const Tensor gates_grad = prepared(output_grads[1], wide),
-               load_grad = prepared(output_grads[2], wide), normed = saved[0].contiguous(),
-               statistics = saved[1].contiguous();
+               load_grad = prepared(output_grads[2], wide), normed = saved[1].contiguous(),
+               statistics = saved[2].contiguous();  // routing is cheaper done again than read
   k.gates_grad = pointer(gates_grad);
   k.load_grad = pointer(load_grad);
   k.normed = pointer(normed);

@@ -26,7 +26,7 @@ int spectralx_gating_backward(int type, const void* gates_grad, const void* load
 struct SpectralxAomoa {
   int64_t type, tokens, attributes, width, out, rank, hidden, experts, top_k;
   int64_t dense;  // every expert on every row, instead of grouped by expert
-  int64_t tile;   // rows of a block: 16, 32 or 64; 0 chooses
+  int64_t tile;   // rows of a block: 64, 32, ... 1; 0 chooses
   double eps;
   // Of `type`; noise wide, null in evaluation.
   const void *x, *scaler, *norm1_weight, *norm1_bias, *down, *norm2_weight, *norm2_bias, *gate,

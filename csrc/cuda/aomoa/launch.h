@@ -15,9 +15,10 @@ const T* as(const void* pointer) {
   return static_cast<const T*>(pointer);
 }
 
-// Sizes with the tallest tile for which two blocks fit a multiprocessor, or one where two never do,
-// narrower only where nothing else fits; shorter where there would be too few blocks to fill a GPU.
-// A tile that the caller chose stays. `tile` is 0 where nothing fits.
+// Sizes with the tallest tile for which two blocks fit a multiprocessor, or one where two never do;
+// narrower chunks next, and less than 16 rows, which waste tensor cores, only where nothing else fits.
+// Shorter where there would be too few blocks to fill a GPU. A tile that the caller chose stays.
+// `tile` is 0 where nothing fits.
 template <typename Bytes>
 MixtureSizes mixture_sizes(const SpectralxAomoa& layer, Bytes bytes) {
   constexpr int kMultiprocessors = 128;
@@ -32,10 +33,15 @@ MixtureSizes mixture_sizes(const SpectralxAomoa& layer, Bytes bytes) {
                  0,
                  layer.dense != 0,
                  layer.noise != nullptr};
-  for (const int64_t budget : {kSharedBudget, kSharedLimit}) {
+  struct Round {
+    int64_t budget;
+    int shortest;
+  };
+  for (const auto& [budget, shortest] :
+       {Round{kSharedBudget, 16}, Round{kSharedLimit, 16}, Round{kSharedLimit, 1}}) {
     for (s.chunk = kChunk; s.chunk >= 16; s.chunk /= 2) {
-      for (s.tile = 64; s.tile >= 16; s.tile /= 2) {
-        const bool short_enough = s.tile == 16 || ceil_div(s.rows(), s.tile) >= kMultiprocessors;
+      for (s.tile = 64; s.tile >= shortest; s.tile /= 2) {
+        const bool short_enough = s.tile <= 16 || ceil_div(s.rows(), s.tile) >= kMultiprocessors;
         if ((wanted == 0 ? short_enough : s.tile == wanted) && bytes(s) <= budget) return s;
       }
       if (budget == kSharedBudget) break;

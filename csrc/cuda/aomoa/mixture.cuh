@@ -12,7 +12,7 @@ namespace spectralx::cuda {
 
 struct MixtureSizes {
   int tokens, attributes, rank, hidden, experts, top_k;
-  int tile;    // rows of a block: 16, 32 or 64
+  int tile;    // rows of a block: 64, 32, ... 1
   int chunk;   // columns of the rank combined at once: 64, 32 or 16
   int dense;   // every row runs through every expert
   int noisy;   // training
