@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import spectralx_kernels
 from benchmarks.case import Setting
 from benchmarks.clock import Replay
 from benchmarks.harness import Budget, Build, GroupKey, Row, measure
@@ -52,8 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"--dtype: got {', '.join(unknown)}, expected one of {', '.join(DTYPES)}"
         )
-    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device: got cuda, but torch sees no GPU")
+    if config.getoption("--device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device: got cuda, but torch sees no GPU")
+        # A float32 row means float32: by default cuDNN's convolutions would round to TF32.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _dtypes(config: pytest.Config) -> list[str]:
@@ -139,13 +145,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def machine_facts(device: str) -> dict[str, Any]:
     """What a number depends on beside the code: device, threads, versions, commit."""
-    import spectralx_kernels
-
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     facts = {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "device_type": device,
@@ -154,7 +153,7 @@ def machine_facts(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "spectralx_kernels": spectralx_kernels.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
     }
     if device == "cuda":
         facts["cuda"] = torch.version.cuda
@@ -162,6 +161,20 @@ def machine_facts(device: str) -> dict[str, Any]:
     else:
         facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     return facts
+
+
+def commit() -> str:
+    """The commit of this checkout, "-dirty" behind it where files differ."""
+    if shutil.which("git") is None:
+        return "unknown"
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
 
 
 def cpu_name() -> str:

@@ -1,8 +1,7 @@
 """The work that no implementation can avoid: bare matrix products, or a copy of the bytes.
 
-A floor is a list of products (sizes only: the operands are random, kept between calls, and as
-large as a pass over the rotating inputs would make them) and a number of bytes that must be read
-or written once. Both are measured, in the same run; the slower one is the ``floor`` row. Element-
+A floor is a list of products (sizes only: the operands are random and kept between calls) and a
+number of bytes that must be read or written once. Both are measured, in the same run; the slower one is the ``floor`` row. Element-
 wise work, softmaxes, norms, layout changes and launches are left out: a floor is not reachable.
 """
 
@@ -58,22 +57,32 @@ def frozen(products: Iterable[Product]) -> list[Product]:
 
 
 def bare_products(products: Iterable[Product], setting: Setting) -> Callable[[], None]:
-    """A function that runs `products` on operands made now, into results made now."""
+    """A function that runs `products` on random operands, into results that are made now.
+
+    All of them use the same three blocks of memory, each as large as its largest tensor.
+    """
+    products = list(products)
     draw = Draw(setting, seed=7)
-    work = []
-    made: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
-    for p in products:
-        key = (p.batch, p.m, p.k, p.n)
-        if key not in made:
-            left, right = (p.m, p.k), (p.n, p.k)
-            if p.batch > 1:
-                left, right = (p.batch, *left), (p.batch, *right)  # type: ignore[assignment]
-            a, b = draw.normal(*left), draw.normal(*right).transpose(-1, -2)
-            made[key] = (a, b, torch.matmul(a, b))
-        work.append((made[key], p.count))
+    left = draw.normal(max(p.batch * p.m * p.k for p in products))
+    right = draw.normal(max(p.batch * p.n * p.k for p in products))
+    result = left.new_empty(max(p.batch * p.m * p.n for p in products))
+
+    def part(block: torch.Tensor, batch: int, rows: int, columns: int) -> torch.Tensor:
+        matrices = block[: batch * rows * columns].view(batch, rows, columns)
+        return matrices[0] if batch == 1 else matrices
+
+    work = [
+        (
+            part(left, p.batch, p.m, p.k),
+            part(right, p.batch, p.n, p.k).transpose(-1, -2),
+            part(result, p.batch, p.m, p.n),
+            p.count,
+        )
+        for p in products
+    ]
 
     def run() -> None:
-        for (a, b, out), count in work:
+        for a, b, out, count in work:
             for _ in range(count):
                 torch.matmul(a, b, out=out)
 
@@ -95,8 +104,9 @@ def floor_of(
     products: Iterable[Product], elements: int, setting: Setting
 ) -> dict[str, Callable[[], None]]:
     """The candidates for a floor; `elements` are read or written once in the setting's dtype."""
+    products = list(products)
     return {
-        "products": bare_products(products, setting),
+        **({"products": bare_products(products, setting)} if products else {}),
         "copy": copy_of(elements * setting.dtype.itemsize, setting),
     }
 
