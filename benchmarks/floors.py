@@ -1,8 +1,9 @@
 """The work that no implementation can avoid: bare matrix products, or a copy of the bytes.
 
 A floor is a list of products (sizes only: the operands are random and kept between calls) and a
-number of bytes that must be read or written once. Both are measured, in the same run; the slower one is the ``floor`` row. Element-
-wise work, softmaxes, norms, layout changes and launches are left out: a floor is not reachable.
+number of bytes that must be read or written once. Both are measured, in the same run; the slower
+one is the ``floor`` row. Element-wise work, softmaxes, norms, layout changes and launches are left
+out: a floor is not reachable.
 """
 
 from __future__ import annotations
