@@ -79,6 +79,19 @@ def test_loss_is_cross_entropy_of_upsampled_logits():
     assert torch.equal(model.predict(images), logits.argmax(1))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_precision(family):
+    model = small(family=family).eval()
+    images, labels = batch()
+    exact = model.loss(images, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(images, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_what_trains_with_adapters():
     names = trained(small(adapted_blocks=[1]))
     backbone = {name for name in names if name.startswith("vit_backbone.")}
