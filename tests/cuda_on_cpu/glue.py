@@ -84,7 +84,7 @@ def check_gating() -> bool:
     expected = reference.noisy_topk_gating(clean, raw_std, noise, 2)
     passed = compare("gating", list(found), list(expected), 1e-12)
     grads = [torch.randn_like(found[0]), torch.randn_like(found[1])]
-    arguments = (grads, clean, raw_std, noise, 2, [], [True, False, True, False])
+    arguments: tuple[Any, ...] = (grads, clean, raw_std, noise, 2, [], [True, False, True, False])
     results = call("noisy_topk_gating_backward", *arguments)
     expected_grads = ops.GATING._backward_kernel(*arguments)
     return compare("gating backward", results, list(expected_grads), 1e-12) and passed

@@ -70,7 +70,8 @@ def draw(case: str, dtype: torch.dtype, scale: float = 1.0) -> Weights:
 
 
 def cast(w: Weights, dtype: torch.dtype) -> Weights:
-    return Weights(*[value.to(dtype) if isinstance(value, Tensor) else value for value in w])
+    tensors: dict[str, Any] = {k: v for k, v in w._asdict().items() if isinstance(v, Tensor)}
+    return w._replace(**{name: tensor.to(dtype) for name, tensor in tensors.items()})
 
 
 def referred(w: Weights) -> dict[str, Tensor]:

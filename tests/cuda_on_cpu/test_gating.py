@@ -82,8 +82,8 @@ def backward(
 
 def referred(arguments: Arguments, upstream: tuple[Tensor, Tensor]) -> tuple[Any, list[Tensor]]:
     leaves = [arg.clone().requires_grad_() for arg in arguments[:3] if arg is not None]
-    inputs = leaves if len(leaves) == 3 else [leaves[0], None, None]
-    gates, load = reference.noisy_topk_gating(*inputs, arguments[3])  # type: ignore[arg-type]
+    clean, raw_std, noise = leaves if len(leaves) == 3 else (leaves[0], None, None)
+    gates, load = reference.noisy_topk_gating(clean, raw_std, noise, arguments[3])
     total = (gates * upstream[0].to(gates)).sum()
     if load.requires_grad:
         total = total + (load * upstream[1].to(load)).sum()
