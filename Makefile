@@ -42,7 +42,7 @@ real: $(READY)
 	$(RUN) -m spectralx.train both --config enmap.yaml --data.root $(DATA) --out $(RUNS)/enmap
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $$($(RUN) -c "import xdist; print('-n $(WORKERS)')" 2>/dev/null) tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $$($(RUN) -c "import xdist; print('-n $(WORKERS) --dist worksteal')" 2>/dev/null) tests
 
 lint: $(READY)
 	$(RUN) -m ruff check .
