@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from spectralx_kernels import confusion_matrix_update
+
 Protocol = Literal["proper", "official"]
+NO_LABEL = -100  # ignored where every class counts: a value that no label has
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
@@ -170,24 +173,13 @@ class SegmentationScores(Metric):
         Parameters
         ----------
         prediction, target : class indices, integer tensors of one shape.
+
+        Raises
+        ------
+        ValueError : other shapes, or on a CPU an index that is no class.
         """
-        if prediction.shape != target.shape:
-            raise ValueError(
-                f"prediction: got shape {list(prediction.shape)}, expected {list(target.shape)}"
-            )
-        size = len(self.class_names)
-        target, prediction = target.reshape(-1).long(), prediction.reshape(-1).long()
-        if self.ignore_index is not None:
-            scored = target != self.ignore_index
-            target, prediction = target[scored], prediction[scored]
-        for name, values in (("target", target), ("prediction", prediction)):
-            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < size:
-                raise ValueError(
-                    f"{name}: got classes {int(values.min())} to {int(values.max())}, "
-                    f"expected 0 to {size - 1}"
-                )
-        pairs = torch.bincount(target * size + prediction, minlength=size * size)
-        self.matrix = self.matrix + pairs.reshape(size, size)
+        ignored = NO_LABEL if self.ignore_index is None else self.ignore_index
+        self.matrix = confusion_matrix_update(self.matrix, prediction, target, ignored)
 
     def compute(self) -> Scores:
         """The scores of everything counted since the last ``reset``."""

@@ -70,9 +70,9 @@ def test_majority_answers_one_class() -> None:
 @pytest.mark.parametrize(
     ("prediction", "target", "message"),
     [
-        ([1], [1, 2], r"prediction: got shape \[1\], expected \[2\]"),
-        ([1], [4], "target: got classes 4 to 4, expected 0 to 3"),
-        ([7], [1], "prediction: got classes 7 to 7, expected 0 to 3"),
+        ([1], [1, 2], r"target: got shape \[2\], expected \[1\]"),
+        ([1], [4], "target: got label 4, expected 0 to 3"),
+        ([7], [1], "prediction: got class 7, expected 0 to 3"),
     ],
 )
 def test_wrong_input_is_refused(prediction: list[int], target: list[int], message: str) -> None:
