@@ -186,8 +186,8 @@ _WITH_CLASS = TOKENS + 1
 _VISIBLE = TOKENS // 4 + 1
 
 AOMOA: tuple[AomoaShape, ...] = (
-    _fc("fc1", "vitl-b2", 2 * _WITH_CLASS, small=True, compiled=(TRAINING,)),
-    _fc("fc2", "vitl-b2", 2 * _WITH_CLASS, small=True, compiled=(FORWARD,)),
+    _fc("fc1", "vitl-b2", 2 * _WITH_CLASS, small=True, compiled=(FORWARD,)),
+    _fc("fc2", "vitl-b2", 2 * _WITH_CLASS, small=True),
     *(_fc(side, "vitl-b1", _WITH_CLASS) for side in ("fc1", "fc2")),
     *(_fc(side, "vitl-b8", 8 * _WITH_CLASS) for side in ("fc1", "fc2")),
     *(_fc(side, "vitl-b32", 32 * _WITH_CLASS) for side in ("fc1", "fc2")),
@@ -198,7 +198,7 @@ AOMOA: tuple[AomoaShape, ...] = (
 
 HYPERT: tuple[HypertShape, ...] = (
     HypertShape(name="whu-32-b1", batch=1, sensor="whu", small=True, compiled=(FORWARD,)),
-    HypertShape(name="dfc-13-b1", batch=1, sensor="dfc", small=True),
+    HypertShape(name="dfc-13-b1", batch=1, sensor="dfc"),
     HypertShape(name="mts-24-b1", batch=1, sensor="mts"),
     HypertShape(name="enmap-224-b1", batch=1, sensor="enmap"),
     HypertShape(name="whu-32-b1-all", batch=1, sensor="whu", trainable="all", modes=(TRAINING,)),
@@ -219,7 +219,7 @@ RECONSTRUCTION: tuple[ReconstructionShape, ...] = tuple(
     ReconstructionShape(
         name=f"{family}-{bands}-b{batch}", family=family, batch=batch, bands=bands,
         small=batch == 2 and bands == 13,
-        compiled=(TRAINING,) if family == "satmae++" else (),
+        compiled=(FORWARD,) if family == "satmae++" else (),
     )
     for batch in (2, 16)
     for bands in (13, 32)
@@ -243,7 +243,7 @@ UPSAMPLE_CONV: tuple[UpsampleConvShape, ...] = tuple(
 UPSAMPLE_CE: tuple[UpsampleCeShape, ...] = tuple(
     UpsampleCeShape(
         name=f"{sensor}-{CLASSES[sensor]}-b{batch}", batch=batch, classes=CLASSES[sensor],
-        small=batch == 2, compiled=(TRAINING,) if sensor == "whu" else (),
+        small=batch == 2 and sensor == "whu", compiled=(FORWARD,),
     )
     for batch in (2, 32)
     for sensor in ("whu", "dfc")
