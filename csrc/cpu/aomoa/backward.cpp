@@ -1,0 +1,369 @@
+// Backward of the layer on the CPU. By panels from the output's gradient to norm2's input, then the
+// weights' gradients, whose products run over the tokens of a chunk, then the input's gradient.
+//
+// The number of threads changes no bit: a product belongs to one thread, sums over the tokens of a
+// panel are kept apart and added up in the panels' order, chunks come one after the other.
+#include "cpu/aomoa/layer.h"
+
+#include "cpu/aomoa/gating.h"
+
+namespace spectralx::cpu {
+
+namespace {
+
+// Weights as backward's products take them, and the sums over all chunks. Wide unless said.
+template <typename Op>
+struct Backward : Layer<Op> {
+  using W = Wide<Op>;
+  Tensor fc1_t, fc2_t, up_t;      // of Op: [r, E h], [E, h, r], scaler * up [A, r, o]
+  Tensor router_t;                // [A, r, scores]
+  Tensor folded;                  // of Op, gamma * down [r, d]
+  Tensor column_sums, shift;      // [r]: of folded; down beta
+  Tensor mean, offset, slope;     // [A, T]: x's gradient is product - offset - (x - mean) slope
+  Tensor z0_grad;                 // of Op, rstd1 * gradient of z0 [T, A, r]
+  Tensor up_products;             // [A, r, o], c' dout
+  Tensor down_products;           // [r, d], dz0' (norm1's output before weight and bias)
+  Tensor fc1_t_grad, fc2_grad;    // [r, E h], [E, r, h]
+  Tensor router_grad;             // [A, r, scores]
+  Tensor sums;                    // [E h + E r + 3 r]: fc1_bias, fc2_bias, norm2's two, dz0's sum
+  Tensor noise_grad;              // [A, T, E]
+  int64_t all_hidden, sum_size;
+
+  Backward(const Arguments& p, bool frozen) : Layer<Op>(p, frozen) {
+    const auto& l = *this;
+    all_hidden = l.experts * l.hidden;
+    sum_size = all_hidden + l.experts * l.rank + 3 * l.rank;
+    fc1_t = l.fc1.view({all_hidden, l.rank}).t().contiguous();
+    fc2_t = l.fc2.transpose(1, 2).contiguous();
+    up_t = (l.scaler.view({l.attributes, l.out, 1}) * l.up).to(l.kOp).transpose(1, 2).contiguous();
+    router_t = l.router.transpose(1, 2).contiguous();
+    folded = (l.norm1_weight * l.down).to(l.kOp);
+    column_sums = folded.sum(1, false, l.kWide);
+    shift = at::mv(l.down.to(l.kWide), l.norm1_bias);
+    offset = l.wide_empty({l.attributes, l.tokens});
+    slope = at::empty_like(offset);
+    z0_grad = l.op_empty({l.tokens, l.attributes, l.rank});
+    up_products = l.wide_zeros({l.attributes, l.rank, l.out});
+    down_products = l.wide_zeros({l.rank, l.d});
+    fc1_t_grad = l.wide_zeros({l.rank, all_hidden});
+    fc2_grad = l.wide_zeros({l.experts, l.rank, l.hidden});
+    router_grad = l.wide_zeros({l.attributes, l.rank, l.scores});
+    sums = l.wide_zeros({sum_size});
+  }
+};
+
+// What one chunk keeps between its phases. "By features" is [features][padded tokens] of Op, the left
+// operand of a product over tokens; "by tokens" its right one.
+template <typename Op>
+struct Trail {
+  using W = Wide<Op>;
+  int64_t padded;
+  Tensor normed, dz;              // panels [panels][r][32]
+  Tensor z_features, z_wide;      // [A][r][padded], of Op and wide
+  Tensor c_features;              // [A][r][padded]
+  Tensor y_grad_features;         // [A][E][r][padded]
+  Tensor z0_grad_features;        // [A][r][padded]
+  Tensor h_tokens, h_grad_tokens;  // by tokens [A][padded][E h]
+  Tensor router_tokens;           // wide [A][padded][scores]
+  Tensor clean, raw, gates_grad;  // [A, tokens, E]
+  Tensor sums;                    // [panels][sum_size]
+
+  Trail(const Backward<Op>& l, const Chunk& chunk) : padded(chunk.padded()) {
+    normed = l.wide_empty({chunk.panels, l.rank, kPanel});
+    dz = at::empty_like(normed);
+    z_features = l.op_empty({l.attributes, l.rank, padded});
+    z_wide = l.wide_empty({l.attributes, l.rank, padded});
+    c_features = at::empty_like(z_features);
+    y_grad_features = l.op_empty({l.attributes, l.experts, l.rank, padded});
+    z0_grad_features = at::empty_like(z_features);
+    h_tokens = l.op_empty({l.attributes, padded, l.all_hidden});
+    h_grad_tokens = at::empty_like(h_tokens);
+    router_tokens = l.wide_zeros({l.attributes, padded, l.scores});
+    clean = l.wide_empty({l.attributes, chunk.tokens, l.experts});
+    if (l.noise.has_value()) raw = at::empty_like(clean);
+    gates_grad = at::empty_like(clean);
+    sums = l.wide_zeros({chunk.panels, l.sum_size});
+  }
+};
+
+// Routing and mixture again, then back to z: dz, the gates' gradients, and what the experts'
+// weights' gradients need. Every expert on every token.
+template <typename Op>
+void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
+                   Trail<Op>& trail) {
+  using W = Wide<Op>;
+  const auto& k = l.k;
+  const int64_t all = l.all_hidden, padded = trail.padded, outs = l.attributes * l.out;
+  const Tensor gates = chunk.of(in.kept_gates).contiguous();
+  over(chunk.panels, [&](int64_t begin, int64_t end) {
+    const Tensor z = l.wide_empty({l.rank, kPanel}), z_operand = l.op_empty({l.rank, kPanel}),
+                 scores = l.wide_empty({l.scores, kPanel}), g = l.wide_empty({l.experts, kPanel}),
+                 dg = l.wide_empty({l.experts, kPanel}), h = l.wide_empty({all, kPanel}),
+                 h_operand = l.op_empty({all, kPanel}), dh = l.wide_empty({all, kPanel}),
+                 y = l.wide_empty({l.experts, l.rank, kPanel}),
+                 dy_operand = l.op_empty({l.rank, kPanel}), c = l.wide_empty({l.rank, kPanel}),
+                 dc = l.wide_empty({l.rank, kPanel}), dout = l.op_empty({l.out, kPanel});
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t a = chunk.attribute(q), start = chunk.start(q), n = chunk.count(q);
+      const int64_t t = chunk.first + start, at = (a * chunk.tokens + start) * l.experts;
+      W* sums = data<W>(trail.sums) + q * l.sum_size;
+      W* normed = data<W>(trail.normed) + q * l.rank * kPanel;
+      k.transpose(data<W>(in.normed) + (t * l.attributes + a) * l.rank, n, l.attributes * l.rank,
+                  l.rank, normed);
+      k.affine(normed, l.rank, data<W>(l.norm2_weight), data<W>(l.norm2_bias), data<W>(z));
+      k.to_operand(data<W>(z), l.rank, data<Op>(z_operand));
+      k.to_features(data<W>(z), l.rank, data<Op>(trail.z_features) + a * l.rank * padded + start,
+                    padded);
+      for (int64_t i = 0; i < l.rank; ++i)
+        std::copy(data<W>(z) + i * kPanel, data<W>(z) + (i + 1) * kPanel,
+                  data<W>(trail.z_wide) + (a * l.rank + i) * padded + start);
+      product(l.scores, kPanel, l.rank, data<W>(l.router) + a * l.scores * l.rank, l.rank,
+              data<W>(z), kPanel, data<W>(scores), kPanel, false);
+      k.unpack_wide(data<W>(scores), n, l.experts, data<W>(trail.clean) + at, l.experts);
+      if (trail.raw.defined())
+        k.unpack_wide(data<W>(scores) + l.experts * kPanel, n, l.experts,
+                      data<W>(trail.raw) + at, l.experts);
+
+      k.transpose(data<W>(gates) + at, n, l.experts, l.experts, data<W>(g));
+      product(all, kPanel, l.rank, data<Op>(l.fc1), l.rank, data<Op>(z_operand), kPanel,
+              data<W>(h), kPanel, false);
+      k.bias_relu(data<W>(h), all, data<W>(l.fc1_bias), data<Op>(h_operand));
+      k.to_tokens(data<W>(h), all, data<Op>(trail.h_tokens) + (a * padded + start) * all, all);
+      for (int64_t e = 0; e < l.experts; ++e)
+        product(l.rank, kPanel, l.hidden, data<Op>(l.fc2) + e * l.rank * l.hidden, l.hidden,
+                data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
+                data<W>(y) + e * l.rank * kPanel, kPanel, false);
+      k.combine(data<W>(y), l.experts, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
+      k.to_features(data<W>(c), l.rank, data<Op>(trail.c_features) + a * l.rank * padded + start,
+                    padded);
+
+      k.pack(data<Op>(in.out) + t * outs + a * l.out, n, outs, l.out, data<Op>(dout));
+      product(l.rank, kPanel, l.out, data<Op>(l.up_t) + a * l.rank * l.out, l.out, data<Op>(dout),
+              kPanel, data<W>(dc), kPanel, false);
+      k.combine_backward(data<W>(y), l.experts, l.rank, data<W>(g), data<W>(c), data<W>(dc),
+                         data<W>(dg), sums + all);
+      k.unpack_wide(data<W>(dg), n, l.experts, data<W>(trail.gates_grad) + at, l.experts);
+      for (int64_t e = 0; e < l.experts; ++e) {
+        const W* dy = data<W>(y) + e * l.rank * kPanel;
+        k.to_features(dy, l.rank,
+                      data<Op>(trail.y_grad_features) +
+                          (a * l.experts + e) * l.rank * padded + start,
+                      padded);
+        k.to_operand(dy, l.rank, data<Op>(dy_operand));
+        product(l.hidden, kPanel, l.rank, data<Op>(l.fc2_t) + e * l.hidden * l.rank, l.rank,
+                data<Op>(dy_operand), kPanel, data<W>(dh) + e * l.hidden * kPanel, kPanel, false);
+      }
+      k.relu_backward(data<W>(dh), data<W>(h), all, sums);
+      k.to_operand(data<W>(dh), all, data<Op>(h_operand));
+      k.to_tokens(data<W>(dh), all, data<Op>(trail.h_grad_tokens) + (a * padded + start) * all,
+                  all);
+      product(l.rank, kPanel, all, data<Op>(l.fc1_t), all, data<Op>(h_operand), kPanel,
+              data<W>(trail.dz) + q * l.rank * kPanel, kPanel, false);
+    }
+  });
+}
+
+// Through the router and norm2 to the gradient of z0, and what it makes of x's gradient.
+template <typename Op>
+void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
+           const GatingGradients& routing, Trail<Op>& trail) {
+  using W = Wide<Op>;
+  const auto& k = l.k;
+  const int64_t padded = trail.padded, plane = l.attributes * l.tokens;
+  const W per_feature = W(1) / static_cast<W>(l.d);
+  over(chunk.panels, [&](int64_t begin, int64_t end) {
+    const Tensor scores = l.wide_empty({l.scores, kPanel}), scaled = l.wide_empty({l.rank, kPanel});
+    W rstd1[kPanel], rstd2[kPanel], along_sums[kPanel], along_normed[kPanel], along_shift[kPanel];
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t a = chunk.attribute(q), start = chunk.start(q), n = chunk.count(q);
+      const int64_t t = chunk.first + start, at = (a * chunk.tokens + start) * l.experts;
+      const W* normed = data<W>(trail.normed) + q * l.rank * kPanel;
+      W* dz = data<W>(trail.dz) + q * l.rank * kPanel;
+      W* sums = data<W>(trail.sums) + q * l.sum_size + l.all_hidden + l.experts * l.rank;
+      k.transpose(data<W>(routing.clean) + at, n, l.experts, l.experts, data<W>(scores));
+      if (trail.raw.defined())
+        k.transpose(data<W>(routing.raw_std) + at, n, l.experts, l.experts,
+                    data<W>(scores) + l.experts * kPanel);
+      k.unpack_wide(data<W>(scores), n, l.scores,
+                    data<W>(trail.router_tokens) + (a * padded + start) * l.scores, l.scores);
+      product(l.rank, kPanel, l.scores, data<W>(l.router_t) + a * l.rank * l.scores, l.scores,
+              data<W>(scores), kPanel, dz, kPanel, true);
+
+      const W* statistics = data<W>(in.statistics) + a * l.tokens + t;
+      for (int64_t i = 0; i < kPanel; ++i) {
+        rstd1[i] = i < n ? statistics[plane + i] : W(0);
+        rstd2[i] = i < n ? statistics[2 * plane + i] : W(0);
+      }
+      k.norm_backward(dz, normed, l.rank, rstd2, data<W>(l.norm2_weight), sums, sums + l.rank);
+      k.add_sums(dz, l.rank, sums + 2 * l.rank);
+      k.to_features(dz, l.rank,
+                    data<Op>(trail.z0_grad_features) + a * l.rank * padded + start, padded);
+      if (!in.want_x) continue;
+      k.scale_tokens(dz, l.rank, rstd1, data<W>(scaled));
+      k.unpack(data<W>(scaled), n, l.rank, nullptr,
+               data<Op>(l.z0_grad) + (t * l.attributes + a) * l.rank, l.attributes * l.rank);
+      // norm1's input has gradient rstd1 (dn - mean(dn) - n mean(n dn)) with dn = dz0 folded, whose
+      // means follow from dz0 alone: n folded' = z0 - shift, and dz0 is orthogonal to 1.
+      k.dot_weight(dz, l.rank, data<W>(l.column_sums), along_sums);
+      k.dot_panel(dz, l.rank, normed, along_normed);
+      k.dot_weight(dz, l.rank, data<W>(l.shift), along_shift);
+      for (int64_t i = 0; i < n; ++i) {
+        const W mean = along_sums[i] * per_feature;
+        const W along = (along_normed[i] / rstd2[i] - along_shift[i]) * per_feature;
+        data<W>(l.offset)[a * l.tokens + t + i] = rstd1[i] * mean;
+        data<W>(l.slope)[a * l.tokens + t + i] = rstd1[i] * rstd1[i] * along;
+      }
+    }
+  });
+}
+
+// Products over the tokens of the chunk, added to the weights' gradients. A task has 32 columns.
+template <typename Op>
+void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
+                const Trail<Op>& trail) {
+  using W = Wide<Op>;
+  const auto& k = l.k;
+  const int64_t padded = trail.padded, outs = l.attributes * l.out, all = l.all_hidden;
+  constexpr int64_t kPair = sizeof(Op) == 2 ? 2 : 1;  // elements of a column of a right operand
+  const auto width = [](int64_t whole, int64_t from) { return std::min(kPanel, whole - from); };
+
+  const int64_t up_blocks = blocks_of(l.out, kPanel), down_blocks = blocks_of(l.d, kPanel);
+  over(l.attributes * up_blocks + down_blocks, [&](int64_t begin, int64_t end) {
+    const Tensor right = l.op_empty({padded, kPanel});
+    for (int64_t task = begin; task < end; ++task) {
+      if (task < l.attributes * up_blocks) {
+        const int64_t a = task / up_blocks, o = task % up_blocks * kPanel;
+        k.pack_tokens(data<Op>(in.out) + chunk.first * outs + a * l.out + o, chunk.tokens, outs,
+                      width(l.out, o), nullptr, nullptr, data<Op>(right));
+        product(l.rank, width(l.out, o), padded, data<Op>(trail.c_features) + a * l.rank * padded,
+                padded, data<Op>(right), kPanel,
+                data<W>(l.up_products) + a * l.rank * l.out + o, l.out, true);
+        continue;
+      }
+      const int64_t i = (task - l.attributes * up_blocks) * kPanel;
+      for (int64_t a = 0; a < l.attributes; ++a) {
+        const W* mean = data<W>(in.statistics) + a * l.tokens + chunk.first;
+        k.pack_tokens(data<Op>(l.x) + chunk.first * l.width + a * l.d + i, chunk.tokens, l.width,
+                      width(l.d, i), mean, mean + l.attributes * l.tokens, data<Op>(right));
+        product(l.rank, width(l.d, i), padded,
+                data<Op>(trail.z0_grad_features) + a * l.rank * padded, padded, data<Op>(right),
+                kPanel, data<W>(l.down_products) + i, l.d, true);
+      }
+    }
+  });
+
+  const int64_t fc2_blocks = blocks_of(l.hidden, kPanel), fc1_blocks = blocks_of(all, kPanel);
+  over(l.experts * fc2_blocks + fc1_blocks + l.attributes, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t fc1_task = task - l.experts * fc2_blocks, router_task = fc1_task - fc1_blocks;
+      if (router_task >= 0) {
+        product(l.rank, l.scores, padded, data<W>(trail.z_wide) + router_task * l.rank * padded,
+                padded, data<W>(trail.router_tokens) + router_task * padded * l.scores, l.scores,
+                data<W>(l.router_grad) + router_task * l.rank * l.scores, l.scores, true);
+        continue;
+      }
+      for (int64_t a = 0; a < l.attributes; ++a) {
+        if (fc1_task >= 0) {
+          const int64_t j = fc1_task * kPanel;
+          product(l.rank, width(all, j), padded,
+                  data<Op>(trail.z_features) + a * l.rank * padded, padded,
+                  data<Op>(trail.h_grad_tokens) + a * padded * all + j * kPair, all,
+                  data<W>(l.fc1_t_grad) + j, all, true);
+        } else {
+          const int64_t e = task / fc2_blocks, j = task % fc2_blocks * kPanel;
+          product(l.rank, width(l.hidden, j), padded,
+                  data<Op>(trail.y_grad_features) + (a * l.experts + e) * l.rank * padded, padded,
+                  data<Op>(trail.h_tokens) + a * padded * all + (e * l.hidden + j) * kPair, all,
+                  data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, true);
+        }
+      }
+    }
+  });
+  l.sums.add_(trail.sums.sum(0));
+}
+
+// x's gradient: dout W of the frozen layer and norm1's share in one product a tile.
+template <typename Op>
+void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
+  using W = Wide<Op>;
+  const auto& k = l.k;
+  const int64_t outs = l.attributes * l.out, per_attribute = blocks_of(l.d, kPanel);
+  over(l.attributes * per_attribute, [&](int64_t begin, int64_t end) {
+    const Tensor frozen = l.op_empty({blocks_of(outs, kPanel) * kPanel, kPanel}),
+                 folded = l.op_empty({blocks_of(l.rank, kPanel) * kPanel, kPanel});
+    W sums[kRowBlock * kPanel];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t a = task / per_attribute, i = task % per_attribute * kPanel;
+      const int64_t columns = std::min(kPanel, l.d - i), at = a * l.d + i;
+      if (l.weight.defined())
+        k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr,
+                      data<Op>(frozen));
+      k.pack_tokens(data<Op>(l.folded) + i, l.rank, l.d, columns, nullptr, nullptr,
+                    data<Op>(folded));
+      for (int64_t t = 0; t < l.tokens; t += kRowBlock) {
+        const int64_t rows = std::min(kRowBlock, l.tokens - t);
+        product(rows, kPanel, l.rank, data<Op>(l.z0_grad) + (t * l.attributes + a) * l.rank,
+                l.attributes * l.rank, data<Op>(folded), kPanel, sums, kPanel, false);
+        if (l.weight.defined())
+          product(rows, kPanel, outs, data<Op>(in.out) + t * outs, outs, data<Op>(frozen), kPanel,
+                  sums, kPanel, true);
+        const int64_t row = a * l.tokens + t;
+        k.finish_input(sums, rows, columns, data<Op>(l.x) + t * l.width + at,
+                       data<W>(in.statistics) + row, data<W>(l.offset) + row,
+                       data<W>(l.slope) + row, data<Op>(x_grad) + t * l.width + at, l.width);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+template <typename Op>
+Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) {
+  const Backward<Op> l(arguments, frozen);
+  Gradients grads;
+  if (in.want_noise) grads.noise = l.wide_empty({l.attributes, l.tokens, l.experts});
+  for (int64_t first = 0; first < l.tokens; first += kChunk) {
+    const Chunk chunk(first, l.tokens, l.attributes);
+    Trail<Op> trail(l, chunk);
+    unmix_densely(l, chunk, in, trail);
+    if (in.gates.has_value()) trail.gates_grad.add_(chunk.of(*in.gates));
+    const auto raw = trail.raw.defined() ? std::optional<Tensor>(trail.raw) : std::nullopt;
+    const GatingGradients routing =
+        noisy_topk_gating_gradients(trail.gates_grad, in.load, trail.clean, raw,
+                                    chunk.of(l.noise), l.top_k, raw.has_value(), in.want_noise);
+    if (in.want_noise) chunk.of(grads.noise).copy_(routing.noise);
+    to_z0(l, chunk, in, routing, trail);
+    to_weights(l, chunk, in, trail);
+  }
+  if (in.want_x) {
+    grads.x = l.op_empty({l.tokens, l.width});
+    to_input(l, in, grads.x);
+  }
+
+  const Tensor up = l.up.to(l.kWide), down = l.down.to(l.kWide);
+  const auto parts = l.sums.split_with_sizes(
+      {l.all_hidden, l.experts * l.rank, l.rank, l.rank, l.rank});
+  const Tensor& z0_sums = parts[4];  // views of one tensor: what is returned is copied
+  grads.up = (l.up_products * l.scaler.view({l.attributes, 1, l.out})).sum(0).t();
+  grads.scaler = (l.up_products * up.t()).sum(1).view({-1});
+  grads.down = at::addr(l.down_products * l.norm1_weight, z0_sums, l.norm1_bias);
+  grads.norm1_weight = (down * l.down_products).sum(0);
+  grads.norm1_bias = at::mv(down.t(), z0_sums);
+  grads.norm2_weight = parts[2].clone();
+  grads.norm2_bias = parts[3].clone();
+  grads.gate = l.router_grad.narrow(2, 0, l.experts);
+  grads.gate_noise = l.noise.has_value() ? l.router_grad.narrow(2, l.experts, l.experts)
+                                         : at::zeros_like(grads.gate);
+  grads.fc1_weight = l.fc1_t_grad.t().reshape({l.experts, l.hidden, l.rank});
+  grads.fc1_bias = parts[0].view({l.experts, l.hidden}).clone();
+  grads.fc2_weight = l.fc2_grad;
+  grads.fc2_bias = parts[1].view({l.experts, l.rank}).clone();
+  return grads;
+}
+
+template Gradients backward<float>(const Arguments&, const Incoming&, bool);
+template Gradients backward<double>(const Arguments&, const Incoming&, bool);
+template Gradients backward<c10::BFloat16>(const Arguments&, const Incoming&, bool);
+
+}  // namespace spectralx::cpu

@@ -1,0 +1,145 @@
+// Forward of the layer on the CPU: x to z by panels, routing, experts to the mixture c, then output.
+#include "cpu/aomoa/layer.h"
+
+#include "cpu/aomoa/gating.h"
+
+namespace spectralx::cpu {
+
+namespace {
+
+// What one chunk keeps between its phases.
+template <typename Op>
+struct Chain {
+  using W = Wide<Op>;
+  Tensor x, z, c;      // operand panels [panels / A][in][32], [panels][r][32], [panels][r][32]
+  Tensor clean, raw;   // scores [A, tokens, E]
+
+  Chain(const Layer<Op>& l, const Chunk& chunk)
+      : x(l.op_empty({chunk.panels / l.attributes, l.width, kPanel})),
+        z(l.op_empty({chunk.panels, l.rank, kPanel})),
+        c(l.op_empty({chunk.panels, l.rank, kPanel})),
+        clean(l.wide_empty({l.attributes, chunk.tokens, l.experts})),
+        raw(l.noise.has_value() ? at::empty_like(clean) : Tensor()) {}
+};
+
+// x to z and the router's scores; keeps norm2's output and the statistics of both norms.
+template <typename Op>
+void to_scores(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const Outputs& outputs) {
+  using W = Wide<Op>;
+  const auto& k = l.k;
+  const int64_t plane = l.attributes * l.tokens;
+  over(chunk.panels, [&](int64_t begin, int64_t end) {
+    const Tensor u = l.op_empty({l.d, kPanel}), z0 = l.wide_empty({l.rank, kPanel}),
+                 z = l.wide_empty({l.rank, kPanel}), scores = l.wide_empty({l.scores, kPanel});
+    W moments[3][kPanel];  // mean and rstd of norm1, rstd of norm2
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t a = chunk.attribute(q), t = chunk.first + chunk.start(q), n = chunk.count(q);
+      Op* x = data<Op>(chain.x) + (q / l.attributes * l.width + a * l.d) * kPanel;
+      k.pack(data<Op>(l.x) + t * l.width + a * l.d, n, l.width, l.d, x);
+      k.moments(x, l.d, l.eps, moments[0], moments[1]);
+      k.normalise(x, l.d, moments[0], moments[1], data<W>(l.norm1_weight), data<W>(l.norm1_bias),
+                  data<Op>(u));
+      product(l.rank, kPanel, l.d, data<Op>(l.down), l.d, data<Op>(u), kPanel, data<W>(z0), kPanel,
+              false);
+      k.norm(data<W>(z0), l.rank, l.eps, moments[2]);
+      for (int64_t i = 0; i < 3; ++i)
+        std::copy(moments[i], moments[i] + n,
+                  data<W>(outputs.statistics) + i * plane + a * l.tokens + t);
+      k.unpack_wide(data<W>(z0), n, l.rank,
+                    data<W>(outputs.normed) + (t * l.attributes + a) * l.rank,
+                    l.attributes * l.rank);
+      k.affine(data<W>(z0), l.rank, data<W>(l.norm2_weight), data<W>(l.norm2_bias), data<W>(z));
+      k.to_operand(data<W>(z), l.rank, data<Op>(chain.z) + q * l.rank * kPanel);
+      product(l.scores, kPanel, l.rank, data<W>(l.router) + a * l.scores * l.rank, l.rank,
+              data<W>(z), kPanel, data<W>(scores), kPanel, false);
+      const int64_t at = (a * chunk.tokens + chunk.start(q)) * l.experts;
+      k.unpack_wide(data<W>(scores), n, l.experts, data<W>(chain.clean) + at, l.experts);
+      if (chain.raw.defined())
+        k.unpack_wide(data<W>(scores) + l.experts * kPanel, n, l.experts,
+                      data<W>(chain.raw) + at, l.experts);
+    }
+  });
+}
+
+// z to c, every expert on every token; gates [A, tokens, E].
+template <typename Op>
+void mix_densely(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const Tensor& gates) {
+  using W = Wide<Op>;
+  const auto& k = l.k;
+  const int64_t all = l.experts * l.hidden;
+  over(chunk.panels, [&](int64_t begin, int64_t end) {
+    const Tensor g = l.wide_empty({l.experts, kPanel}), h = l.wide_empty({all, kPanel}),
+                 h_operand = l.op_empty({all, kPanel}),
+                 y = l.wide_empty({l.experts, l.rank, kPanel}),
+                 c = l.wide_empty({l.rank, kPanel});
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t at = (chunk.attribute(q) * chunk.tokens + chunk.start(q)) * l.experts;
+      k.transpose(data<W>(gates) + at, chunk.count(q), l.experts, l.experts, data<W>(g));
+      product(all, kPanel, l.rank, data<Op>(l.fc1), l.rank,
+              data<Op>(chain.z) + q * l.rank * kPanel, kPanel, data<W>(h), kPanel, false);
+      k.bias_relu(data<W>(h), all, data<W>(l.fc1_bias), data<Op>(h_operand));
+      for (int64_t e = 0; e < l.experts; ++e)
+        product(l.rank, kPanel, l.hidden, data<Op>(l.fc2) + e * l.rank * l.hidden, l.hidden,
+                data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
+                data<W>(y) + e * l.rank * kPanel, kPanel, false);
+      k.combine(data<W>(y), l.experts, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
+      k.to_operand(data<W>(c), l.rank, data<Op>(chain.c) + q * l.rank * kPanel);
+    }
+  });
+}
+
+// out = x W' + b + scaler (c up'): the up product first, then scaled, then the frozen product on top.
+template <typename Op>
+void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, const Tensor& out) {
+  using W = Wide<Op>;
+  const auto& k = l.k;
+  const int64_t per_attribute = blocks_of(l.out, kRowBlock), outs = l.attributes * l.out;
+  const int64_t panels = chunk.panels / l.attributes;
+  over(l.attributes * per_attribute * panels, [&](int64_t begin, int64_t end) {
+    W sums[kRowBlock * kPanel];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task % panels, block = task / panels;
+      const int64_t a = block / per_attribute, o = block % per_attribute * kRowBlock;
+      const int64_t rows = std::min(kRowBlock, l.out - o), row = a * l.out + o;
+      const int64_t q = b * l.attributes + a;
+      product(rows, kPanel, l.rank, data<Op>(l.up) + o * l.rank, l.rank,
+              data<Op>(chain.c) + q * l.rank * kPanel, kPanel, sums, kPanel, false);
+      k.scale_features(sums, rows, data<W>(l.scaler) + row);
+      if (l.weight.defined())
+        product(rows, kPanel, l.width, data<Op>(l.weight) + row * l.width, l.width,
+                data<Op>(chain.x) + b * l.width * kPanel, kPanel, sums, kPanel, true);
+      k.unpack(sums, chunk.count(q), rows, l.bias.defined() ? l.bias_data() + row : nullptr,
+               data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row, outs);
+    }
+  });
+}
+
+}  // namespace
+
+template <typename Op>
+Outputs forward(const Arguments& arguments, bool frozen) {
+  const Layer<Op> l(arguments, frozen);
+  const Outputs outputs{l.op_empty({l.tokens, l.attributes * l.out}),
+                        l.wide_empty({l.attributes, l.tokens, l.experts}),
+                        l.wide_zeros({l.attributes, l.experts}),
+                        l.wide_empty({l.tokens, l.attributes, l.rank}),
+                        l.wide_empty({3, l.attributes, l.tokens})};
+  for (int64_t first = 0; first < l.tokens; first += kChunk) {
+    const Chunk chunk(first, l.tokens, l.attributes);
+    Chain<Op> chain(l, chunk);
+    to_scores(l, chunk, chain, outputs);
+    const auto raw = chain.raw.defined() ? std::optional<Tensor>(chain.raw) : std::nullopt;
+    const auto [gates, load] = noisy_topk_gating(chain.clean, raw, chunk.of(l.noise), l.top_k);
+    chunk.of(outputs.gates).copy_(gates);
+    outputs.load.add_(load);
+    mix_densely(l, chunk, chain, gates);
+    to_output(l, chunk, chain, outputs.out);
+  }
+  return outputs;
+}
+
+template Outputs forward<float>(const Arguments&, bool);
+template Outputs forward<double>(const Arguments&, bool);
+template Outputs forward<c10::BFloat16>(const Arguments&, bool);
+
+}  // namespace spectralx::cpu

@@ -1,0 +1,141 @@
+// The arguments of spectralx::aomoa as the CPU kernels use them, and how tokens are cut up.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/aomoa/panels.h"
+#include "cpu/common/product.h"
+
+namespace spectralx::cpu {
+
+using at::Tensor;
+
+constexpr int64_t kChunk = 512;    // tokens whose intermediates exist at a time
+constexpr int64_t kRowBlock = 64;  // rows of a weight, or tokens, that one product takes
+
+// The tensors of the operator, in the order of its schema, and its numbers.
+struct Arguments {
+  Tensor x, weight, scaler, norm1_weight, norm1_bias, down, norm2_weight, norm2_bias, gate,
+      gate_noise, fc1_weight, fc1_bias, fc2_weight, fc2_bias, up;
+  std::optional<Tensor> bias, noise;
+  int64_t top_k;
+  double norm_eps;
+};
+
+struct Outputs {
+  Tensor out, gates, load, normed, statistics;
+};
+
+// Gradients by the names of the schema; only `noise` and `x` may be undefined (not wanted).
+struct Gradients {
+  Tensor x, scaler, norm1_weight, norm1_bias, down, norm2_weight, norm2_bias, gate, gate_noise,
+      noise, fc1_weight, fc1_bias, fc2_weight, fc2_bias, up;
+};
+
+// The incoming gradients, what forward kept, and what is wanted.
+struct Incoming {
+  Tensor out;  // contiguous, of the type of x
+  std::optional<Tensor> gates, load;
+  Tensor kept_gates, normed, statistics;
+  bool want_x, want_noise;
+};
+
+// Op float, double, bfloat16: x, weight, out and their gradients in Op, the rest in any type. With
+// `frozen` false the frozen layer is left out: of the output and of the gradient of x.
+template <typename Op>
+Outputs forward(const Arguments& arguments, bool frozen);
+template <typename Op>
+Gradients backward(const Arguments& arguments, const Incoming& incoming, bool frozen);
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return tensor.mutable_data_ptr<T>();
+}
+
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+template <typename Op>
+struct Layer {
+  using W = Wide<Op>;
+  static constexpr at::ScalarType kOp = c10::CppTypeToScalarType<Op>::value;
+  static constexpr at::ScalarType kWide = c10::CppTypeToScalarType<W>::value;
+
+  const PanelKernels<Op>& k = panel_kernels<Op>();
+  Tensor x, weight;                       // of Op; weight undefined without the frozen layer
+  Tensor down, fc1, fc2, up;              // of Op: [r, d], [E h, r], [E, r, h], [o, r]
+  Tensor norm1_weight, norm1_bias, norm2_weight, norm2_bias, fc1_bias, fc2_bias, scaler, bias;
+  Tensor router;                          // wide [A, 2 E, r]: gate', then gate_noise' with noise
+  std::optional<Tensor> noise;            // wide [A, T, E]
+  int64_t tokens, width, attributes, d, rank, hidden, experts, out, top_k, scores;
+  W eps;
+
+  Layer(const Arguments& p, bool frozen)
+      : tokens(p.x.size(0)), width(p.x.size(1)), attributes(p.gate.size(0)), d(p.down.size(1)),
+        rank(p.gate.size(1)), hidden(p.fc1_weight.size(1)), experts(p.gate.size(2)),
+        out(p.up.size(0)), top_k(p.top_k), eps(static_cast<W>(p.norm_eps)) {
+    const auto operand = [](const Tensor& t) { return t.to(kOp).contiguous(); };
+    const auto wide = [](const Tensor& t) { return t.to(kWide).contiguous(); };
+    x = operand(p.x);
+    if (frozen) weight = operand(p.weight);
+    if (frozen && p.bias.has_value()) bias = wide(*p.bias);
+    down = operand(p.down);
+    fc1 = operand(p.fc1_weight);
+    fc2 = operand(p.fc2_weight);
+    up = operand(p.up);
+    norm1_weight = wide(p.norm1_weight);
+    norm1_bias = wide(p.norm1_bias);
+    norm2_weight = wide(p.norm2_weight);
+    norm2_bias = wide(p.norm2_bias);
+    fc1_bias = wide(p.fc1_bias);
+    fc2_bias = wide(p.fc2_bias);
+    scaler = wide(p.scaler);
+    if (p.noise.has_value()) noise = wide(*p.noise);
+    const Tensor gate = p.gate.to(kWide).transpose(1, 2);
+    router = noise.has_value() ? at::cat({gate, p.gate_noise.to(kWide).transpose(1, 2)}, 1)
+                               : gate.contiguous();
+    scores = router.size(1);
+  }
+
+  Tensor wide_zeros(at::IntArrayRef shape) const { return at::zeros(shape, x.options().dtype(kWide)); }
+  Tensor wide_empty(at::IntArrayRef shape) const { return at::empty(shape, x.options().dtype(kWide)); }
+  Tensor op_empty(at::IntArrayRef shape) const { return at::empty(shape, x.options()); }
+  const W* bias_data() const { return bias.defined() ? data<W>(bias) : nullptr; }
+};
+
+// A chunk of tokens, in panels: panel q = b A + a holds up to 32 tokens from 32 b on, attribute a.
+struct Chunk {
+  int64_t first, tokens, attributes, panels;
+
+  Chunk(int64_t first_, int64_t all, int64_t attributes_)
+      : first(first_), tokens(std::min(kChunk, all - first_)), attributes(attributes_),
+        panels(blocks_of(tokens, kPanel) * attributes_) {}
+
+  int64_t padded() const { return panels / attributes * kPanel; }
+  int64_t start(int64_t q) const { return q / attributes * kPanel; }  // in the chunk
+  int64_t attribute(int64_t q) const { return q % attributes; }
+  int64_t count(int64_t q) const { return std::min(kPanel, tokens - start(q)); }
+
+  // A part [A, tokens, n] of a tensor [A, T, n].
+  Tensor of(const Tensor& whole) const { return whole.narrow(1, first, tokens); }
+  std::optional<Tensor> of(const std::optional<Tensor>& whole) const {
+    if (!whole.has_value()) return std::nullopt;
+    return of(*whole).contiguous();
+  }
+};
+
+// task(q) for q < count, in parallel; tiles of a matrix unit are given back at the end.
+template <typename F>
+void over(int64_t count, const F& task) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    task(begin, end);
+    end_products();
+  });
+}
+
+}  // namespace spectralx::cpu

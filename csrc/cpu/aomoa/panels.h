@@ -1,0 +1,91 @@
+// What lies between the products of AoMoA on the CPU, on panels.
+//
+// A panel holds 32 tokens of one attribute side by side: [features][32]. Products of a chain then
+// need no transposition (the output of one is the right operand of the next), and every sum over
+// features runs in all lanes at once. Tokens that a last panel lacks are zeros.
+//
+// W is the type sums are formed in. Op is that of the operands of products, stored as a product
+// takes them (common/product.h): "operand panels" are [features][32], for bfloat16
+// [features / 2][32][2]. All functions work on the calling thread. They are compiled once for each
+// instruction set (panels_*.cpp) and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/common/product.h"
+
+namespace spectralx::cpu {
+
+// log(2.220446049250313e-16): a token that no expert takes.
+constexpr double kLogEpsilon = -36.04365338911715;
+
+template <typename Op>
+struct PanelKernels {
+  using W = Wide<Op>;
+  const char* instruction_set;
+
+  // rows [n][stride] of `features` each, n <= 32, to an operand panel.
+  void (*pack)(const Op* rows, int64_t n, int64_t stride, int64_t features, Op* panel);
+  // The same from and to W, not an operand.
+  void (*transpose)(const W* rows, int64_t n, int64_t stride, int64_t features, W* panel);
+  // Back: a panel to rows [n][stride] of the storage type, plus bias [features] unless null.
+  void (*unpack)(const W* panel, int64_t n, int64_t features, const W* bias, Op* rows,
+                 int64_t stride);
+  void (*unpack_wide)(const W* panel, int64_t n, int64_t features, W* rows, int64_t stride);
+  // A panel to an operand panel, and to features [features][stride] of operands.
+  void (*to_operand)(const W* panel, int64_t features, Op* operand);
+  void (*to_features)(const W* panel, int64_t features, Op* rows, int64_t stride);
+  // A panel to a right operand whose k runs over tokens: 32 tokens of [tokens][width], from its
+  // first column on; for bfloat16 [tokens / 2][width][2].
+  void (*to_tokens)(const W* panel, int64_t features, Op* operand, int64_t width);
+
+  // Layer norm over the features: mean and rstd [32] of an operand panel, then
+  // out = (x - mean) * rstd * weight + bias.
+  void (*moments)(const Op* panel, int64_t features, W eps, W* mean, W* rstd);
+  void (*normalise)(const Op* panel, int64_t features, const W* mean, const W* rstd,
+                    const W* weight, const W* bias, Op* out);
+  // x becomes (x - mean) * rstd.
+  void (*norm)(W* x, int64_t features, W eps, W* rstd);
+  // z = normed * weight + bias as Op holds it.
+  void (*affine)(const W* normed, int64_t features, const W* weight, const W* bias, W* z);
+  // dz becomes the gradient of norm's input; adds to dweight and dbias [features].
+  void (*norm_backward)(W* dz, const W* normed, int64_t features, const W* rstd, const W* weight,
+                        W* dweight, W* dbias);
+
+  // h = max(h + bias, 0), NaN kept, and as an operand panel.
+  void (*bias_relu)(W* h, int64_t features, const W* bias, Op* operand);
+  // dh becomes 0 where h is; its sums over the tokens are added to dbias.
+  void (*relu_backward)(W* dh, const W* h, int64_t features, W* dbias);
+
+  // c [r][32] = log of the sum over e of gates [E][32] times exp(y [E][r][32] + bias [E][r]).
+  // y becomes y + bias.
+  void (*combine)(W* y, int64_t experts, int64_t r, const W* bias, const W* gates, W* c);
+  // y (with its bias) becomes its own gradient; dgates [E][32]; the sums over the tokens of y's
+  // gradient are added to dbias [E][r].
+  void (*combine_backward)(W* y, int64_t experts, int64_t r, const W* gates, const W* c,
+                           const W* dc, W* dgates, W* dbias);
+
+  // A right operand [tokens, rounded up to 32][32] whose k runs over tokens: `columns` (<= 32)
+  // columns of rows [tokens][stride], as (x - mean) * rstd unless mean is null, then zeros.
+  void (*pack_tokens)(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
+                      const W* mean, const W* rstd, Op* operand);
+  // sums [features] += the sum of each feature over the tokens.
+  void (*add_sums)(const W* panel, int64_t features, W* sums);
+  // Each feature times its weight; each token times its own.
+  void (*scale_features)(W* panel, int64_t features, const W* weight);
+  void (*scale_tokens)(const W* panel, int64_t features, const W* weight, W* out);
+  // sums [32] = the sum over the features of panel times weight [features], or times other.
+  void (*dot_weight)(const W* panel, int64_t features, const W* weight, W* sums);
+  void (*dot_panel)(const W* panel, int64_t features, const W* other, W* sums);
+
+  // dx [tokens][stride] = product [tokens][32] - offset - (x - mean) * slope, `columns` of them;
+  // mean, offset, slope: one a token. x has the stride of dx.
+  void (*finish_input)(const W* product, int64_t tokens, int64_t columns, const Op* x,
+                       const W* mean, const W* offset, const W* slope, Op* dx, int64_t stride);
+};
+
+// The best table this processor runs.
+template <typename Op>
+const PanelKernels<Op>& panel_kernels();
+
+}  // namespace spectralx::cpu

@@ -1,0 +1,595 @@
+// The panel kernels of panels.h, compiled for whatever instruction set the including file has chosen.
+// Internal linkage throughout, so that no copy for one instruction set serves another. Sums run over
+// features in a fixed order, in all lanes at once: bits repeat.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/aomoa/panels.h"
+
+// After the headers: their inline functions keep the portable instruction set.
+SPECTRALX_BEGIN_TARGET
+
+namespace {
+
+using spectralx::cpu::kLogEpsilon;
+using spectralx::cpu::kPanel;
+using spectralx::cpu::PanelKernels;
+using spectralx::cpu::Wide;
+
+#define SPECTRALX_LANES _Pragma("omp simd") for (int64_t n = 0; n < kPanel; ++n)
+
+// exp(x) for x <= 88: Taylor series on [-ln 2 / 2, ln 2 / 2], relative error under 2e-7; below -87
+// it stays at 1e-38. NaN in, NaN out.
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float n = (x * 1.4426950408889634f + magic) - magic;
+  const float t = (x - n * 0.693359375f) + n * 2.12194440054690583e-4f;
+  float p = 1.0f / 5040;
+  p = p * t + 1.0f / 720;
+  p = p * t + 1.0f / 120;
+  p = p * t + 1.0f / 24;
+  p = p * t + 1.0f / 6;
+  p = p * t + 0.5f;
+  p = p * t + 1.0f;
+  p = p * t + 1.0f;
+  const int32_t exponent = static_cast<int32_t>(n) + 127;
+  return p * std::bit_cast<float>(exponent << 23);
+}
+
+inline double exponential(double x) { return std::exp(x); }
+
+// log(x) for a normal x > 0, relative error under 3e-7 away from 1, absolute near it; NaN kept.
+inline float logarithm(float x) {
+  const int32_t bits = std::bit_cast<int32_t>(x);
+  // x = 2^e m with m in [sqrt(1/2), sqrt(2))
+  const int32_t e = (bits - 0x3f3504f3) >> 23;
+  const float m = std::bit_cast<float>(bits - (e << 23));
+  const float s = (m - 1.0f) / (m + 1.0f), q = s * s;
+  float p = 1.0f / 9;
+  p = p * q + 1.0f / 7;
+  p = p * q + 1.0f / 5;
+  p = p * q + 1.0f / 3;
+  p = p * q + 1.0f;
+  const float value = 2.0f * s * p + static_cast<float>(e) * 0.6931471805599453f;
+  return x == x ? value : x;
+}
+
+inline double logarithm(double x) { return std::log(x); }
+
+// To the nearest even bfloat16; NaN stays one.
+inline uint32_t bfloat16_bits(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return x == x ? rounded : 0x7fc0u;
+}
+
+inline float from_bits(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
+
+template <typename T>
+using Word = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+
+typedef uint32_t Lanes __attribute__((vector_size(64)));  // sixteen 32-bit values
+
+// One step of a transposition of 16 x 16: rows kStep apart exchange lanes kStep apart.
+template <int kStep, int... n>
+inline void exchange(Lanes (&rows)[16], std::integer_sequence<int, n...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i & kStep) continue;
+    const Lanes a = rows[i], b = rows[i + kStep];
+    rows[i] = __builtin_shufflevector(a, b, (n & kStep ? 16 + n - kStep : n)...);
+    rows[i + kStep] = __builtin_shufflevector(a, b, (n & kStep ? 16 + n : n + kStep)...);
+  }
+}
+
+// target[c * ld + r] = source[r * stride + c]
+template <typename T>
+void transpose_words(const T* source, int64_t rows, int64_t stride, int64_t columns, T* target,
+                     int64_t ld) {
+  int64_t c = 0;
+  if constexpr (sizeof(T) == 4) {
+    for (; c + 16 <= columns; c += 16) {
+      int64_t r = 0;
+      for (; r + 16 <= rows; r += 16) {
+        Lanes block[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) std::memcpy(&block[i], source + (r + i) * stride + c, 64);
+        exchange<8>(block, std::make_integer_sequence<int, 16>());
+        exchange<4>(block, std::make_integer_sequence<int, 16>());
+        exchange<2>(block, std::make_integer_sequence<int, 16>());
+        exchange<1>(block, std::make_integer_sequence<int, 16>());
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) std::memcpy(target + (c + i) * ld + r, &block[i], 64);
+      }
+      for (; r < rows; ++r) {
+        for (int64_t i = c; i < c + 16; ++i) target[i * ld + r] = source[r * stride + i];
+      }
+    }
+  }
+  for (; c < columns; ++c) {
+    for (int64_t r = 0; r < rows; ++r) target[c * ld + r] = source[r * stride + c];
+  }
+}
+
+// Lanes from n on to zero.
+template <typename T>
+void clear_lanes(T* panel, int64_t features, int64_t n) {
+  if (n == kPanel) return;
+  for (int64_t f = 0; f < features; ++f) std::fill(panel + f * kPanel + n, panel + (f + 1) * kPanel, T(0));
+}
+
+template <typename T>
+const uint32_t* words(const T* values) {
+  return reinterpret_cast<const uint32_t*>(values);
+}
+template <typename T>
+uint32_t* words(T* values) {
+  return reinterpret_cast<uint32_t*>(values);
+}
+
+// Feature f of an operand panel, and back. For bfloat16 f and f + 1 share words.
+template <typename Op, typename Use>
+inline void for_features(const Op* panel, int64_t features, Use use) {
+  using W = Wide<Op>;
+  if constexpr (sizeof(Op) == 2) {
+    for (int64_t f = 0; f < features; f += 2) {
+      const uint32_t* row = words(panel) + f / 2 * kPanel;
+      W low[kPanel], high[kPanel];
+      SPECTRALX_LANES {
+        low[n] = from_bits(row[n] & 0xffffu);
+        high[n] = std::bit_cast<float>(row[n] & 0xffff0000u);
+      }
+      use(f, low);
+      use(f + 1, high);
+    }
+  } else {
+    for (int64_t f = 0; f < features; ++f) use(f, panel + f * kPanel);
+  }
+}
+
+template <typename Op>
+void pack(const Op* rows, int64_t n, int64_t stride, int64_t features, Op* panel) {
+  if constexpr (sizeof(Op) == 2) {
+    transpose_words(words(rows), n, stride / 2, features / 2, words(panel), kPanel);
+    clear_lanes(words(panel), features / 2, n);
+  } else {
+    transpose_words(rows, n, stride, features, panel, kPanel);
+    clear_lanes(panel, features, n);
+  }
+}
+
+template <typename Op>
+void transpose(const Wide<Op>* rows, int64_t n, int64_t stride, int64_t features,
+               Wide<Op>* panel) {
+  transpose_words(rows, n, stride, features, panel, kPanel);
+  clear_lanes(panel, features, n);
+}
+
+template <typename Op>
+void unpack_wide(const Wide<Op>* panel, int64_t n, int64_t features, Wide<Op>* rows,
+                 int64_t stride) {
+  transpose_words(panel, features, kPanel, n, rows, stride);
+}
+
+template <typename Op>
+void unpack(const Wide<Op>* panel, int64_t n, int64_t features, const Wide<Op>* bias, Op* rows,
+            int64_t stride) {
+  using W = Wide<Op>;
+  constexpr int64_t kBlock = 64;
+  W block[kPanel * kBlock];
+  for (int64_t f0 = 0; f0 < features; f0 += kBlock) {
+    const int64_t width = std::min(kBlock, features - f0);
+    transpose_words(panel + f0 * kPanel, width, kPanel, n, block, kBlock);
+    for (int64_t t = 0; t < n; ++t) {
+      const W* from = block + t * kBlock;
+      Op* to = rows + t * stride + f0;
+      if constexpr (sizeof(Op) == 2) {
+        auto* bits = reinterpret_cast<uint16_t*>(to);
+#pragma omp simd
+        for (int64_t f = 0; f < width; ++f)
+          bits[f] = static_cast<uint16_t>(bfloat16_bits(bias ? from[f] + bias[f0 + f] : from[f]));
+      } else {
+#pragma omp simd
+        for (int64_t f = 0; f < width; ++f) to[f] = bias ? from[f] + bias[f0 + f] : from[f];
+      }
+    }
+  }
+}
+
+// Two features' lanes to their row of an operand panel.
+template <typename Op>
+inline void store_pair(const Wide<Op>* low, const Wide<Op>* high, Op* operand, int64_t f) {
+  if constexpr (sizeof(Op) == 2) {
+    uint32_t* row = words(operand) + f / 2 * kPanel;
+    SPECTRALX_LANES row[n] = bfloat16_bits(low[n]) | bfloat16_bits(high[n]) << 16;
+  } else {
+    SPECTRALX_LANES operand[f * kPanel + n] = low[n];
+    SPECTRALX_LANES operand[(f + 1) * kPanel + n] = high[n];
+  }
+}
+
+template <typename Op>
+void to_operand(const Wide<Op>* panel, int64_t features, Op* operand) {
+  if constexpr (sizeof(Op) == 2) {
+    for (int64_t f = 0; f < features; f += 2)
+      store_pair<Op>(panel + f * kPanel, panel + (f + 1) * kPanel, operand, f);
+  } else {
+    std::copy(panel, panel + features * kPanel, operand);
+  }
+}
+
+template <typename Op>
+void to_features(const Wide<Op>* panel, int64_t features, Op* rows, int64_t stride) {
+  for (int64_t f = 0; f < features; ++f) {
+    const Wide<Op>* from = panel + f * kPanel;
+    if constexpr (sizeof(Op) == 2) {
+      auto* bits = reinterpret_cast<uint16_t*>(rows + f * stride);
+      SPECTRALX_LANES bits[n] = static_cast<uint16_t>(bfloat16_bits(from[n]));
+    } else {
+      std::copy(from, from + kPanel, rows + f * stride);
+    }
+  }
+}
+
+template <typename Op>
+void to_tokens(const Wide<Op>* panel, int64_t features, Op* operand, int64_t width) {
+  if constexpr (sizeof(Op) == 2) {
+    constexpr int64_t kBlock = 64, kPairs = kPanel / 2;
+    uint32_t block[kBlock * kPairs];
+    for (int64_t f0 = 0; f0 < features; f0 += kBlock) {
+      const int64_t count = std::min(kBlock, features - f0);
+      to_features<Op>(panel + f0 * kPanel, count, reinterpret_cast<Op*>(block), kPanel);
+      transpose_words(block, count, kPairs, kPairs, words(operand) + f0, width);
+    }
+  } else {
+    transpose_words(panel, features, kPanel, kPanel, operand, width);
+  }
+}
+
+// Sums over features are taken in blocks, which keeps their round-off near that of a tree.
+constexpr int64_t kSumBlock = 32;
+
+template <typename Op>
+void moments(const Op* panel, int64_t features, Wide<Op> eps, Wide<Op>* mean, Wide<Op>* rstd) {
+  using W = Wide<Op>;
+  W total[kPanel] = {}, part[kPanel] = {};
+  const auto fold = [&](int64_t f) {
+    if (f % kSumBlock != kSumBlock - 1 && f != features - 1) return;
+    SPECTRALX_LANES total[n] += part[n];
+    SPECTRALX_LANES part[n] = W(0);
+  };
+  for_features<Op>(panel, features, [&](int64_t f, const W* row) {
+    SPECTRALX_LANES part[n] += row[n];
+    fold(f);
+  });
+  SPECTRALX_LANES mean[n] = total[n] / static_cast<W>(features);
+  SPECTRALX_LANES total[n] = W(0);
+  for_features<Op>(panel, features, [&](int64_t f, const W* row) {
+    SPECTRALX_LANES part[n] += (row[n] - mean[n]) * (row[n] - mean[n]);
+    fold(f);
+  });
+  SPECTRALX_LANES rstd[n] = W(1) / std::sqrt(total[n] / static_cast<W>(features) + eps);
+}
+
+template <typename Op>
+void normalise(const Op* panel, int64_t features, const Wide<Op>* mean, const Wide<Op>* rstd,
+               const Wide<Op>* weight, const Wide<Op>* bias, Op* out) {
+  using W = Wide<Op>;
+  W before[kPanel];
+  for_features<Op>(panel, features, [&](int64_t f, const W* row) {
+    const W scale = weight[f], shift = bias[f];
+    if constexpr (sizeof(Op) == 2) {
+      W value[kPanel];
+      SPECTRALX_LANES value[n] = (row[n] - mean[n]) * rstd[n] * scale + shift;
+      if (f % 2 == 0) {
+        SPECTRALX_LANES before[n] = value[n];
+      } else {
+        store_pair<Op>(before, value, out, f - 1);
+      }
+    } else {
+      W* to = out + f * kPanel;
+      SPECTRALX_LANES to[n] = (row[n] - mean[n]) * rstd[n] * scale + shift;
+    }
+  });
+}
+
+template <typename Op>
+void norm(Wide<Op>* x, int64_t features, Wide<Op> eps, Wide<Op>* rstd) {
+  using W = Wide<Op>;
+  W mean[kPanel];
+  if constexpr (std::is_same_v<Op, W>) {
+    moments<Op>(x, features, eps, mean, rstd);
+  } else {
+    moments<W>(x, features, eps, mean, rstd);
+  }
+  for (int64_t f = 0; f < features; ++f) {
+    W* row = x + f * kPanel;
+    SPECTRALX_LANES row[n] = (row[n] - mean[n]) * rstd[n];
+  }
+}
+
+template <typename Op>
+void affine(const Wide<Op>* normed, int64_t features, const Wide<Op>* weight,
+            const Wide<Op>* bias, Wide<Op>* z) {
+  using W = Wide<Op>;
+  for (int64_t f = 0; f < features; ++f) {
+    const W* row = normed + f * kPanel;
+    W* to = z + f * kPanel;
+    const W scale = weight[f], shift = bias[f];
+    if constexpr (sizeof(Op) == 2) {
+      SPECTRALX_LANES to[n] = from_bits(bfloat16_bits(row[n] * scale + shift));
+    } else {
+      SPECTRALX_LANES to[n] = row[n] * scale + shift;
+    }
+  }
+}
+
+// A fixed tree, the same on every instruction set.
+template <typename W>
+inline W sum_of_lanes(const W* lanes) {
+  W part[kPanel / 2];
+  for (int64_t n = 0; n < kPanel / 2; ++n) part[n] = lanes[n] + lanes[n + kPanel / 2];
+  for (int64_t width = kPanel / 4; width > 0; width /= 2) {
+    for (int64_t n = 0; n < width; ++n) part[n] += part[n + width];
+  }
+  return part[0];
+}
+
+template <typename Op>
+void norm_backward(Wide<Op>* dz, const Wide<Op>* normed, int64_t features, const Wide<Op>* rstd,
+                   const Wide<Op>* weight, Wide<Op>* dweight, Wide<Op>* dbias) {
+  using W = Wide<Op>;
+  W sum[kPanel] = {}, along[kPanel] = {};
+  for (int64_t f = 0; f < features; ++f) {
+    W* g = dz + f * kPanel;
+    const W* x = normed + f * kPanel;
+    const W scale = weight[f];
+    W product[kPanel];
+    SPECTRALX_LANES product[n] = g[n] * x[n];
+    dweight[f] += sum_of_lanes(product);
+    dbias[f] += sum_of_lanes(g);
+    SPECTRALX_LANES g[n] *= scale;
+    SPECTRALX_LANES sum[n] += g[n];
+    SPECTRALX_LANES along[n] += product[n] * scale;
+  }
+  SPECTRALX_LANES sum[n] /= static_cast<W>(features);
+  SPECTRALX_LANES along[n] /= static_cast<W>(features);
+  for (int64_t f = 0; f < features; ++f) {
+    W* g = dz + f * kPanel;
+    const W* x = normed + f * kPanel;
+    SPECTRALX_LANES g[n] = rstd[n] * (g[n] - sum[n] - x[n] * along[n]);
+  }
+}
+
+template <typename Op>
+void bias_relu(Wide<Op>* h, int64_t features, const Wide<Op>* bias, Op* operand) {
+  using W = Wide<Op>;
+  for (int64_t f = 0; f < features; ++f) {
+    W* row = h + f * kPanel;
+    const W shift = bias[f];
+    SPECTRALX_LANES {
+      const W value = row[n] + shift;
+      row[n] = value < W(0) ? W(0) : value;
+    }
+  }
+  to_operand<Op>(h, features, operand);
+}
+
+template <typename Op>
+void relu_backward(Wide<Op>* dh, const Wide<Op>* h, int64_t features, Wide<Op>* dbias) {
+  using W = Wide<Op>;
+  for (int64_t f = 0; f < features; ++f) {
+    W* row = dh + f * kPanel;
+    const W* kept = h + f * kPanel;
+    // NaN in the hidden layer passes on, as its gradient is NaN.
+    SPECTRALX_LANES row[n] = kept[n] == W(0) ? W(0) : row[n];
+    dbias[f] += sum_of_lanes(row);
+  }
+}
+
+template <typename Op>
+void combine(Wide<Op>* y, int64_t experts, int64_t r, const Wide<Op>* bias,
+             const Wide<Op>* gates, Wide<Op>* c) {
+  using W = Wide<Op>;
+  constexpr W kNone = -std::numeric_limits<W>::infinity();
+  for (int64_t i = 0; i < r; ++i) {
+    W peak[kPanel], total[kPanel] = {};
+    SPECTRALX_LANES peak[n] = kNone;
+    for (int64_t e = 0; e < experts; ++e) {
+      W* row = y + (e * r + i) * kPanel;
+      const W* gate = gates + e * kPanel;
+      const W shift = bias[e * r + i];
+      SPECTRALX_LANES {
+        row[n] += shift;
+        peak[n] = gate[n] != W(0) && row[n] > peak[n] ? row[n] : peak[n];
+      }
+    }
+    for (int64_t e = 0; e < experts; ++e) {
+      const W* row = y + (e * r + i) * kPanel;
+      const W* gate = gates + e * kPanel;
+      SPECTRALX_LANES {
+        const W term = gate[n] * exponential(row[n] - peak[n]);
+        total[n] += gate[n] != W(0) ? term : W(0);
+      }
+    }
+    W* out = c + i * kPanel;
+    SPECTRALX_LANES {
+      const W value = peak[n] + logarithm(total[n]);
+      out[n] = total[n] == W(0) ? static_cast<W>(kLogEpsilon) : value;
+    }
+  }
+}
+
+template <typename Op>
+void combine_backward(Wide<Op>* y, int64_t experts, int64_t r, const Wide<Op>* gates,
+                      const Wide<Op>* c, const Wide<Op>* dc, Wide<Op>* dgates,
+                      Wide<Op>* dbias) {
+  using W = Wide<Op>;
+  for (int64_t e = 0; e < experts; ++e) {
+    const W* gate = gates + e * kPanel;
+    W* dgate = dgates + e * kPanel;
+    W along[kPanel] = {};
+    for (int64_t i = 0; i < r; ++i) {
+      W* row = y + (e * r + i) * kPanel;
+      const W *combined = c + i * kPanel, *grad = dc + i * kPanel;
+      SPECTRALX_LANES {
+        const W per_gate = grad[n] * exponential(row[n] - combined[n]);
+        along[n] += gate[n] != W(0) ? per_gate : W(0);
+        row[n] = gate[n] != W(0) ? gate[n] * per_gate : W(0);
+      }
+      dbias[e * r + i] += sum_of_lanes(row);
+    }
+    SPECTRALX_LANES dgate[n] = along[n];
+  }
+}
+
+template <typename Op>
+void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
+                 const Wide<Op>* mean, const Wide<Op>* rstd, Op* operand) {
+  using W = Wide<Op>;
+  if constexpr (sizeof(Op) == 2) {
+    for (int64_t t = 0; t < tokens; t += 2) {
+      const bool paired = t + 1 < tokens;
+      const auto *low = reinterpret_cast<const uint16_t*>(rows + t * stride),
+                 *high = paired ? low + stride : low;
+      const uint32_t kept = paired ? 0xffffffffu : 0xffffu;
+      uint32_t* to = words(operand) + t / 2 * kPanel;
+      if (mean == nullptr) {
+#pragma omp simd
+        for (int64_t n = 0; n < columns; ++n)
+          to[n] = (static_cast<uint32_t>(low[n]) | static_cast<uint32_t>(high[n]) << 16) & kept;
+      } else {
+        const int64_t other = paired ? t + 1 : t;
+        const W m0 = mean[t], m1 = mean[other], s0 = rstd[t], s1 = rstd[other];
+#pragma omp simd
+        for (int64_t n = 0; n < columns; ++n)
+          to[n] = (bfloat16_bits((from_bits(low[n]) - m0) * s0) |
+                   bfloat16_bits((from_bits(high[n]) - m1) * s1) << 16) &
+                  kept;
+      }
+      std::fill(to + columns, to + kPanel, 0u);
+    }
+  } else {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Op* from = rows + t * stride;
+      Op* to = operand + t * kPanel;
+      const W center = mean ? mean[t] : W(0), scale = mean ? rstd[t] : W(1);
+      if (columns == kPanel) {
+        SPECTRALX_LANES to[n] = (from[n] - center) * scale;
+      } else {
+        for (int64_t n = 0; n < columns; ++n) to[n] = (from[n] - center) * scale;
+        std::fill(to + columns, to + kPanel, Op(0));
+      }
+    }
+  }
+  const int64_t written = sizeof(Op) == 2 ? tokens + tokens % 2 : tokens;
+  const int64_t all = (tokens + kPanel - 1) / kPanel * kPanel;
+  std::memset(static_cast<void*>(operand + written * kPanel), 0,
+              sizeof(Op) * (all - written) * kPanel);
+}
+
+template <typename Op>
+void add_sums(const Wide<Op>* panel, int64_t features, Wide<Op>* sums) {
+  for (int64_t f = 0; f < features; ++f) sums[f] += sum_of_lanes(panel + f * kPanel);
+}
+
+template <typename Op>
+void scale_features(Wide<Op>* panel, int64_t features, const Wide<Op>* weight) {
+  for (int64_t f = 0; f < features; ++f) {
+    Wide<Op>* row = panel + f * kPanel;
+    const Wide<Op> scale = weight[f];
+    SPECTRALX_LANES row[n] *= scale;
+  }
+}
+
+template <typename Op>
+void scale_tokens(const Wide<Op>* panel, int64_t features, const Wide<Op>* weight,
+                  Wide<Op>* out) {
+  for (int64_t f = 0; f < features; ++f) {
+    SPECTRALX_LANES out[f * kPanel + n] = panel[f * kPanel + n] * weight[n];
+  }
+}
+
+template <typename Op>
+void dot_weight(const Wide<Op>* panel, int64_t features, const Wide<Op>* weight,
+                Wide<Op>* sums) {
+  using W = Wide<Op>;
+  SPECTRALX_LANES sums[n] = W(0);
+  for (int64_t f = 0; f < features; ++f) {
+    const W scale = weight[f];
+    SPECTRALX_LANES sums[n] += panel[f * kPanel + n] * scale;
+  }
+}
+
+template <typename Op>
+void dot_panel(const Wide<Op>* panel, int64_t features, const Wide<Op>* other, Wide<Op>* sums) {
+  using W = Wide<Op>;
+  SPECTRALX_LANES sums[n] = W(0);
+  for (int64_t f = 0; f < features; ++f) {
+    SPECTRALX_LANES sums[n] += panel[f * kPanel + n] * other[f * kPanel + n];
+  }
+}
+
+template <typename Op>
+void finish_input(const Wide<Op>* product, int64_t tokens, int64_t columns, const Op* x,
+                  const Wide<Op>* mean, const Wide<Op>* offset, const Wide<Op>* slope, Op* dx,
+                  int64_t stride) {
+  using W = Wide<Op>;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const W* from = product + t * kPanel;
+    const W m = mean[t], o = offset[t], s = slope[t];
+    if constexpr (sizeof(Op) == 2) {
+      const auto* in = reinterpret_cast<const uint16_t*>(x + t * stride);
+      auto* to = reinterpret_cast<uint16_t*>(dx + t * stride);
+#pragma omp simd
+      for (int64_t n = 0; n < columns; ++n)
+        to[n] = static_cast<uint16_t>(
+            bfloat16_bits(from[n] - o - (from_bits(in[n]) - m) * s));
+    } else {
+      const Op* in = x + t * stride;
+      Op* to = dx + t * stride;
+#pragma omp simd
+      for (int64_t n = 0; n < columns; ++n) to[n] = from[n] - o - (in[n] - m) * s;
+    }
+  }
+}
+
+template <typename Op>
+constexpr PanelKernels<Op> table(const char* name) {
+  return {name,
+          pack<Op>,
+          transpose<Op>,
+          unpack<Op>,
+          unpack_wide<Op>,
+          to_operand<Op>,
+          to_features<Op>,
+          to_tokens<Op>,
+          moments<Op>,
+          normalise<Op>,
+          norm<Op>,
+          affine<Op>,
+          norm_backward<Op>,
+          bias_relu<Op>,
+          relu_backward<Op>,
+          combine<Op>,
+          combine_backward<Op>,
+          pack_tokens<Op>,
+          add_sums<Op>,
+          scale_features<Op>,
+          scale_tokens<Op>,
+          dot_weight<Op>,
+          dot_panel<Op>,
+          finish_input<Op>};
+}
+
+}  // namespace
+
+SPECTRALX_END_TARGET
