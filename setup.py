@@ -91,7 +91,8 @@ def extension() -> dict[str, Any]:
     elif native:
         cxx += ["-march=native"]
     if sys.platform != "win32":
-        cxx += ["-fopenmp-simd"]  # honours `omp simd` in row kernels
+        # What vectorising kernels needs: no error codes or traps of single operations.
+        cxx += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     # at::parallel_for is an inline function: compiled without OpenMP it runs on one thread. The run
     # time is the libgomp that torch has loaded already.
     threads = ["-fopenmp"] if sys.platform.startswith("linux") else []

@@ -21,8 +21,9 @@ struct Backward : Layer<Op> {
   Tensor column_sums, shift;      // [r]: of folded; down beta
   Tensor mean, offset, slope;     // [A, T]: x's gradient is product - offset - (x - mean) slope
   Tensor z0_grad;                 // of Op, rstd1 * gradient of z0 [T, A, r]
-  Tensor up_products;             // [A, r, o], c' dout
-  Tensor down_products;           // [r, d], dz0' (norm1's output before weight and bias)
+  // In blocks of 64 columns, [o / 64][r][64]: rows a power of two apart would share cache sets.
+  Tensor up_products;             // [A, blocks of o, r, 64], c' dout
+  Tensor down_products;           // [blocks of d, r, 64], dz0' (norm1's output before weight, bias)
   Tensor fc1_t_grad, fc2_grad;    // [r, E h], [E, r, h]
   Tensor router_grad;             // [A, r, scores]
   Tensor sums;                    // [E h + E r + 3 r]: fc1_bias, fc2_bias, norm2's two, dz0's sum
@@ -35,20 +36,55 @@ struct Backward : Layer<Op> {
     sum_size = all_hidden + l.experts * l.rank + 3 * l.rank;
     fc1_t = l.fc1.view({all_hidden, l.rank}).t().contiguous();
     fc2_t = l.fc2.transpose(1, 2).contiguous();
-    up_t = (l.scaler.view({l.attributes, l.out, 1}) * l.up).to(l.kOp).transpose(1, 2).contiguous();
     router_t = l.router.transpose(1, 2).contiguous();
-    folded = (l.norm1_weight * l.down).to(l.kOp);
-    column_sums = folded.sum(1, false, l.kWide);
-    shift = at::mv(l.down.to(l.kWide), l.norm1_bias);
+    up_t = l.op_empty({l.attributes, l.rank, l.out});
+    folded = at::empty_like(l.down);
+    column_sums = l.wide_empty({l.rank});
+    shift = l.wide_empty({l.rank});
+    fold();
     offset = l.wide_empty({l.attributes, l.tokens});
     slope = at::empty_like(offset);
     z0_grad = l.op_empty({l.tokens, l.attributes, l.rank});
-    up_products = l.wide_zeros({l.attributes, l.rank, l.out});
-    down_products = l.wide_zeros({l.rank, l.d});
+    up_products = l.wide_zeros({l.attributes, blocks_of(l.out, kBlock), l.rank, kBlock});
+    down_products = l.wide_zeros({blocks_of(l.d, kBlock), l.rank, kBlock});
     fc1_t_grad = l.wide_zeros({l.rank, all_hidden});
     fc2_grad = l.wide_zeros({l.experts, l.rank, l.hidden});
     router_grad = l.wide_zeros({l.attributes, l.rank, l.scores});
     sums = l.wide_zeros({sum_size});
+  }
+
+  // gamma into down, scaler into up and its transpose.
+  void fold() {
+    const auto& l = *this;
+    const int64_t up_blocks = blocks_of(l.out, kPanel);
+    over(l.rank + up_blocks, [&](int64_t begin, int64_t end) {
+      const Tensor operand = l.op_empty({l.rank, kPanel}), panel = l.wide_empty({l.rank, kPanel}),
+                   scaled = l.wide_empty({l.rank, kPanel});
+      for (int64_t task = begin; task < end; ++task) {
+        if (task < l.rank) {
+          l.k.fold(data<Op>(l.down) + task * l.d, l.d, data<W>(l.norm1_weight),
+                   data<W>(l.norm1_bias), data<Op>(folded) + task * l.d,
+                   data<W>(column_sums) + task, data<W>(shift) + task);
+          continue;
+        }
+        const int64_t o = (task - l.rank) * kPanel, count = std::min(kPanel, l.out - o);
+        l.k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(operand));
+        l.k.widen(data<Op>(operand), l.rank, data<W>(panel));
+        for (int64_t a = 0; a < l.attributes; ++a) {
+          W weight[kPanel] = {};
+          std::copy_n(data<W>(l.scaler) + a * l.out + o, count, weight);
+          l.k.scale_tokens(data<W>(panel), l.rank, weight, data<W>(scaled));
+          Op* target = data<Op>(up_t) + a * l.rank * l.out + o;
+          if (count == kPanel) {
+            l.k.to_features(data<W>(scaled), l.rank, target, l.out);
+          } else {
+            l.k.to_features(data<W>(scaled), l.rank, data<Op>(operand), kPanel);
+            for (int64_t i = 0; i < l.rank; ++i)
+              std::copy_n(data<Op>(operand) + i * kPanel, count, target + i * l.out);
+          }
+        }
+      }
+    });
   }
 };
 
@@ -133,7 +169,7 @@ void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
         product(l.rank, kPanel, l.hidden, data<Op>(l.fc2) + e * l.rank * l.hidden, l.hidden,
                 data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
                 data<W>(y) + e * l.rank * kPanel, kPanel, false);
-      k.combine(data<W>(y), l.experts, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
+      k.combine(data<W>(y), l.experts, l.top_k, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
       k.to_features(data<W>(c), l.rank, data<Op>(trail.c_features) + a * l.rank * padded + start,
                     padded);
 
@@ -217,7 +253,7 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
   });
 }
 
-// Products over the tokens of the chunk, added to the weights' gradients. A task has 32 columns.
+// Products over the tokens of the chunk, added to the weights' gradients. A task has 64 columns.
 template <typename Op>
 void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
                 const Trail<Op>& trail) {
@@ -225,59 +261,59 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
   const auto& k = l.k;
   const int64_t padded = trail.padded, outs = l.attributes * l.out, all = l.all_hidden;
   constexpr int64_t kPair = sizeof(Op) == 2 ? 2 : 1;  // elements of a column of a right operand
-  const auto width = [](int64_t whole, int64_t from) { return std::min(kPanel, whole - from); };
+  const auto width = [](int64_t whole, int64_t from) { return std::min(kBlock, whole - from); };
 
-  const int64_t up_blocks = blocks_of(l.out, kPanel), down_blocks = blocks_of(l.d, kPanel);
-  over(l.attributes * up_blocks + down_blocks, [&](int64_t begin, int64_t end) {
-    const Tensor right = l.op_empty({padded, kPanel});
+  // Tasks of one loop cost the same, which is how they are dealt out.
+  const int64_t up_blocks = blocks_of(l.out, kBlock);
+  over(l.attributes * up_blocks, [&](int64_t begin, int64_t end) {
+    const Tensor right = l.op_empty({padded, kBlock});
     for (int64_t task = begin; task < end; ++task) {
-      if (task < l.attributes * up_blocks) {
-        const int64_t a = task / up_blocks, o = task % up_blocks * kPanel;
-        k.pack_tokens(data<Op>(in.out) + chunk.first * outs + a * l.out + o, chunk.tokens, outs,
-                      width(l.out, o), nullptr, nullptr, data<Op>(right));
-        product(l.rank, width(l.out, o), padded, data<Op>(trail.c_features) + a * l.rank * padded,
-                padded, data<Op>(right), kPanel,
-                data<W>(l.up_products) + a * l.rank * l.out + o, l.out, true);
-        continue;
-      }
-      const int64_t i = (task - l.attributes * up_blocks) * kPanel;
+      const int64_t a = task / up_blocks, o = task % up_blocks * kBlock;
+      k.pack_tokens(data<Op>(in.out) + chunk.first * outs + a * l.out + o, chunk.tokens, outs,
+                    width(l.out, o), nullptr, nullptr, data<Op>(right));
+      product(l.rank, width(l.out, o), padded, data<Op>(trail.c_features) + a * l.rank * padded,
+              padded, data<Op>(right), kBlock, data<W>(l.up_products) + task * l.rank * kBlock,
+              kBlock, true);
+    }
+  });
+  over(blocks_of(l.d, kBlock), [&](int64_t begin, int64_t end) {
+    const Tensor right = l.op_empty({padded, kBlock});
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task * kBlock;
       for (int64_t a = 0; a < l.attributes; ++a) {
         const W* mean = data<W>(in.statistics) + a * l.tokens + chunk.first;
         k.pack_tokens(data<Op>(l.x) + chunk.first * l.width + a * l.d + i, chunk.tokens, l.width,
                       width(l.d, i), mean, mean + l.attributes * l.tokens, data<Op>(right));
         product(l.rank, width(l.d, i), padded,
                 data<Op>(trail.z0_grad_features) + a * l.rank * padded, padded, data<Op>(right),
-                kPanel, data<W>(l.down_products) + i, l.d, true);
+                kBlock, data<W>(l.down_products) + i * l.rank, kBlock, true);
       }
     }
   });
-
-  const int64_t fc2_blocks = blocks_of(l.hidden, kPanel), fc1_blocks = blocks_of(all, kPanel);
-  over(l.experts * fc2_blocks + fc1_blocks + l.attributes, [&](int64_t begin, int64_t end) {
+  const int64_t fc2_blocks = blocks_of(l.hidden, kBlock);
+  over(l.experts * fc2_blocks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t fc1_task = task - l.experts * fc2_blocks, router_task = fc1_task - fc1_blocks;
-      if (router_task >= 0) {
-        product(l.rank, l.scores, padded, data<W>(trail.z_wide) + router_task * l.rank * padded,
-                padded, data<W>(trail.router_tokens) + router_task * padded * l.scores, l.scores,
-                data<W>(l.router_grad) + router_task * l.rank * l.scores, l.scores, true);
-        continue;
-      }
-      for (int64_t a = 0; a < l.attributes; ++a) {
-        if (fc1_task >= 0) {
-          const int64_t j = fc1_task * kPanel;
-          product(l.rank, width(all, j), padded,
-                  data<Op>(trail.z_features) + a * l.rank * padded, padded,
-                  data<Op>(trail.h_grad_tokens) + a * padded * all + j * kPair, all,
-                  data<W>(l.fc1_t_grad) + j, all, true);
-        } else {
-          const int64_t e = task / fc2_blocks, j = task % fc2_blocks * kPanel;
-          product(l.rank, width(l.hidden, j), padded,
-                  data<Op>(trail.y_grad_features) + (a * l.experts + e) * l.rank * padded, padded,
-                  data<Op>(trail.h_tokens) + a * padded * all + (e * l.hidden + j) * kPair, all,
-                  data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, true);
-        }
-      }
+      const int64_t e = task / fc2_blocks, j = task % fc2_blocks * kBlock;
+      for (int64_t a = 0; a < l.attributes; ++a)
+        product(l.rank, width(l.hidden, j), padded,
+                data<Op>(trail.y_grad_features) + (a * l.experts + e) * l.rank * padded, padded,
+                data<Op>(trail.h_tokens) + a * padded * all + (e * l.hidden + j) * kPair, all,
+                data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, true);
     }
+  });
+  over(blocks_of(all, kBlock), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kBlock; j < std::min(end * kBlock, all); j += kBlock) {
+      for (int64_t a = 0; a < l.attributes; ++a)
+        product(l.rank, width(all, j), padded, data<Op>(trail.z_features) + a * l.rank * padded,
+                padded, data<Op>(trail.h_grad_tokens) + a * padded * all + j * kPair, all,
+                data<W>(l.fc1_t_grad) + j, all, true);
+    }
+  });
+  over(l.attributes, [&](int64_t begin, int64_t end) {
+    for (int64_t a = begin; a < end; ++a)
+      product(l.rank, l.scores, padded, data<W>(trail.z_wide) + a * l.rank * padded, padded,
+              data<W>(trail.router_tokens) + a * padded * l.scores, l.scores,
+              data<W>(l.router_grad) + a * l.rank * l.scores, l.scores, true);
   });
   l.sums.add_(trail.sums.sum(0));
 }
@@ -287,14 +323,14 @@ template <typename Op>
 void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
   using W = Wide<Op>;
   const auto& k = l.k;
-  const int64_t outs = l.attributes * l.out, per_attribute = blocks_of(l.d, kPanel);
+  const int64_t outs = l.attributes * l.out, per_attribute = blocks_of(l.d, kBlock);
   over(l.attributes * per_attribute, [&](int64_t begin, int64_t end) {
-    const Tensor frozen = l.op_empty({blocks_of(outs, kPanel) * kPanel, kPanel}),
-                 folded = l.op_empty({blocks_of(l.rank, kPanel) * kPanel, kPanel});
-    W sums[kRowBlock * kPanel];
+    const Tensor frozen = l.op_empty({blocks_of(outs, kPanel) * kPanel, kBlock}),
+                 folded = l.op_empty({blocks_of(l.rank, kPanel) * kPanel, kBlock});
+    W sums[kRowBlock * kBlock];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t a = task / per_attribute, i = task % per_attribute * kPanel;
-      const int64_t columns = std::min(kPanel, l.d - i), at = a * l.d + i;
+      const int64_t a = task / per_attribute, i = task % per_attribute * kBlock;
+      const int64_t columns = std::min(kBlock, l.d - i), at = a * l.d + i;
       if (l.weight.defined())
         k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr,
                       data<Op>(frozen));
@@ -302,16 +338,53 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
                     data<Op>(folded));
       for (int64_t t = 0; t < l.tokens; t += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, l.tokens - t);
-        product(rows, kPanel, l.rank, data<Op>(l.z0_grad) + (t * l.attributes + a) * l.rank,
-                l.attributes * l.rank, data<Op>(folded), kPanel, sums, kPanel, false);
+        product(rows, kBlock, l.rank, data<Op>(l.z0_grad) + (t * l.attributes + a) * l.rank,
+                l.attributes * l.rank, data<Op>(folded), kBlock, sums, kBlock, false);
         if (l.weight.defined())
-          product(rows, kPanel, outs, data<Op>(in.out) + t * outs, outs, data<Op>(frozen), kPanel,
-                  sums, kPanel, true);
+          product(rows, kBlock, outs, data<Op>(in.out) + t * outs, outs, data<Op>(frozen), kBlock,
+                  sums, kBlock, true);
         const int64_t row = a * l.tokens + t;
         k.finish_input(sums, rows, columns, data<Op>(l.x) + t * l.width + at,
                        data<W>(in.statistics) + row, data<W>(l.offset) + row,
                        data<W>(l.slope) + row, data<Op>(x_grad) + t * l.width + at, l.width);
       }
+    }
+  });
+}
+
+// From the products over all tokens to the gradients of down, norm1, up and scaler.
+template <typename Op>
+void to_projections(const Backward<Op>& l, const Tensor& z0_sums, const Gradients& grads) {
+  using W = Wide<Op>;
+  const auto& k = l.k;
+  const int64_t down_blocks = blocks_of(l.d, kBlock), up_blocks = blocks_of(l.out, kPanel);
+  over(down_blocks + up_blocks, [&](int64_t begin, int64_t end) {
+    const Tensor operand = l.op_empty({l.rank, kPanel}), up = l.wide_empty({l.rank, kPanel}),
+                 products = l.wide_empty({l.rank, kPanel}), up_grad = l.wide_empty({l.rank, kPanel});
+    for (int64_t task = begin; task < end; ++task) {
+      if (task < down_blocks) {
+        const int64_t i = task * kBlock;
+        k.finish_down(data<Op>(l.down) + i, data<W>(l.down_products) + i * l.rank, l.rank,
+                      std::min(kBlock, l.d - i), l.d, data<W>(l.norm1_weight) + i,
+                      data<W>(l.norm1_bias) + i, data<W>(z0_sums), data<Op>(grads.down) + i,
+                      data<W>(grads.norm1_weight) + i, data<W>(grads.norm1_bias) + i);
+        continue;
+      }
+      const int64_t o = (task - down_blocks) * kPanel, count = std::min(kPanel, l.out - o);
+      k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(operand));
+      k.widen(data<Op>(operand), l.rank, data<W>(up));
+      W* sum = data<W>(up_grad);
+      std::fill_n(sum, l.rank * kPanel, W(0));
+      for (int64_t a = 0; a < l.attributes; ++a) {
+        W* panel = data<W>(products);
+        W along[kPanel];
+        const int64_t block = a * blocks_of(l.out, kBlock) + o / kBlock;
+        k.add_columns(data<W>(l.up_products) + block * l.rank * kBlock + o % kBlock, l.rank, count,
+                      data<W>(l.scaler) + a * l.out + o, panel, sum);
+        k.dot_panel(panel, l.rank, data<W>(up), along);
+        std::copy_n(along, count, data<W>(grads.scaler) + a * l.out + o);
+      }
+      k.unpack(sum, count, l.rank, nullptr, data<Op>(grads.up) + o * l.rank, l.rank);
     }
   });
 }
@@ -341,15 +414,15 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
     to_input(l, in, grads.x);
   }
 
-  const Tensor up = l.up.to(l.kWide), down = l.down.to(l.kWide);
+  // Views of one tensor: what is returned of them is copied.
   const auto parts = l.sums.split_with_sizes(
       {l.all_hidden, l.experts * l.rank, l.rank, l.rank, l.rank});
-  const Tensor& z0_sums = parts[4];  // views of one tensor: what is returned is copied
-  grads.up = (l.up_products * l.scaler.view({l.attributes, 1, l.out})).sum(0).t();
-  grads.scaler = (l.up_products * up.t()).sum(1).view({-1});
-  grads.down = at::addr(l.down_products * l.norm1_weight, z0_sums, l.norm1_bias);
-  grads.norm1_weight = (down * l.down_products).sum(0);
-  grads.norm1_bias = at::mv(down.t(), z0_sums);
+  grads.up = at::empty_like(l.up);
+  grads.scaler = at::empty_like(l.scaler);
+  grads.down = at::empty_like(l.down);
+  grads.norm1_weight = at::empty_like(l.norm1_weight);
+  grads.norm1_bias = at::empty_like(l.norm1_bias);
+  to_projections(l, parts[4], grads);
   grads.norm2_weight = parts[2].clone();
   grads.norm2_bias = parts[3].clone();
   grads.gate = l.router_grad.narrow(2, 0, l.experts);

@@ -82,7 +82,7 @@ void mix_densely(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const
         product(l.rank, kPanel, l.hidden, data<Op>(l.fc2) + e * l.rank * l.hidden, l.hidden,
                 data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
                 data<W>(y) + e * l.rank * kPanel, kPanel, false);
-      k.combine(data<W>(y), l.experts, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
+      k.combine(data<W>(y), l.experts, l.top_k, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
       k.to_operand(data<W>(c), l.rank, data<Op>(chain.c) + q * l.rank * kPanel);
     }
   });

@@ -16,6 +16,9 @@
 
 namespace spectralx::cpu {
 
+// Columns of a right operand that is packed for one task.
+constexpr int64_t kBlock = 64;
+
 // log(2.220446049250313e-16): a token that no expert takes.
 constexpr double kLogEpsilon = -36.04365338911715;
 
@@ -32,6 +35,8 @@ struct PanelKernels {
   void (*unpack)(const W* panel, int64_t n, int64_t features, const W* bias, Op* rows,
                  int64_t stride);
   void (*unpack_wide)(const W* panel, int64_t n, int64_t features, W* rows, int64_t stride);
+  // An operand panel to W.
+  void (*widen)(const Op* operand, int64_t features, W* panel);
   // A panel to an operand panel, and to features [features][stride] of operands.
   void (*to_operand)(const W* panel, int64_t features, Op* operand);
   void (*to_features)(const W* panel, int64_t features, Op* rows, int64_t stride);
@@ -57,15 +62,16 @@ struct PanelKernels {
   // dh becomes 0 where h is; its sums over the tokens are added to dbias.
   void (*relu_backward)(W* dh, const W* h, int64_t features, W* dbias);
 
-  // c [r][32] = log of the sum over e of gates [E][32] times exp(y [E][r][32] + bias [E][r]).
-  // y becomes y + bias.
-  void (*combine)(W* y, int64_t experts, int64_t r, const W* bias, const W* gates, W* c);
+  // c [r][32] = log of the sum over e of gates [E][32] times exp(y [E][r][32] + bias [E][r]), where
+  // a token has at most `top_k` gates. y becomes y + bias.
+  void (*combine)(W* y, int64_t experts, int64_t top_k, int64_t r, const W* bias, const W* gates,
+                  W* c);
   // y (with its bias) becomes its own gradient; dgates [E][32]; the sums over the tokens of y's
   // gradient are added to dbias [E][r].
   void (*combine_backward)(W* y, int64_t experts, int64_t r, const W* gates, const W* c,
                            const W* dc, W* dgates, W* dbias);
 
-  // A right operand [tokens, rounded up to 32][32] whose k runs over tokens: `columns` (<= 32)
+  // A right operand [tokens, rounded up to 32][64] whose k runs over tokens: `columns` (<= 64)
   // columns of rows [tokens][stride], as (x - mean) * rstd unless mean is null, then zeros.
   void (*pack_tokens)(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
                       const W* mean, const W* rstd, Op* operand);
@@ -78,7 +84,18 @@ struct PanelKernels {
   void (*dot_weight)(const W* panel, int64_t features, const W* weight, W* sums);
   void (*dot_panel)(const W* panel, int64_t features, const W* other, W* sums);
 
-  // dx [tokens][stride] = product [tokens][32] - offset - (x - mean) * slope, `columns` of them;
+  // folded [width] = gamma * row as Op holds it, and its sum; shift = the sum of beta * row.
+  void (*fold)(const Op* row, int64_t width, const W* gamma, const W* beta, Op* folded, W* sum,
+               W* shift);
+  // Of `columns` columns of down [r][stride], products [r][64] and z0's gradients z0_sums [r]:
+  // gradients of down, gamma and beta.
+  void (*finish_down)(const Op* down, const W* products, int64_t r, int64_t columns,
+                      int64_t stride, const W* gamma, const W* beta, const W* z0_sums,
+                      Op* down_grad, W* gamma_grad, W* beta_grad);
+  // Of `count` (<= 32) columns of rows [r][64]: as a panel, and added to sum [r][32] times weight
+  // [count].
+  void (*add_columns)(const W* rows, int64_t r, int64_t count, const W* weight, W* panel, W* sum);
+  // dx [tokens][stride] = product [tokens][64] - offset - (x - mean) * slope, `columns` of them;
   // mean, offset, slope: one a token. x has the stride of dx.
   void (*finish_input)(const W* product, int64_t tokens, int64_t columns, const Op* x,
                        const W* mean, const W* offset, const W* slope, Op* dx, int64_t stride);

@@ -17,6 +17,7 @@ SPECTRALX_BEGIN_TARGET
 
 namespace {
 
+using spectralx::cpu::kBlock;
 using spectralx::cpu::kLogEpsilon;
 using spectralx::cpu::kPanel;
 using spectralx::cpu::PanelKernels;
@@ -73,8 +74,28 @@ inline uint32_t bfloat16_bits(float x) {
 
 inline float from_bits(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 
-template <typename T>
-using Word = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+// An element of Op and back, for loops over its 16-bit words too.
+template <typename Op>
+using Element = std::conditional_t<sizeof(Op) == 2, uint16_t, Op>;
+template <typename Op>
+const Element<Op>* elements(const Op* values) {
+  return reinterpret_cast<const Element<Op>*>(values);
+}
+template <typename Op>
+Element<Op>* elements(Op* values) {
+  return reinterpret_cast<Element<Op>*>(values);
+}
+inline float value_of(uint16_t bits) { return from_bits(bits); }
+inline float value_of(float value) { return value; }
+inline double value_of(double value) { return value; }
+template <typename Op>
+inline Element<Op> rounded(Wide<Op> value) {
+  if constexpr (sizeof(Op) == 2) {
+    return static_cast<uint16_t>(bfloat16_bits(value));
+  } else {
+    return value;
+  }
+}
 
 typedef uint32_t Lanes __attribute__((vector_size(64)));  // sixteen 32-bit values
 
@@ -183,23 +204,16 @@ template <typename Op>
 void unpack(const Wide<Op>* panel, int64_t n, int64_t features, const Wide<Op>* bias, Op* rows,
             int64_t stride) {
   using W = Wide<Op>;
-  constexpr int64_t kBlock = 64;
   W block[kPanel * kBlock];
   for (int64_t f0 = 0; f0 < features; f0 += kBlock) {
     const int64_t width = std::min(kBlock, features - f0);
     transpose_words(panel + f0 * kPanel, width, kPanel, n, block, kBlock);
     for (int64_t t = 0; t < n; ++t) {
       const W* from = block + t * kBlock;
-      Op* to = rows + t * stride + f0;
-      if constexpr (sizeof(Op) == 2) {
-        auto* bits = reinterpret_cast<uint16_t*>(to);
+      auto* to = elements(rows + t * stride + f0);
 #pragma omp simd
-        for (int64_t f = 0; f < width; ++f)
-          bits[f] = static_cast<uint16_t>(bfloat16_bits(bias ? from[f] + bias[f0 + f] : from[f]));
-      } else {
-#pragma omp simd
-        for (int64_t f = 0; f < width; ++f) to[f] = bias ? from[f] + bias[f0 + f] : from[f];
-      }
+      for (int64_t f = 0; f < width; ++f)
+        to[f] = rounded<Op>(bias ? from[f] + bias[f0 + f] : from[f]);
     }
   }
 }
@@ -217,6 +231,14 @@ inline void store_pair(const Wide<Op>* low, const Wide<Op>* high, Op* operand, i
 }
 
 template <typename Op>
+void widen(const Op* operand, int64_t features, Wide<Op>* panel) {
+  using W = Wide<Op>;
+  for_features<Op>(operand, features, [&](int64_t f, const W* row) {
+    SPECTRALX_LANES panel[f * kPanel + n] = row[n];
+  });
+}
+
+template <typename Op>
 void to_operand(const Wide<Op>* panel, int64_t features, Op* operand) {
   if constexpr (sizeof(Op) == 2) {
     for (int64_t f = 0; f < features; f += 2)
@@ -230,19 +252,15 @@ template <typename Op>
 void to_features(const Wide<Op>* panel, int64_t features, Op* rows, int64_t stride) {
   for (int64_t f = 0; f < features; ++f) {
     const Wide<Op>* from = panel + f * kPanel;
-    if constexpr (sizeof(Op) == 2) {
-      auto* bits = reinterpret_cast<uint16_t*>(rows + f * stride);
-      SPECTRALX_LANES bits[n] = static_cast<uint16_t>(bfloat16_bits(from[n]));
-    } else {
-      std::copy(from, from + kPanel, rows + f * stride);
-    }
+    auto* to = elements(rows + f * stride);
+    SPECTRALX_LANES to[n] = rounded<Op>(from[n]);
   }
 }
 
 template <typename Op>
 void to_tokens(const Wide<Op>* panel, int64_t features, Op* operand, int64_t width) {
   if constexpr (sizeof(Op) == 2) {
-    constexpr int64_t kBlock = 64, kPairs = kPanel / 2;
+    constexpr int64_t kPairs = kPanel / 2;
     uint32_t block[kBlock * kPairs];
     for (int64_t f0 = 0; f0 < features; f0 += kBlock) {
       const int64_t count = std::min(kBlock, features - f0);
@@ -324,11 +342,7 @@ void affine(const Wide<Op>* normed, int64_t features, const Wide<Op>* weight,
     const W* row = normed + f * kPanel;
     W* to = z + f * kPanel;
     const W scale = weight[f], shift = bias[f];
-    if constexpr (sizeof(Op) == 2) {
-      SPECTRALX_LANES to[n] = from_bits(bfloat16_bits(row[n] * scale + shift));
-    } else {
-      SPECTRALX_LANES to[n] = row[n] * scale + shift;
-    }
+    SPECTRALX_LANES to[n] = value_of(rounded<Op>(row[n] * scale + shift));
   }
 }
 
@@ -395,29 +409,68 @@ void relu_backward(Wide<Op>* dh, const Wide<Op>* h, int64_t features, Wide<Op>* 
   }
 }
 
+// The taken terms of 32 tokens, slot by slot: the n-th expert a token takes, in order.
+constexpr int64_t kSlots = 4;  // more are taken without slots
+
 template <typename Op>
-void combine(Wide<Op>* y, int64_t experts, int64_t r, const Wide<Op>* bias,
+void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<Op>* bias,
              const Wide<Op>* gates, Wide<Op>* c) {
   using W = Wide<Op>;
   constexpr W kNone = -std::numeric_limits<W>::infinity();
+  const bool by_slot = top_k <= kSlots && top_k < experts;
+  const int64_t terms = by_slot ? top_k : experts;
+  int32_t expert[kSlots][kPanel];
+  W weight[kSlots][kPanel], y_of[kSlots][kPanel];
+  if (by_slot) {
+    for (int64_t n = 0; n < kPanel; ++n) {
+      int64_t slot = 0;
+      for (int64_t e = 0; e < experts && slot < top_k; ++e) {
+        if (gates[e * kPanel + n] == W(0)) continue;  // NaN takes part
+        expert[slot][n] = static_cast<int32_t>(e);
+        weight[slot++][n] = gates[e * kPanel + n];
+      }
+      for (; slot < top_k; ++slot) {
+        expert[slot][n] = -1;
+        weight[slot][n] = W(0);
+      }
+    }
+  }
   for (int64_t i = 0; i < r; ++i) {
     W peak[kPanel], total[kPanel] = {};
     SPECTRALX_LANES peak[n] = kNone;
-    for (int64_t e = 0; e < experts; ++e) {
-      W* row = y + (e * r + i) * kPanel;
-      const W* gate = gates + e * kPanel;
-      const W shift = bias[e * r + i];
-      SPECTRALX_LANES {
-        row[n] += shift;
-        peak[n] = gate[n] != W(0) && row[n] > peak[n] ? row[n] : peak[n];
-      }
+    if (by_slot) {
+      std::fill(y_of[0], y_of[0] + terms * kPanel, kNone);
     }
     for (int64_t e = 0; e < experts; ++e) {
-      const W* row = y + (e * r + i) * kPanel;
-      const W* gate = gates + e * kPanel;
+      W* row = y + (e * r + i) * kPanel;
+      const W shift = bias[e * r + i];
+      SPECTRALX_LANES row[n] += shift;
+      if (by_slot) {
+        for (int64_t slot = 0; slot < terms; ++slot) {
+          const int32_t* wanted = expert[slot];
+          W* value = y_of[slot];
+          SPECTRALX_LANES value[n] = wanted[n] == static_cast<int32_t>(e) ? row[n] : value[n];
+        }
+      } else {
+        const W* gate = gates + e * kPanel;
+        SPECTRALX_LANES {
+          const W term = gate[n] != W(0) ? row[n] : kNone;
+          peak[n] = term > peak[n] ? term : peak[n];
+        }
+      }
+    }
+    if (by_slot) {
+      for (int64_t slot = 0; slot < terms; ++slot) {
+        const W* value = y_of[slot];
+        SPECTRALX_LANES peak[n] = value[n] > peak[n] ? value[n] : peak[n];
+      }
+    }
+    for (int64_t term = 0; term < terms; ++term) {
+      const W* row = by_slot ? y_of[term] : y + (term * r + i) * kPanel;
+      const W* gate = by_slot ? weight[term] : gates + term * kPanel;
       SPECTRALX_LANES {
-        const W term = gate[n] * exponential(row[n] - peak[n]);
-        total[n] += gate[n] != W(0) ? term : W(0);
+        const W value = gate[n] * exponential(row[n] - peak[n]);
+        total[n] += gate[n] != W(0) ? value : W(0);
       }
     }
     W* out = c + i * kPanel;
@@ -461,7 +514,7 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
       const auto *low = reinterpret_cast<const uint16_t*>(rows + t * stride),
                  *high = paired ? low + stride : low;
       const uint32_t kept = paired ? 0xffffffffu : 0xffffu;
-      uint32_t* to = words(operand) + t / 2 * kPanel;
+      uint32_t* to = words(operand) + t / 2 * kBlock;
       if (mean == nullptr) {
 #pragma omp simd
         for (int64_t n = 0; n < columns; ++n)
@@ -475,25 +528,22 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
                    bfloat16_bits((from_bits(high[n]) - m1) * s1) << 16) &
                   kept;
       }
-      std::fill(to + columns, to + kPanel, 0u);
+      std::fill(to + columns, to + kBlock, 0u);
     }
   } else {
     for (int64_t t = 0; t < tokens; ++t) {
       const Op* from = rows + t * stride;
-      Op* to = operand + t * kPanel;
+      Op* to = operand + t * kBlock;
       const W center = mean ? mean[t] : W(0), scale = mean ? rstd[t] : W(1);
-      if (columns == kPanel) {
-        SPECTRALX_LANES to[n] = (from[n] - center) * scale;
-      } else {
-        for (int64_t n = 0; n < columns; ++n) to[n] = (from[n] - center) * scale;
-        std::fill(to + columns, to + kPanel, Op(0));
-      }
+#pragma omp simd
+      for (int64_t n = 0; n < columns; ++n) to[n] = (from[n] - center) * scale;
+      std::fill(to + columns, to + kBlock, Op(0));
     }
   }
   const int64_t written = sizeof(Op) == 2 ? tokens + tokens % 2 : tokens;
   const int64_t all = (tokens + kPanel - 1) / kPanel * kPanel;
-  std::memset(static_cast<void*>(operand + written * kPanel), 0,
-              sizeof(Op) * (all - written) * kPanel);
+  std::memset(static_cast<void*>(operand + written * kBlock), 0,
+              sizeof(Op) * (all - written) * kBlock);
 }
 
 template <typename Op>
@@ -539,26 +589,75 @@ void dot_panel(const Wide<Op>* panel, int64_t features, const Wide<Op>* other, W
 }
 
 template <typename Op>
+void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* beta, Op* folded,
+          Wide<Op>* sum, Wide<Op>* shift) {
+  using W = Wide<Op>;
+  const auto* from = elements(row);
+  auto* to = elements(folded);
+  W total = 0, moved = 0;
+#pragma omp simd reduction(+ : total, moved)
+  for (int64_t i = 0; i < width; ++i) {
+    const W weight = value_of(from[i]);
+    const auto product = rounded<Op>(gamma[i] * weight);
+    to[i] = product;
+    total += value_of(product);  // of what the product will use
+    moved += beta[i] * weight;
+  }
+  *sum = total;
+  *shift = moved;
+}
+
+template <typename Op>
+void finish_down(const Op* down, const Wide<Op>* products, int64_t r, int64_t columns,
+                 int64_t stride, const Wide<Op>* gamma, const Wide<Op>* beta,
+                 const Wide<Op>* z0_sums, Op* down_grad, Wide<Op>* gamma_grad,
+                 Wide<Op>* beta_grad) {
+  using W = Wide<Op>;
+  std::fill(gamma_grad, gamma_grad + columns, W(0));
+  std::fill(beta_grad, beta_grad + columns, W(0));
+  for (int64_t j = 0; j < r; ++j) {
+    const auto* weight = elements(down + j * stride);
+    const W* product = products + j * kBlock;
+    auto* grad = elements(down_grad + j * stride);
+    const W sum = z0_sums[j];
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) {
+      const W w = value_of(weight[i]);
+      gamma_grad[i] += w * product[i];
+      beta_grad[i] += w * sum;
+      grad[i] = rounded<Op>(product[i] * gamma[i] + sum * beta[i]);
+    }
+  }
+}
+
+template <typename Op>
+void add_columns(const Wide<Op>* rows, int64_t r, int64_t count, const Wide<Op>* weight,
+                 Wide<Op>* panel, Wide<Op>* sum) {
+  for (int64_t i = 0; i < r; ++i) {
+    const Wide<Op>* from = rows + i * kBlock;
+    Wide<Op>*to = panel + i * kPanel, *total = sum + i * kPanel;
+    std::fill(to + count, to + kPanel, Wide<Op>(0));
+#pragma omp simd
+    for (int64_t n = 0; n < count; ++n) {
+      to[n] = from[n];
+      total[n] += weight[n] * from[n];
+    }
+  }
+}
+
+template <typename Op>
 void finish_input(const Wide<Op>* product, int64_t tokens, int64_t columns, const Op* x,
                   const Wide<Op>* mean, const Wide<Op>* offset, const Wide<Op>* slope, Op* dx,
                   int64_t stride) {
   using W = Wide<Op>;
   for (int64_t t = 0; t < tokens; ++t) {
-    const W* from = product + t * kPanel;
+    const W* from = product + t * kBlock;
     const W m = mean[t], o = offset[t], s = slope[t];
-    if constexpr (sizeof(Op) == 2) {
-      const auto* in = reinterpret_cast<const uint16_t*>(x + t * stride);
-      auto* to = reinterpret_cast<uint16_t*>(dx + t * stride);
+    const auto* in = elements(x + t * stride);
+    auto* to = elements(dx + t * stride);
 #pragma omp simd
-      for (int64_t n = 0; n < columns; ++n)
-        to[n] = static_cast<uint16_t>(
-            bfloat16_bits(from[n] - o - (from_bits(in[n]) - m) * s));
-    } else {
-      const Op* in = x + t * stride;
-      Op* to = dx + t * stride;
-#pragma omp simd
-      for (int64_t n = 0; n < columns; ++n) to[n] = from[n] - o - (in[n] - m) * s;
-    }
+    for (int64_t n = 0; n < columns; ++n)
+      to[n] = rounded<Op>(from[n] - o - (value_of(in[n]) - m) * s);
   }
 }
 
@@ -569,6 +668,7 @@ constexpr PanelKernels<Op> table(const char* name) {
           transpose<Op>,
           unpack<Op>,
           unpack_wide<Op>,
+          widen<Op>,
           to_operand<Op>,
           to_features<Op>,
           to_tokens<Op>,
@@ -587,6 +687,9 @@ constexpr PanelKernels<Op> table(const char* name) {
           scale_tokens<Op>,
           dot_weight<Op>,
           dot_panel<Op>,
+          fold<Op>,
+          finish_down<Op>,
+          add_columns<Op>,
           finish_input<Op>};
 }
 
