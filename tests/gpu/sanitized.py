@@ -14,7 +14,8 @@ from torch import Tensor
 
 from spectralx_kernels import _backends
 from spectralx_kernels.aomoa.ops import AOMOA, GATING
-from tests.kernels.aomoa import test_aomoa, test_gating
+from tests.kernels.aomoa import test_aomoa
+from tests.kernels.aomoa.by_name import gating_arguments
 from tests.kernels.ladder import cast, run_with_gradients
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -26,9 +27,9 @@ AOMOA_ARGUMENTS = [
     test_aomoa.arguments(tokens=1, experts=1, top_k=1),
 ]
 GATING_ARGUMENTS = [
-    test_gating.arguments(tokens=300),
-    test_gating.arguments(tokens=300, experts=9, top_k=9, noisy=False),
-    test_gating.arguments(tokens=0),
+    gating_arguments(tokens=300),
+    gating_arguments(tokens=300, experts=9, top_k=9, noisy=False),
+    gating_arguments(tokens=0),
 ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from spectralx_kernels import noisy_topk_gating
 from spectralx_kernels.aomoa.ops import GATING
 from tests.gpu.watching import no_synchronisation
-from tests.kernels.aomoa.test_gating import arguments
+from tests.kernels.aomoa.by_name import gating_arguments as arguments
 from tests.kernels.ladder import cast, relative_error, run_with_gradients
 from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, ROUND_OFF
 

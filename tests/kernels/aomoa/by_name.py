@@ -1,4 +1,4 @@
-"""The operator's arguments and results by name, and its accuracy at one shape."""
+"""Arguments and results of the room's operators by name, and accuracy at one shape."""
 
 from __future__ import annotations
 
@@ -118,3 +118,11 @@ def check_shape(
             bound = factor * own[name] + ROUND_OFF[dtype]
             error = relative_error(value, exact[name])
             assert error <= bound, (backend, name, error, bound)
+
+
+def gating_arguments(
+    attributes: int = 2, tokens: int = 7, experts: int = 4, top_k: int = 2, noisy: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    generator = torch.Generator().manual_seed(attributes + 10 * tokens + 100 * experts + top_k)
+    draws = torch.randn(3, attributes, tokens, experts, generator=generator, dtype=torch.float64)
+    return draws[0], *(draws[1:] if noisy else (None, None)), top_k  # type: ignore[return-value]
