@@ -16,7 +16,7 @@ else
   READY := $(VENV)/.ready
 endif
 
-.PHONY: setup train real test lint types gates bench clean
+.PHONY: setup train real test lint types gates gpu bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -54,6 +54,11 @@ types: $(READY)
 # CUDA sources compile for sm_80 and sm_90a without warnings or spills; skips aloud without nvcc.
 gates: $(READY)
 	$(RUN) -m tests.compile_gates.nvcc
+
+# Build for a GPU, tests marked gpu, benchmarks, compute-sanitizer: under ten minutes, no network.
+# make gpu PART=tests for one part. Uses $(PYTHON) as it is.
+gpu:
+	$(PYTHON) -m tests.gpu.run $(if $(PART),--part $(PART))
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks --benchmark-json=out.json

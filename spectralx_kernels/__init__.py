@@ -7,7 +7,13 @@ from spectralx_kernels._official_names import (
     official_inert,
     official_parameters,
 )
-from spectralx_kernels.aomoa import AoMoALinear, aomoa, balance_loss, noisy_topk_gating
+from spectralx_kernels.aomoa import (
+    AoMoALinear,
+    RoutingStatistics,
+    aomoa,
+    balance_loss,
+    noisy_topk_gating,
+)
 from spectralx_kernels.hypert import (
     HyperT,
     SpatialSpectralTokenizer,
@@ -51,6 +57,7 @@ __all__ = [
     "HyperT",
     "OfficialNames",
     "OfficialTensor",
+    "RoutingStatistics",
     "SpatialSpectralTokenizer",
     "UpsampleConv2d",
     "UpsampleCrossEntropyLoss",

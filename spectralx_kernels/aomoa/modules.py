@@ -28,7 +28,16 @@ class AoMoALinear(OfficialNames):
     rank : width r between `down` and `up`; in_features / attributes // 4 by default.
     hidden : width h inside an expert; in_features / attributes // 32 by default.
 
-    In training each call draws gate noise with `draw_noise`, unless `noise` is given.
+    In training each call draws gate noise with `draw_noise`, unless `noise` is given. Activation
+    checkpointing draws the same again as long as it preserves the random state, as it does by
+    default.
+
+    There is no method that merges the adapter into the frozen weight, and none can be: gates depend
+    on the token, and experts pass a ReLU and a logarithm of a sum of exponentials, so the adapter
+    is not linear in x and no [out, in] weight stands for it.
+
+    A call through `forward_with_routing` passes by the hooks of FSDP; after ``fully_shard(layer)``
+    register it: ``register_fsdp_forward_method(layer, "forward_with_routing")``.
 
     Raises
     ------
@@ -141,7 +150,10 @@ class AoMoALinear(OfficialNames):
     def forward_with_routing(
         self, x: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [..., out], gates [A, T, E] and load [A, E]; see `spectralx_kernels.aomoa`."""
+        """Output [..., out], gates [A, T, E] and load [A, E]; see `spectralx_kernels.aomoa`.
+
+        `RoutingStatistics.of` makes importance, shares and the balance loss of the latter two.
+        """
         if self.training and noise is None:
             noise = self.draw_noise(x.numel() // x.shape[-1], x)
         return aomoa(

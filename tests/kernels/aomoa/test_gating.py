@@ -6,20 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from spectralx_kernels import noisy_topk_gating
 from spectralx_kernels.aomoa.ops import GATING
 from spectralx_kernels.aomoa.reference import noisy_topk_gating as reference
 from tests.kernels import ladder
-
-
-def arguments(
-    attributes: int = 2, tokens: int = 7, experts: int = 4, top_k: int = 2, noisy: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    generator = torch.Generator().manual_seed(attributes + 10 * tokens + 100 * experts + top_k)
-    draws = torch.randn(3, attributes, tokens, experts, generator=generator, dtype=torch.float64)
-    return draws[0], *(draws[1:] if noisy else (None, None)), top_k  # type: ignore[return-value]
+from tests.kernels.aomoa.by_name import gating_arguments as arguments
 
 
 @pytest.mark.parametrize("noisy", [True, False])
