@@ -152,15 +152,19 @@ class Operator:
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = len(self._saving.kept)
-        saved = ctx.saved_tensors[:kept]
-        tensors = iter(ctx.saved_tensors[kept:])
+        # Read once: checkpointing hands each saved tensor out a single time.
+        everything = ctx.saved_tensors
+        saved, tensors = everything[:kept], iter(everything[kept:])
         inputs = [
             next(tensors) if is_tensor else other
             for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)
         ]
         mask = [bool(needs) for needs in ctx.needs_input_grad]
         output_grads = list(grads[: len(grads) - self._saving.hidden])
-        computed = iter(self.backward_op(output_grads, *inputs, list(saved), mask))
+        device = next(value.device.type for value in inputs if isinstance(value, Tensor))
+        # The caller may run backward inside its autocast block; the casts are in the graph.
+        with torch.autocast(device, enabled=False):
+            computed = iter(self.backward_op(output_grads, *inputs, list(saved), mask))
         return tuple(next(computed) if needs else None for needs in mask)
 
     def _backward_kernel(
