@@ -101,10 +101,11 @@ def test_other_instruction_sets(capability: str) -> None:
     """The row kernels that this processor would not choose agree too, in a process of their own."""
     code = (
         "import torch\n"
-        "from tests.kernels import ladder\n"
-        "from tests.kernels.aomoa.test_aomoa import AOMOA, arguments\n"
-        "for size in ({}, {'tokens': 70, 'rank': 19, 'hidden': 5}):\n"
-        "    ladder.check_accuracy(AOMOA, arguments(**size), torch.float32)\n"
+        "from tests.kernels.aomoa.by_name import check_shape\n"
+        "from tests.kernels.aomoa.test_aomoa import arguments\n"
+        "for size in ({}, {'tokens': 70, 'rank': 19, 'hidden': 5}, {'tokens': 40, 'rank': 18}):\n"
+        "    for dtype in (torch.float32, torch.bfloat16):\n"
+        "        check_shape(arguments(**size), dtype)\n"
     )
     environment = {**os.environ, "SPECTRALX_CPU_CAPABILITY": capability}
     done = subprocess.run(
