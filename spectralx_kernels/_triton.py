@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,14 +122,14 @@ def compile_for(compilation: Compilation, architecture: int) -> Usage:
         options=dict(compilation.options),
     )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run(
-        [str(tool), "-res-usage", "/dev/stdin"],
-        input=compiled.asm["cubin"],
-        capture_output=True,
-        check=False,
-    )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout.decode())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=False
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout)
     if found is None:
-        raise RuntimeError(f"cuobjdump: got {report.stderr.decode()!r}, expected resource usage")
+        raise RuntimeError(f"cuobjdump: got {report.stderr!r}, expected resource usage")
     # Triton's kernels have no arrays of their own: a stack frame holds spilled registers.
     return Usage(int(found[1]), compiled.metadata.shared, int(found[2]))

@@ -1,7 +1,7 @@
-"""AoMoA in Triton: checks, memory, the launches and the vendor's products, forward and backward.
+"""AoMoA in Triton: memory, the launches and the vendor's products, forward and backward.
 
-Kernels are in ``triton_forward.py`` and ``triton_backward.py``; what is launched and why is in
-README.md. Nothing here waits for the GPU.
+Kernels are in the files ``triton_*.py``; what is launched and why is in README.md. Nothing here
+waits for the GPU.
 """
 
 from __future__ import annotations
@@ -14,150 +14,44 @@ import triton
 from torch import Tensor
 
 from spectralx_kernels._triton import Compilation, autotune, launch, recorded
-from spectralx_kernels.aomoa import triton_backward as backward
-from spectralx_kernels.aomoa import triton_forward as forward
+from spectralx_kernels.aomoa import triton_gradients as gradients
+from spectralx_kernels.aomoa import triton_mixture as mixture
+from spectralx_kernels.aomoa import triton_products as products
+from spectralx_kernels.aomoa.triton_backward import mixture_backward
+from spectralx_kernels.aomoa.triton_layer import (
+    FLAT,
+    Arguments,
+    Layer,
+    Prepared,
+    Tiles,
+    padded,
+    prepare,
+)
 
 # True: the frozen product is the vendor's, and the adapter is accumulated into its output by a
 # second product. False: one launch of ours for both, which reads and writes the output once less.
 # Which is faster is unmeasured.
 VENDOR_OUTPUT = False
 
-_MOST_EXPERTS = 256  # a tile's logits stay in registers
-_FLAT = 1024  # elements of a program that takes a tensor as a flat one
-
-
-class _Tiles(NamedTuple):
-    """Sizes of the tiles, by storage width: tokens, columns of the rank, of the hidden layer."""
-
-    tokens: int
-    columns: int
-    hidden: int
-    warps: int = 4
-    stages: int = 2
-
-
-class Arguments(NamedTuple):
-    """The operator's arguments, in its order."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    scaler: Tensor
-    norm1_weight: Tensor
-    norm1_bias: Tensor
-    down: Tensor
-    norm2_weight: Tensor
-    norm2_bias: Tensor
-    gate: Tensor
-    gate_noise: Tensor
-    noise: Tensor | None
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-    up: Tensor
-    top_k: int
-    norm_eps: float
-
-
-class _Layer:
-    """Contiguous arguments and their sizes."""
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        plain = [v.contiguous() if isinstance(v, Tensor) else v for v in values]
-        self.given = given = Arguments(*plain)
-        self.noise = None if given.noise is None else given.noise.float()
-        x = given.x
-        for name, value in given._asdict().items():
-            if isinstance(value, Tensor) and name != "noise" and value.dtype != x.dtype:
-                raise TypeError(f"{name}: got dtype {value.dtype}, expected {x.dtype} as x")
-        if x.dtype == torch.float64:
-            raise TypeError("x: got dtype torch.float64, expected float32, bfloat16 or float16")
-        self.attributes, self.rank, self.experts = given.gate.shape
-        if self.experts > _MOST_EXPERTS:
-            raise ValueError(
-                f"gate: got {self.experts} experts, expected at most {_MOST_EXPERTS} in Triton"
-            )
-        self.tokens, self.in_width = x.shape
-        self.width = self.in_width // self.attributes
-        self.out = given.weight.shape[0] // self.attributes
-        self.hidden = given.fc1_weight.shape[1]
-        self.rows = self.tokens * self.attributes
-        self.narrow = x.dtype != torch.float32
-        self.padded_experts = _padded(self.experts)
-
-    def plain(self, *shape: int) -> Tensor:
-        """Memory in the type of x."""
-        return self.given.x.new_empty(shape)
-
-    def wide(self, *shape: int) -> Tensor:
-        return self.given.x.new_empty(shape, dtype=torch.float32)
-
-    def grid(self, tile: int) -> tuple[int, int]:
-        return triton.cdiv(self.tokens, tile), self.attributes
-
-    def tiles(self, given: _Tiles) -> dict[str, int]:
-        """Meta-parameters of a kernel that goes through the mixture."""
-        return {
-            "BM": given.tokens,
-            "BC": min(_padded(self.rank), given.columns),
-            "BH": min(_padded(self.hidden), given.hidden),
-            "EP": self.padded_experts,
-            "num_warps": given.warps,
-            "num_stages": given.stages,
-        }
-
-
-def _padded(size: int) -> int:
-    """A power of two that tl.dot takes."""
-    return max(16, triton.next_power_of_2(size))
-
-
-class _Prepared(NamedTuple):
-    """What both passes fold into weights."""
-
-    folded: Tensor  # [r, d]
-    column_sums: Tensor  # [r], of folded as it was rounded
-    shift: Tensor  # [r]
-    scaled_up: Tensor | None  # [A, out / A, r]
-
-
-def _prepare(layer: _Layer, *, scale: bool) -> _Prepared:
-    given = layer.given
-    scaled_up = layer.plain(layer.attributes, layer.out, layer.rank) if scale else None
-    prepared = _Prepared(
-        layer.plain(layer.rank, layer.width), layer.wide(layer.rank), layer.wide(layer.rank),
-        scaled_up,
-    )  # fmt: skip
-    flat = 0 if scaled_up is None else triton.cdiv(scaled_up.numel(), _FLAT)
-    launch(
-        forward.prepare, (layer.rank + flat,),
-        given.norm1_weight, given.norm1_bias, given.down, given.up, given.scaler, *prepared,
-        layer.width, layer.rank, layer.out, layer.attributes,
-        SCALE=scale, BLOCK=_FLAT,
-    )  # fmt: skip
-    return prepared
-
-
 # Columns of the rank that a tile of the down product holds at most: all of it in the paper's sizes.
 _DOWN_COLUMNS = 512
 
 
-def _down(layer: _Layer, prepared: _Prepared, statistics: Tensor, normed: Tensor) -> None:
-    columns = min(_padded(layer.rank), _DOWN_COLUMNS)
-    # Accumulators of 128 registers a thread at most.
-    tile = (64 if columns > 128 else 128) if layer.narrow else 16
+def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) -> None:
+    columns = min(padded(layer.rank), _DOWN_COLUMNS)
+    tile = 64 if layer.large else 16
     launch(
-        forward.down_norm, layer.grid(tile),
+        products.down_norm, layer.grid(tile),
         layer.given.x, prepared.folded, prepared.column_sums, prepared.shift, statistics, normed,
         layer.tokens, layer.attributes, layer.width, layer.rank, layer.given.norm_eps,
         SHIFTED=not layer.narrow, WHOLE=columns >= layer.rank, BM=tile, BN=columns,
-        BK=32 if columns > 128 else 64 if layer.narrow else 32,
-        num_warps=8 if columns > 128 else 4, num_stages=3 if layer.narrow else 2,
+        BK=64 if layer.large and columns <= 128 else 32,
+        num_warps=8, num_stages=3 if layer.large else 2,
     )  # fmt: skip
 
 
-_FORWARD = {True: _Tiles(64, 64, 64), False: _Tiles(32, 32, 32)}
+# By `Layer.large`.
+_FORWARD = {True: Tiles(64, 64, 64), False: Tiles(32, 32, 32)}
 
 # The key leaves the token count out.
 _KEY = ("width", "out_width", "rank")
@@ -170,20 +64,20 @@ _OUTPUT = {
             triton.Config({"BM": 64, "BN": 64, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=4),
         ],
         _KEY,
-    )(forward.output),
+    )(products.output),
     False: autotune(
         [
             triton.Config({"BM": 64, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=2),
             triton.Config({"BM": 128, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=8, num_stages=2),
         ],
         _KEY,
-    )(forward.output),
+    )(products.output),
 }
 
 
 def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, gates, load, and normed and statistics for backward: ``reference.aomoa_saving``."""
-    layer = _Layer(values)
+    layer = Layer(values)
     given = layer.given
     attributes, tokens, experts = layer.attributes, layer.tokens, layer.experts
     out = layer.plain(tokens, given.weight.shape[0])
@@ -193,14 +87,14 @@ def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     statistics = layer.wide(3, attributes, tokens)
     if tokens == 0:
         return out, gates, load.zero_(), normed, statistics
-    prepared = _prepare(layer, scale=VENDOR_OUTPUT)
+    prepared = prepare(layer, scale=VENDOR_OUTPUT)
     _down(layer, prepared, statistics, normed)
-    tiles = _FORWARD[layer.narrow]
+    tiles = _FORWARD[layer.large]
     grid = layer.grid(tiles.tokens)
     load_partial = layer.wide(grid[0], attributes, experts)
     mixed = layer.plain(tokens, attributes, layer.rank)
     launch(
-        forward.mixture, grid,
+        mixture.mixture, grid,
         normed, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise, layer.noise,
         given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
         gates, load_partial, layer.plain(layer.rows, experts, layer.hidden), mixed,
@@ -219,15 +113,16 @@ def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return (1 + triton.cdiv(tokens, meta["BM"]) * columns,)
 
     launch(
-        _OUTPUT[layer.narrow], programs,
+        _OUTPUT[layer.large], programs,
         given.x, given.weight, given.bias, mixed, given.up, given.scaler, out, load_partial, load,
         tokens, grid[0], attributes, layer.in_width, layer.out, layer.rank, experts,
     )  # fmt: skip
     return out, gates, load, normed, statistics
 
 
-_BACKWARD = {True: _Tiles(64, 64, 64), False: _Tiles(32, 32, 32)}
-_GRADIENTS = {True: _Tiles(64, 64, 64), False: _Tiles(32, 32, 32)}
+# By `Layer.large`.
+_BACKWARD = {True: Tiles(64, 64, 64, warps=8), False: Tiles(32, 32, 32)}
+_GRADIENTS = {True: Tiles(64, 64, 64), False: Tiles(32, 32, 32)}
 _SPLITS = 16  # parts of the rows whose weight gradients are summed apart
 _SPLIT_ROWS = 512  # of a part at least
 
@@ -256,12 +151,12 @@ class _Rows(NamedTuple):
 
 
 def _through_the_mixture(
-    layer: _Layer, prepared: _Prepared, normed: Tensor, statistics: Tensor, by_attribute: Tensor,
+    layer: Layer, prepared: Prepared, saved: Sequence[Tensor], by_attribute: Tensor,
     gates_grad: Tensor | None, load_grad: Tensor | None, wants_noise: bool,
 ) -> _Rows:  # fmt: skip
     given = layer.given
     attributes, tokens, rank, rows = layer.attributes, layer.tokens, layer.rank, layer.rows
-    tiles = _BACKWARD[layer.narrow]
+    tiles = _BACKWARD[layer.large]
     grid = layer.grid(tiles.tokens)
     assert prepared.scaled_up is not None
     combined = layer.wide(tokens, attributes, rank)
@@ -278,9 +173,9 @@ def _through_the_mixture(
         noise_grad=layer.wide(attributes, tokens, layer.experts) if wants_noise else None,
     )
     launch(
-        backward.mixture_backward, grid,
-        normed, statistics, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise,
-        layer.noise, given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
+        mixture_backward, grid,
+        *saved, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise, layer.noise,
+        given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
         prepared.column_sums, prepared.shift, back.mixed_grad, gates_grad, load_grad,
         back.hidden_rows, back.hidden_grad, back.combined, back.mixed, back.router_grad,
         back.noise_grad, layer.wide(rows, rank), back.normed_grad, back.row_terms,
@@ -292,23 +187,23 @@ def _through_the_mixture(
     return back
 
 
-def _part_size(layer: _Layer) -> int:
+def _part_size(layer: Layer) -> int:
     e, r, h = layer.experts, layer.rank, layer.hidden
     return 2 * e * r * h + e * (r + h) + 2 * layer.attributes * e * r + 4 * r
 
 
-def _weight_parts(layer: _Layer, back: _Rows, normed: Tensor, gates: Tensor) -> Tensor:
+def _weight_parts(layer: Layer, back: _Rows, normed: Tensor, gates: Tensor) -> Tensor:
     """[splits, size]: sums over fixed parts of the rows, laid out as `weight_gradients` says."""
     given = layer.given
-    meta = layer.tiles(_GRADIENTS[layer.narrow])
+    meta = layer.tiles(_GRADIENTS[layer.large])
     splits = min(_SPLITS, triton.cdiv(layer.rows, _SPLIT_ROWS))
     parts = layer.wide(splits, _part_size(layer))
     tiles = back.norm_partial.shape[0] * layer.attributes
     groups = layer.experts * triton.cdiv(layer.hidden, meta["BH"]) + layer.attributes + 1
-    meta["EP2"] = _padded(2 * layer.experts)
+    meta["EP2"] = padded(2 * layer.experts)
     del meta["EP"]
     launch(
-        backward.weight_gradients, (triton.cdiv(layer.rank, meta["BC"]), groups, splits),
+        gradients.weight_gradients, (triton.cdiv(layer.rank, meta["BC"]), groups, splits),
         normed, given.norm2_weight, given.norm2_bias, gates, given.fc2_weight, given.fc2_bias,
         back.combined, back.mixed_grad, back.hidden_rows, back.hidden_grad, back.router_grad,
         back.norm_partial, parts,
@@ -330,7 +225,7 @@ _FROM_PARTS = frozenset(_FINISHED) - {"x", "scaler", "up"}
 def aomoa_backward(output_grads: Sequence[Tensor | None], *values: Any) -> list[Tensor]:
     """The gradients wanted, in order: output_grads, the inputs, saved, mask."""
     *inputs, saved, mask = values
-    layer = _Layer(inputs)
+    layer = Layer(inputs)
     given = layer.given
     tokens, attributes = layer.tokens, layer.attributes
     names = [name for name, wanted in zip(Arguments._fields, mask, strict=True) if wanted]
@@ -343,23 +238,23 @@ def aomoa_backward(output_grads: Sequence[Tensor | None], *values: Any) -> list[
     gates_grad, load_grad = (
         None if grad is None else grad.float().contiguous() for grad in output_grads[1:]
     )
-    gates, normed, statistics = (tensor.contiguous() for tensor in saved)
+    saved = [tensor.contiguous() for tensor in saved]  # gates, normed, statistics
     grads: dict[str, Tensor | None] = dict.fromkeys(Arguments._fields)
     if "weight" in names:
         grads["weight"] = out_grad.t() @ given.x
     if "bias" in names:
         grads["bias"] = out_grad.sum(0)
 
-    prepared = _prepare(layer, scale=True)
+    prepared = prepare(layer, scale=True)
     by_attribute = out_grad.view(tokens, attributes, layer.out).transpose(0, 1)  # [A, T, o]
     back = _through_the_mixture(
-        layer, prepared, normed, statistics, by_attribute, gates_grad, load_grad, "noise" in names
+        layer, prepared, saved, by_attribute, gates_grad, load_grad, "noise" in names
     )
     if back.noise_grad is not None and given.noise is not None:
         grads["noise"] = back.noise_grad.to(given.noise.dtype)
     parts = None
     if _FROM_PARTS.intersection(names):
-        parts = _weight_parts(layer, back, normed, gates)
+        parts = _weight_parts(layer, back, saved[1], saved[0])
     up_products = down_products = None
     if "up" in names or "scaler" in names:
         up_products = _wide_mm(by_attribute.transpose(1, 2), back.mixed.transpose(0, 1))
@@ -376,13 +271,13 @@ def aomoa_backward(output_grads: Sequence[Tensor | None], *values: Any) -> list[
 
 
 def _finish(
-    layer: _Layer, back: _Rows, parts: Tensor | None, up_products: Tensor | None,
+    layer: Layer, back: _Rows, parts: Tensor | None, up_products: Tensor | None,
     down_products: Tensor | None, grads: dict[str, Tensor | None],
 ) -> None:  # fmt: skip
     given = layer.given
     columns = 64  # of a program of norm1's gradients
-    x_programs = 0 if grads["x"] is None else triton.cdiv(given.x.numel(), _FLAT)
-    part_programs = 0 if parts is None else triton.cdiv(_part_size(layer), _FLAT)
+    x_programs = 0 if grads["x"] is None else triton.cdiv(given.x.numel(), FLAT)
+    part_programs = 0 if parts is None else triton.cdiv(_part_size(layer), FLAT)
     down_programs = 0 if grads["down"] is None else layer.rank
     norm_programs = 0 if down_products is None else triton.cdiv(layer.width, columns)
     up_programs = 0 if up_products is None else layer.out
@@ -390,13 +285,13 @@ def _finish(
     if programs == 0:
         return
     launch(
-        backward.finish, (programs,),
+        gradients.finish, (programs,),
         given.x, given.scaler, given.norm1_weight, given.norm1_bias, given.down, given.up,
         back.row_terms, parts, up_products, down_products, *(grads[name] for name in _FINISHED),
         layer.rows, 1 if parts is None else parts.shape[0], x_programs,
         part_programs, down_programs, norm_programs,
         layer.attributes, layer.width, layer.out, layer.rank, layer.hidden,
-        EXPERTS=layer.experts, SIZE=_part_size(layer), BLOCK=_FLAT, BJ=16, BW=columns,
+        EXPERTS=layer.experts, SIZE=_part_size(layer), BLOCK=FLAT, BJ=16, BW=columns,
     )  # fmt: skip
 
 
