@@ -78,18 +78,24 @@ def devices_of(backend: str) -> tuple[str, ...]:
     return (DEVICE_OF[backend],)
 
 
+def _flat(args: Sequence[Any]) -> list[torch.Tensor]:
+    values = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else [arg])]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def first_tensor(args: Sequence[Any]) -> torch.Tensor:
+    """The first tensor among an operator's arguments, lists of tensors among them."""
+    return _flat(args)[0]
+
+
 def dtype_of(args: Sequence[Any]) -> torch.dtype | None:
     """The dtype of the first floating-point tensor among an operator's arguments."""
-    for arg in args:
-        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
-            return arg.dtype
-    return None
+    return next((value.dtype for value in _flat(args) if value.is_floating_point()), None)
 
 
 def takes(dtypes: tuple[torch.dtype, ...], args: Sequence[Any]) -> bool:
-    """Whether a kernel for `dtypes` takes these arguments, lists of tensors among them."""
-    flat = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else [arg])]
-    dtype = dtype_of(flat)
+    """Whether a kernel for `dtypes` takes these arguments."""
+    dtype = dtype_of(args)
     return dtype is None or dtype in dtypes
 
 

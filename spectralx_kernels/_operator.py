@@ -166,7 +166,10 @@ class Operator:
         self, name: str, module: str, dtypes: tuple[torch.dtype, ...], default: Callable[..., Any]
     ) -> None:
         def run(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), name)(*args)
+            kernel = getattr(importlib.import_module(module), name)
+            # Triton launches on the current device, whatever that of the tensors is.
+            with torch.cuda.device_of(_backends.first_tensor(args)):
+                return kernel(*args)
 
         def run_or_default(*args: Any) -> Any:
             return (run if _backends.takes(dtypes, args) else default)(*args)

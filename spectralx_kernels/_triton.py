@@ -45,6 +45,7 @@ class Compilation(NamedTuple):
     kernel: Any  # a function of triton.jit
     arguments: dict[str, Any]  # by parameter
     options: dict[str, int]  # num_warps, num_stages
+    architectures: tuple[int, ...] = ARCHITECTURES
     dtype: str = ""
     shape: str = ""
 
@@ -60,9 +61,26 @@ class Usage(NamedTuple):
 _recording: list[Compilation] | None = None
 
 
-def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], Any]:
-    """triton.autotune, with the first config alone in the interpreter, which has no clock."""
-    return triton.autotune(list(configs[:1] if INTERPRETED else configs), key=list(key))
+def autotune(
+    configs: Sequence[triton.Config], key: Sequence[str], older: Sequence[triton.Config] = ()
+) -> Callable[[Any], Any]:
+    """triton.autotune, with the first config alone in the interpreter, which has no clock.
+
+    `older` are tried too on GPUs before sm_100, where they would spill.
+    """
+
+    def prune(given: list[triton.Config], _arguments: Any, **_: Any) -> list[triton.Config]:
+        recent = torch.cuda.get_device_capability()[0] >= 10
+        return [config for config in given if not (recent and config in older)]
+
+    def tuned(kernel: Any) -> Any:
+        everything = list(configs[:1]) if INTERPRETED else [*configs, *older]
+        rules = {"early_config_prune": prune} if older and not INTERPRETED else None
+        made = triton.autotune(everything, key=list(key), prune_configs_by=rules)(kernel)
+        made.older = older
+        return made
+
+    return tuned
 
 
 def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
@@ -75,7 +93,10 @@ def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
         given = {**dict(zip(plain.arg_names, args, strict=False)), **config.kwargs, **kwargs}
         options = {"num_warps": config.num_warps or 4, "num_stages": config.num_stages or 3}
         options |= {name: given.pop(name) for name in list(given) if name in options}
-        _recording.append(Compilation(plain, given, options))
+        old = config in getattr(kernel, "older", ())
+        _recording.append(
+            Compilation(plain, given, options, ARCHITECTURES[:2] if old else ARCHITECTURES)
+        )
 
 
 @contextmanager

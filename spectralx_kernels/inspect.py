@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(HEADER)
     failed = False
     for compilation in listed:
-        for architecture in options.arch:
+        for architecture in [arch for arch in options.arch if arch in compilation.architectures]:
             row, wrong = line(compilation, architecture)
             print(f"{row}  {wrong}".rstrip(), flush=True)
             failed = failed or wrong != ""

@@ -46,12 +46,12 @@ def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) 
         layer.tokens, layer.attributes, layer.width, layer.rank, layer.given.norm_eps,
         SHIFTED=not layer.narrow, WHOLE=columns >= layer.rank, BM=tile, BN=columns,
         BK=64 if layer.large and columns <= 128 else 32,
-        num_warps=8, num_stages=3 if layer.large else 2,
+        num_warps=16 if columns > 256 else 8, num_stages=3 if layer.large else 2,
     )  # fmt: skip
 
 
 # By `Layer.large`.
-_FORWARD = {True: Tiles(64, 64, 64), False: Tiles(32, 32, 32)}
+_FORWARD = {True: Tiles(64, 64, 64), False: Tiles(32, 32, 32, warps=8)}
 
 # The key leaves the token count out.
 _KEY = ("width", "out_width", "rank")
@@ -59,11 +59,13 @@ _OUTPUT = {
     True: autotune(
         [
             triton.Config({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3),
-            triton.Config({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3),
             triton.Config({"BM": 64, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=4),
             triton.Config({"BM": 64, "BN": 64, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=4),
         ],
         _KEY,
+        older=[
+            triton.Config({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3)
+        ],
     )(products.output),
     False: autotune(
         [
@@ -121,8 +123,8 @@ def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 # By `Layer.large`.
-_BACKWARD = {True: Tiles(64, 64, 64, warps=8), False: Tiles(32, 32, 32)}
-_GRADIENTS = {True: Tiles(64, 64, 64), False: Tiles(32, 32, 32)}
+_BACKWARD = {True: Tiles(32, 64, 64, warps=8), False: Tiles(32, 32, 32, warps=8)}
+_GRADIENTS = {True: Tiles(32, 64, 64), False: Tiles(32, 32, 32, warps=8)}
 _SPLITS = 16  # parts of the rows whose weight gradients are summed apart
 _SPLIT_ROWS = 512  # of a part at least
 

@@ -4,6 +4,7 @@ Nothing of [R, E, r] is stored: the gradient of an expert's output is formed fro
 the combination and its gradient wherever it is needed.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -124,7 +125,7 @@ def mixture_backward(
                         place, c, rank, hidden, EXPERTS, BM, BC, BH,
                     )  # fmt: skip
                     share += tl.sum(grad, 1)
-                    weight_at = (e * rank + c).to(tl.int64)[:, None] * hidden + n[None, :]
+                    weight_at = (e * rank + c)[:, None] * hidden + n[None, :]
                     right = tl.load(
                         fc2 + weight_at, (c < rank)[:, None] & (n < hidden)[None, :], 0.0
                     )
@@ -174,7 +175,7 @@ def mixture_backward(
     for c0 in range(0, rank, BC):
         c = c0 + tl.arange(0, BC)
         inside = here[:, None] & (c < rank)[None, :]
-        gate_at = (a.to(tl.int64) * rank + c)[None, :] * EXPERTS + e_all[:, None]
+        gate_at = (a * rank + c)[None, :] * EXPERTS + e_all[:, None]
         gate_known = (c < rank)[None, :] & (e_all < EXPERTS)[:, None]
         z_acc = tl.dot(clean_grad, tl.load(gate + gate_at, gate_known, 0.0), input_precision="ieee")
         if NOISY:
@@ -192,7 +193,7 @@ def mixture_backward(
                         taken[:, None] & (n < hidden)[None, :],
                         0.0,
                     )
-                    weight_at = (e * hidden + n).to(tl.int64)[:, None] * rank + c[None, :]
+                    weight_at = (e * hidden + n)[:, None] * rank + c[None, :]
                     right = tl.load(
                         fc1 + weight_at, (n < hidden)[:, None] & (c < rank)[None, :], 0.0
                     )

@@ -4,6 +4,7 @@ A kernel of several roles calls a function for each. Sums over rows go by fixed 
 `finish` adds up in their order.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -213,7 +214,7 @@ def _finish_down(
     means = _sum_parts(parts, norms + 3 * rank + j, j < rank, splits, SIZE)
     for k0 in range(0, width, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
-        to = j.to(tl.int64) * width + k
+        to = j * width + k
         scale = tl.load(norm1_weight + k, k < width, 0.0).to(tl.float32)
         offset = tl.load(norm1_bias + k, k < width, 0.0).to(tl.float32)
         product = tl.load(down_products + to, k < width, 0.0)
@@ -235,7 +236,7 @@ def _finish_norm(
         z0 = _sum_parts(parts, norms + 2 * rank + j, j < rank, splits, SIZE)
         means = _sum_parts(parts, norms + 3 * rank + j, j < rank, splits, SIZE)
         inside = (j < rank)[:, None] & (k < width)[None, :]
-        to = j[:, None].to(tl.int64) * width + k[None, :]
+        to = j[:, None] * width + k[None, :]
         weight = tl.load(down + to, inside, 0.0).to(tl.float32)
         product = tl.load(down_products + to, inside, 0.0)
         weight_sum += tl.sum((product - means[:, None]) * weight, 0)
@@ -250,7 +251,7 @@ def _finish_up(
     attributes: tl.constexpr, out: tl.constexpr, rank: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row o of up, and scaler at o in every attribute."""
-    row = o.to(tl.int64) * rank
+    row = o * rank
     if scaler_grad is not None:
         for a in range(attributes):
             sums = tl.zeros([BLOCK], tl.float32)

@@ -50,6 +50,9 @@ class Arguments(NamedTuple):
     norm_eps: float
 
 
+_WEIGHTS = ("weight", "down", "gate", "fc1_weight", "fc2_weight", "up")
+
+
 class Layer:
     """Contiguous arguments and their sizes."""
 
@@ -61,6 +64,9 @@ class Layer:
         for name, value in given._asdict().items():
             if isinstance(value, Tensor) and name != "noise" and value.dtype != x.dtype:
                 raise TypeError(f"{name}: got dtype {value.dtype}, expected {x.dtype} as x")
+            # Offsets into weights are 32-bit integers; those into what grows with tokens are not.
+            if name in _WEIGHTS and isinstance(value, Tensor) and value.numel() >= 2**30:
+                raise ValueError(f"{name}: got {value.numel()} elements, expected below 2**30")
         if x.dtype == torch.float64:
             raise TypeError("x: got dtype torch.float64, expected float32, bfloat16 or float16")
         self.attributes, self.rank, self.experts = given.gate.shape

@@ -6,6 +6,7 @@ what another of the same launch writes. Sizes of weights are compiled in, the nu
 not.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -26,7 +27,7 @@ def prepare(
         moved = tl.zeros([BLOCK], tl.float32)
         for k0 in range(0, width, BLOCK):
             k = k0 + tl.arange(0, BLOCK)
-            at = pid.to(tl.int64) * width + k
+            at = pid * width + k
             weight = tl.load(down + at, k < width, 0.0).to(tl.float32)
             scale = tl.load(gamma + k, k < width, 0.0).to(tl.float32)
             product = (scale * weight).to(folded.dtype.element_ty)
@@ -36,7 +37,7 @@ def prepare(
         tl.store(column_sums + pid, tl.sum(sums, 0))
         tl.store(shift + pid, tl.sum(moved, 0))
     elif SCALE:
-        at = (pid - rank).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at = (pid - rank) * BLOCK + tl.arange(0, BLOCK)
         plane = out * rank
         inside = at < plane * attributes
         scale = tl.load(scaler + at // rank, inside, 0.0).to(tl.float32)
@@ -77,7 +78,7 @@ def down_norm(
             full = here[:, None] & inside[None, :]
             values = tl.load(x + row[:, None] * width + (k0 + k)[None, :], full, 0.0)
             weight = tl.load(
-                folded + n[None, :].to(tl.int64) * width + (k0 + k)[:, None],
+                folded + n[None, :] * width + (k0 + k)[:, None],
                 inside[:, None] & (n < rank)[None, :],
                 0.0,
             )
@@ -193,7 +194,7 @@ def output(
                 0.0,
             )
             right = tl.load(
-                up + n[None, :].to(tl.int64) * rank + (k0 + k)[:, None],
+                up + n[None, :] * rank + (k0 + k)[:, None],
                 inside[:, None] & known[None, :],
                 0.0,
             )
@@ -205,7 +206,7 @@ def output(
                 x + t[:, None] * width + (k0 + k)[None, :], here[:, None] & inside[None, :], 0.0
             )
             right = tl.load(
-                weight + o[None, :].to(tl.int64) * width + (k0 + k)[:, None],
+                weight + o[None, :] * width + (k0 + k)[:, None],
                 inside[:, None] & known[None, :],
                 0.0,
             )

@@ -22,7 +22,9 @@ def main(operators: list[str]) -> int:
     print(inspect.HEADER)
     compiled = failed = 0
     for compilation in inspect.compilations(operators):
-        for architecture in (80, 90, 100) if compilation.dtype == "bfloat16" else (80,):
+        for architecture in compilation.architectures:
+            if architecture != 80 and compilation.dtype != "bfloat16":
+                continue
             row, wrong = inspect.line(compilation, architecture)
             print(f"{row}  {wrong}".rstrip(), flush=True)
             compiled += 1
