@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,16 +39,28 @@ def test_vendor_output_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("only", range(17))
-def test_a_single_gradient(only: int) -> None:
-    """Any one gradient alone is the one among all, and nothing else is returned."""
+Backward = Callable[[list[bool]], list[torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def backward() -> Backward:
+    """Gradients of out and load by mask."""
     args = ladder.cast(arguments(tokens=3), torch.float32)
     out, gates, load, normed, statistics = kernels.aomoa(*args)
     upstream = [torch.ones_like(out), None, torch.ones_like(load)]
     saved = [gates, normed, statistics]
-    everything = kernels.aomoa_backward(upstream, *args, saved, [True] * 17 + [False] * 2)
-    mask = [place == only for place in range(19)]
-    (alone,) = kernels.aomoa_backward(upstream, *args, saved, mask)
+    return lambda mask: kernels.aomoa_backward(upstream, *args, saved, mask)
+
+
+@pytest.fixture(scope="module")
+def everything(backward: Backward) -> list[torch.Tensor]:
+    return backward([True] * 17 + [False] * 2)
+
+
+@pytest.mark.parametrize("only", range(17))
+def test_a_single_gradient(backward: Backward, everything: list[torch.Tensor], only: int) -> None:
+    """Any one gradient alone is the one among all, and nothing else is returned."""
+    (alone,) = backward([place == only for place in range(19)])
     assert torch.equal(alone, everything[only])
 
 
