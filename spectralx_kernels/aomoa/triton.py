@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from spectralx_kernels._backends import INTERPRETED
 from spectralx_kernels._triton import Compilation, autotune, launch, recorded
 from spectralx_kernels.aomoa import triton_gradients as gradients
 from spectralx_kernels.aomoa import triton_mixture as mixture
@@ -39,7 +40,7 @@ _DOWN_COLUMNS = 512
 
 def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) -> None:
     columns = min(padded(layer.rank), _DOWN_COLUMNS)
-    tile = 64 if layer.large else 16
+    tile = 64 if layer.large or INTERPRETED else 16
     launch(
         products.down_norm, layer.grid(tile),
         layer.given.x, prepared.folded, prepared.column_sums, prepared.shift, statistics, normed,
@@ -50,8 +51,10 @@ def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) 
     )  # fmt: skip
 
 
+# The interpreter's time goes by operations, whatever their size.
+_SMALL = Tiles(64, 256, 64) if INTERPRETED else Tiles(32, 32, 32, warps=8)
 # By `Layer.large`.
-_FORWARD = {True: Tiles(64, 64, 64), False: Tiles(32, 32, 32, warps=8)}
+_FORWARD = {True: Tiles(64, 64, 64), False: _SMALL}
 
 # The key leaves the token count out.
 _KEY = ("width", "out_width", "rank")
@@ -69,6 +72,7 @@ _OUTPUT = {
     )(products.output),
     False: autotune(
         [
+            *([triton.Config({"BM": 64, "BN": 128, "BK": 128, "GROUP": 8})] if INTERPRETED else []),
             triton.Config({"BM": 64, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=2),
             triton.Config({"BM": 128, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=8, num_stages=2),
         ],
@@ -123,8 +127,8 @@ def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 # By `Layer.large`.
-_BACKWARD = {True: Tiles(32, 64, 64, warps=8), False: Tiles(32, 32, 32, warps=8)}
-_GRADIENTS = {True: Tiles(32, 64, 64), False: Tiles(32, 32, 32, warps=8)}
+_BACKWARD = {True: Tiles(32, 64, 64, warps=8), False: _SMALL}
+_GRADIENTS = {True: Tiles(32, 64, 64), False: _SMALL}
 _SPLITS = 16  # parts of the rows whose weight gradients are summed apart
 _SPLIT_ROWS = 512  # of a part at least
 
@@ -317,7 +321,7 @@ def _example(
         (out // attributes, rank),
     )  # fmt: skip
     tensors: list[Any] = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
-    return Arguments(*tensors, min(2, experts), 1e-5)
+    return Arguments(*[*tensors, min(2, experts), 1e-5])
 
 
 def compilations() -> Iterator[Compilation]:

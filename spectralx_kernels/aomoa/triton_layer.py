@@ -57,7 +57,7 @@ class Layer:
     """Contiguous arguments and their sizes."""
 
     def __init__(self, values: Sequence[Any]) -> None:
-        plain = [v.contiguous() if isinstance(v, Tensor) else v for v in values]
+        plain: list[Any] = [v.contiguous() if isinstance(v, Tensor) else v for v in values]
         self.given = given = Arguments(*plain)
         self.noise = None if given.noise is None else given.noise.float()
         x = given.x
@@ -110,7 +110,7 @@ class Layer:
 
 def padded(size: int) -> int:
     """A power of two that tl.dot takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 class Prepared(NamedTuple):

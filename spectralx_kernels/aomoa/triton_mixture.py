@@ -3,7 +3,7 @@
 Tiles and rows as in ``triton_products.py``.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import triton

@@ -18,6 +18,7 @@ if "triton" not in _backends.available("aomoa", "cpu"):
     pytest.skip("Triton's interpreter is not on", allow_module_level=True)
 
 from spectralx_kernels.aomoa import triton as kernels
+from spectralx_kernels.aomoa.triton_layer import Tiles
 
 # More than one tile of tokens, chunk of the rank, chunk of the hidden layer and split of the rows.
 CHUNKED: dict[str, Any] = {
@@ -28,6 +29,8 @@ CHUNKED: dict[str, Any] = {
 def test_sizes_beyond_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_DOWN_COLUMNS", 16)
     monkeypatch.setattr(kernels, "_SPLIT_ROWS", 32)
+    for tiles in (kernels._FORWARD, kernels._BACKWARD, kernels._GRADIENTS):
+        monkeypatch.setitem(tiles, False, Tiles(32, 32, 32))
     ladder.check_accuracy(AOMOA, arguments(**CHUNKED), torch.float32)
 
 

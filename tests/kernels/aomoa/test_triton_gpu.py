@@ -74,8 +74,8 @@ def test_forward_and_backward_are_captured(gpu_backend: str) -> None:
 
     def step() -> Tensor:
         out = AOMOA(*leaves, backend=gpu_backend)[0]
-        (grad,) = torch.autograd.grad(out.float().square().sum(), leaves[0])
-        return grad
+        grads: tuple[Tensor, ...] = torch.autograd.grad(out.float().square().sum(), leaves[0])
+        return grads[0]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
