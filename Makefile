@@ -51,9 +51,11 @@ lint: $(READY)
 types: $(READY)
 	$(RUN) -m mypy
 
-# CUDA sources compile for sm_80 and sm_90a without warnings or spills; skips aloud without nvcc.
+# GPU kernels compile without a GPU, without warnings or spills: CUDA C++ for sm_80 and sm_90a, Triton
+# for sm_80, sm_90 and sm_100; skips aloud without nvcc or triton.
 gates: $(READY)
 	$(RUN) -m tests.compile_gates.nvcc
+	$(RUN) -m tests.compile_gates.triton_gate
 
 # Build for a GPU, tests marked gpu, benchmarks, compute-sanitizer: under ten minutes, no network.
 # make gpu PART=tests for one part. Uses $(PYTHON) as it is.

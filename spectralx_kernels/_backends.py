@@ -1,8 +1,10 @@
 """Which backends exist on this machine, which one runs an operator, and why.
 
 ``eager`` is the reference in plain PyTorch and exists everywhere. ``cpp`` is C++ for the CPU and
-``cuda`` is CUDA C++, both in the extension module ``spectralx_kernels._C``; ``triton`` needs a
-GPU that Triton supports. Nothing here asks a device anything at import.
+``cuda`` is CUDA C++, both in the extension module ``spectralx_kernels._C``; ``triton`` is compiled
+when it is called, for the GPU it runs on. Under ``TRITON_INTERPRET=1``, set before this package is
+imported, Triton kernels also run on CPU tensors, slowly: that is for tests. Nothing here asks a
+device anything at import.
 """
 
 from __future__ import annotations
@@ -10,15 +12,23 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import torch  # first: the extension module links to its libraries
 
 BACKENDS: Final = ("eager", "cpp", "triton", "cuda")
 DEVICE_OF: Final = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
+# As triton reads it.
+_INTERPRET: Final = os.environ.get("TRITON_INTERPRET", "").lower()
+INTERPRETED: Final = _INTERPRET in ("1", "true", "on", "yes", "y")
+# The interpreter computes in NumPy, which has no bfloat16, and rounds float16 at other places than
+# a GPU does.
+INTERPRETER_DTYPES: Final = (torch.float32, torch.float64)
 
 # A plain global, for the whole process: torch.compile guards on it and recompiles when it changes.
 _forced: str | None = None
@@ -40,8 +50,9 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 _extension, _extension_missing = _load_extension()
 
-# (operator, backend) of every kernel that is registered, filled by `_operator.Operator`.
-_kernels: set[tuple[str, str]] = set()
+# (operator, backend) of every kernel that is registered, filled by `_operator.Operator`, and the
+# dtypes it takes where it does not take all.
+_kernels: dict[tuple[str, str], tuple[torch.dtype, ...] | None] = {}
 _operators: dict[str, None] = {}
 
 
@@ -55,9 +66,44 @@ def add_operator(operator: str) -> None:
     _operators[operator] = None
 
 
-def add_kernel(operator: str, backend: str) -> None:
-    """Record that `backend` has a kernel of `operator` here."""
-    _kernels.add((operator, backend))
+def add_kernel(operator: str, backend: str, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
+    """Record that `backend` has a kernel of `operator` here, for `dtypes` or all."""
+    _kernels[operator, backend] = dtypes
+
+
+def devices_of(backend: str) -> tuple[str, ...]:
+    """Devices that kernels of `backend` run on."""
+    if backend == "triton" and INTERPRETED:
+        return ("cuda", "cpu")
+    return (DEVICE_OF[backend],)
+
+
+def _flat(args: Sequence[Any]) -> list[torch.Tensor]:
+    values = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else [arg])]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def first_tensor(args: Sequence[Any]) -> torch.Tensor:
+    """The first tensor among an operator's arguments, lists of tensors among them."""
+    return _flat(args)[0]
+
+
+def dtype_of(args: Sequence[Any]) -> torch.dtype | None:
+    """The dtype of the first floating-point tensor among an operator's arguments."""
+    return next((value.dtype for value in _flat(args) if value.is_floating_point()), None)
+
+
+def takes(dtypes: tuple[torch.dtype, ...], args: Sequence[Any]) -> bool:
+    """Whether a kernel for `dtypes` takes these arguments."""
+    dtype = dtype_of(args)
+    return dtype is None or dtype in dtypes
+
+
+def _dtypes_of(operator: str, backend: str, device: str | None) -> tuple[torch.dtype, ...] | None:
+    dtypes = _kernels[operator, backend]
+    if backend == "triton" and device == "cpu":
+        return tuple(dtype for dtype in INTERPRETER_DTYPES if dtypes is None or dtype in dtypes)
+    return dtypes
 
 
 def operators() -> list[str]:
@@ -65,21 +111,31 @@ def operators() -> list[str]:
     return list(_operators)
 
 
-def available(operator: str, device: str | None = None) -> list[str]:
+def available(
+    operator: str, device: str | None = None, dtype: torch.dtype | None = None
+) -> list[str]:
     """Backends that can run `operator` here, the default first.
 
     Parameters
     ----------
     operator : name of the operator, as `show_backends` prints it.
     device : "cpu" or "cuda" leaves out the backends of the other one.
+    dtype : leaves out the backends that do not take it.
     """
     if operator not in _operators:
         raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(_operators)}")
-    return [
-        backend
-        for backend in ("cuda", "triton", "cpp")
-        if (operator, backend) in _kernels and device in (None, DEVICE_OF[backend])
-    ] + ["eager"]
+    # The order on a GPU is a guess until it is measured. On a CPU Triton is only interpreted.
+    order = ("cpp", "eager", "triton") if device == "cpu" else ("cuda", "triton", "cpp", "eager")
+    return [name for name in order if name == "eager" or _runs(operator, name, device, dtype)]
+
+
+def _runs(operator: str, backend: str, device: str | None, dtype: torch.dtype | None) -> bool:
+    if (operator, backend) not in _kernels:
+        return False
+    if device is not None and device not in devices_of(backend):
+        return False
+    dtypes = _dtypes_of(operator, backend, device)
+    return dtype is None or dtypes is None or dtype in dtypes
 
 
 def why_not(operator: str, backend: str) -> str:
@@ -88,7 +144,7 @@ def why_not(operator: str, backend: str) -> str:
         return _extension_missing
     if backend == "cuda" and _extension is not None and not _extension.build_info()["cuda"]:
         return "spectralx_kernels._C was built without CUDA"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if backend == "triton" and not TRITON_INSTALLED:
         return "triton is not installed"
     return f"no {backend} kernel of this operator is written"
 
@@ -100,8 +156,10 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def choose(operator: str, device: str, backend: str | None = None) -> str:
-    """The backend that runs `operator` on `device` ("cpu", "cuda", ...).
+def choose(
+    operator: str, device: str, backend: str | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """The backend that runs `operator` on `device` ("cpu", "cuda", ...) in `dtype`.
 
     An argument beats `use_backend`, which beats the environment variable ``SPECTRALX_BACKEND``;
     without any of them the default of the device runs.
@@ -109,10 +167,10 @@ def choose(operator: str, device: str, backend: str | None = None) -> str:
     Raises
     ------
     ValueError : unknown backend name.
-    RuntimeError : the forced backend cannot run this operator on this device.
+    RuntimeError : the forced backend cannot run this operator on this device or in this dtype.
     """
     forced = backend or _forced or os.environ.get("SPECTRALX_BACKEND")
-    here = available(operator, device)
+    here = available(operator, device, dtype)
     if not forced:
         return here[0]
     check_backend(forced)
@@ -120,6 +178,10 @@ def choose(operator: str, device: str, backend: str | None = None) -> str:
         return here[0]
     if forced in here:
         return forced
+    if forced in available(operator, device):
+        taken = ", ".join(str(t) for t in _dtypes_of(operator, forced, device) or ())
+        where = " on a CPU" if (forced, device) == ("triton", "cpu") else ""
+        raise RuntimeError(f"backend {forced!r} of {operator} takes {taken}{where}, got {dtype}")
     if forced in available(operator):
         raise RuntimeError(
             f"backend {forced!r} of {operator} runs on {DEVICE_OF[forced]}, got tensors on {device}"
@@ -164,6 +226,10 @@ def show_backends() -> str:
         for name in _operators:
             if (name, backend) not in _kernels:
                 reasons.setdefault(f"{backend}: {why_not(name, backend)}", []).append(name)
+    for (name, backend), dtypes in _kernels.items():
+        if dtypes is not None:
+            taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            reasons.setdefault(f"{backend}: {taken} only", []).append(name)
     for reason, names in reasons.items():
         which = "all operators" if len(names) == len(_operators) else ", ".join(names)
         lines.append(f"{reason} ({which})")

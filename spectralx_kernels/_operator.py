@@ -5,14 +5,21 @@ An operator is declared once, in its room's ``ops.py``::
     _MATCH = Operator("match_argmax", "(Tensor q, Tensor k) -> Tensor", reference.match_argmax)
 
 which defines ``torch.ops.spectralx.match_argmax`` and ``..._backward``. Both exist on every
-device: their default kernels run the reference (backward recomputes it and differentiates). C++,
-CUDA C++ and Triton kernels are registered for a device on the same operator and replace them
-there. Calling the `Operator` picks the backend: ``eager`` runs the reference as plain PyTorch,
-anything else goes through the dispatcher.
+device: their default kernels run the reference (backward recomputes it and differentiates). C++
+and CUDA C++ kernels are registered for a device on the same operator and replace them there.
+
+    _MATCH.add_triton("spectralx_kernels.refine.triton")
+
+defines the overloads ``spectralx::match_argmax.triton`` and ``..._backward.triton`` of the same
+schemas, which run the functions of those names in that module; it is imported at the first call.
+Where CUDA has no C++ kernel the plain operator runs them too. Calling the `Operator` picks the
+backend: ``eager`` runs the reference as plain PyTorch, ``triton`` its overload, anything else goes
+through the dispatcher.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +42,11 @@ def register_default(name: str, kernel: Callable[..., Any]) -> None:
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
 
 
+def register_kernel(name: str, kernel: Callable[..., Any], device: str) -> None:
+    """Register `kernel` for `device` ("CPU", "CUDA")."""
+    _LIBRARY.impl(name, kernel, device)
+
+
 def has_kernel(name: str, device: str) -> bool:
     """Whether a kernel written for `device` ("CPU", "CUDA") is registered for this operator."""
     registered = torch._C._dispatch_dump(f"spectralx::{name}")
@@ -51,6 +63,19 @@ class Saving(NamedTuple):
     forward: Callable[..., Any]
     hidden: int
     kept: tuple[int, ...]
+
+
+_OPERATORS: dict[str, Operator] = {}
+
+
+def triton_modules() -> dict[str, str]:
+    """Modules of Triton kernels by operator, of every operator that has some."""
+    modules = {name: operator.triton_module for name, operator in _OPERATORS.items()}
+    return {name: module for name, module in modules.items() if module is not None}
+
+
+# What kernels that accumulate in float32 take; float64 is left to the reference.
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Operator:
@@ -84,27 +109,89 @@ class Operator:
         self.reference = reference
         self._saving = saving or Saving(reference, 0, ())
         self._autocast_to = autocast_to
+        self._schema = schema
+        self._fake = fake or self._forward_kernel
+        self._differentiable = differentiable
+        self.triton_module: str | None = None  # where `add_triton` finds its functions
         qualified = define(name, schema)
-        self.op = getattr(torch.ops.spectralx, name)
+        self.op = getattr(torch.ops.spectralx, name).default
         register_default(name, self._forward_kernel)
-        torch.library.register_fake(qualified, fake or self._forward_kernel, lib=_LIBRARY)
+        torch.library.register_fake(qualified, self._fake, lib=_LIBRARY)
         _backends.add_operator(name)
         for backend in ("cpp", "cuda"):
             if has_kernel(name, _backends.DEVICE_OF[backend].upper()):
                 _backends.add_kernel(name, backend)
         if differentiable:
-            arguments = schema[1 : schema.rindex("->")].rstrip()[:-1]
-            backward = define(
-                f"{name}_backward",
-                f"(Tensor?[] output_grads, {arguments}, Tensor[] saved, bool[] output_mask) "
-                "-> Tensor[]",
-            )
-            self.backward_op = getattr(torch.ops.spectralx, f"{name}_backward")
+            backward = define(f"{name}_backward", self._backward_schema())
+            self.backward_op = getattr(torch.ops.spectralx, f"{name}_backward").default
             register_default(f"{name}_backward", self._backward_kernel)
             torch.library.register_fake(backward, self._backward_fake, lib=_LIBRARY)
-            torch.library.register_autograd(
-                qualified, self._backward, setup_context=self._setup_context, lib=_LIBRARY
-            )
+            self._register_autograd(qualified, self.backward_op)
+        _OPERATORS[name] = self
+
+    def add_triton(
+        self, module: str, *, dtypes: tuple[torch.dtype, ...] = NARROW, backward: bool = True
+    ) -> None:
+        """Give the operator Triton kernels: `module`'s functions ``<name>``, ``<name>_backward``.
+
+        They have the operators' arguments and return new contiguous tensors. Nothing happens where
+        triton is not installed.
+
+        Parameters
+        ----------
+        module : qualified name; imported when a kernel is first called.
+        dtypes : of floating-point tensors that the kernels take.
+        backward : False where only forward is written; backward then runs the reference.
+        """
+        self.triton_module = module
+        if not _backends.TRITON_INSTALLED:
+            return
+        name, backward_name = self.name, f"{self.name}_backward"
+        _backends.add_kernel(name, "triton", dtypes)
+        qualified = define(f"{name}.triton", self._schema)
+        self.triton_op = getattr(torch.ops.spectralx, name).triton
+        self._register_triton(name, module, dtypes, self._forward_kernel)
+        torch.library.register_fake(qualified, self._fake, lib=_LIBRARY)
+        if not self._differentiable:
+            return
+        qualified_backward = define(f"{backward_name}.triton", self._backward_schema())
+        torch.library.register_fake(qualified_backward, self._backward_fake, lib=_LIBRARY)
+        if backward:
+            self._register_triton(backward_name, module, dtypes, self._backward_kernel)
+        else:
+            register_default(f"{backward_name}.triton", self._backward_kernel)
+        self._register_autograd(qualified, getattr(torch.ops.spectralx, backward_name).triton)
+
+    def _register_triton(
+        self, name: str, module: str, dtypes: tuple[torch.dtype, ...], default: Callable[..., Any]
+    ) -> None:
+        def run(*args: Any) -> Any:
+            kernel = getattr(importlib.import_module(module), name)
+            # Triton launches on the current device, whatever that of the tensors is.
+            with torch.cuda.device_of(_backends.first_tensor(args)):
+                return kernel(*args)
+
+        def run_or_default(*args: Any) -> Any:
+            return (run if _backends.takes(dtypes, args) else default)(*args)
+
+        for device in _backends.devices_of("triton"):
+            register_kernel(f"{name}.triton", run, device.upper())
+        if not has_kernel(name, "CUDA"):
+            register_kernel(name, run_or_default, "CUDA")
+
+    def _backward_schema(self) -> str:
+        arguments = self._schema[1 : self._schema.rindex("->")].rstrip()[:-1]
+        return (
+            f"(Tensor?[] output_grads, {arguments}, Tensor[] saved, bool[] output_mask) -> Tensor[]"
+        )
+
+    def _register_autograd(self, qualified: str, backward_op: Callable[..., Any]) -> None:
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return self._backward(backward_op, ctx, *grads)
+
+        torch.library.register_autograd(
+            qualified, backward, setup_context=self._setup_context, lib=_LIBRARY
+        )
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run the operator. Under autocast, floating-point tensors are cast here, once.
@@ -112,9 +199,15 @@ class Operator:
         float64 tensors are left alone: they are only ever passed for their precision.
         """
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        chosen = _backends.choose(self.name, device, backend)
+        autocast = torch.is_autocast_enabled(device)
+        dtype = _backends.dtype_of(args)
+        if autocast and dtype is not None and dtype != torch.float64:
+            dtype = self._autocast_to or torch.get_autocast_dtype(device)
+        chosen = _backends.choose(self.name, device, backend, dtype)
         run = self.reference if chosen == "eager" else self._dispatch
-        if not torch.is_autocast_enabled(device):
+        if chosen == "triton":
+            run = self._dispatch_triton
+        if not autocast:
             return run(*args)
         dtype = self._autocast_to or torch.get_autocast_dtype(device)
         cast = [
@@ -127,7 +220,13 @@ class Operator:
             return run(*cast)
 
     def _dispatch(self, *args: Any) -> Any:
-        outputs = self.op(*args)
+        return self._seen(self.op(*args))
+
+    def _dispatch_triton(self, *args: Any) -> Any:
+        return self._seen(self.triton_op(*args))
+
+    def _seen(self, outputs: Any) -> Any:
+        """The outputs without those that are only kept for backward."""
         if not self._saving.hidden:
             return outputs
         seen = outputs[: -self._saving.hidden]
@@ -150,7 +249,9 @@ class Operator:
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]
         ctx.set_materialize_grads(False)
 
-    def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _backward(
+        self, backward_op: Callable[..., Any], ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         kept = len(self._saving.kept)
         # Read once: checkpointing hands each saved tensor out a single time.
         everything = ctx.saved_tensors
@@ -164,7 +265,7 @@ class Operator:
         device = next(value.device.type for value in inputs if isinstance(value, Tensor))
         # The caller may run backward inside its autocast block; the casts are in the graph.
         with torch.autocast(device, enabled=False):
-            computed = iter(self.backward_op(output_grads, *inputs, list(saved), mask))
+            computed = iter(backward_op(output_grads, *inputs, list(saved), mask))
         return tuple(next(computed) if needs else None for needs in mask)
 
     def _backward_kernel(

@@ -1,9 +1,16 @@
-"""What the whole test tree shares: which folders need packages that are not here."""
+"""What the whole test tree shares: packages that are not here, and Triton without a GPU."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
+
+import torch
+
+# Triton kernels run in its interpreter, on CPU tensors; triton reads this when it is imported.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Test files and folders that need more than PyTorch, and the packages they need.
 NEEDS = {

@@ -40,6 +40,7 @@ AOMOA = Operator(
     saving=Saving(reference.aomoa_saving, hidden=2, kept=(1, 3, 4)),
     fake=_aomoa_fake,
 )
+AOMOA.add_triton("spectralx_kernels.aomoa.triton")
 
 
 def noisy_topk_gating(

@@ -97,7 +97,7 @@ def main() -> int:
         return 0
     torch.manual_seed(0)
     build()
-    count = len(ops.AOMOA.op.default._schema.arguments)
+    count = len(ops.AOMOA.op._schema.arguments)
     everything = [True] * count
     results = [check_gating()]
     results += [check_layer(case, None, everything) for case in CASES]

@@ -33,7 +33,9 @@ def outputs_of(result: Any) -> list[Tensor]:
 
 def check_contract(operator: Operator, args: Sequence[Any]) -> None:
     """torch.library.opcheck on the operator as it is: schema, fake kernel, autograd, tracing."""
-    torch.library.opcheck(operator.op.default, tuple(cast(args, torch.float32, grad=True)))
+    torch.library.opcheck(operator.op, tuple(cast(args, torch.float32, grad=True)))
+    if "triton" in _backends.available(operator.name, "cpu"):
+        torch.library.opcheck(operator.triton_op, tuple(cast(args, torch.float32, grad=True)))
 
 
 def check_gradients(operator: Operator, args: Sequence[Any]) -> None:
@@ -108,7 +110,8 @@ def check_accuracy(operator: Operator, args: Sequence[Any], dtype: torch.dtype) 
     rounded = cast(cast(args, dtype), torch.float64, grad=True)
     exact = run_with_gradients(operator.reference, rounded)
     plain = run_with_gradients(operator.reference, cast(args, dtype, grad=True))
-    for backend in [*_backends.available(operator.name, "cpu"), "dispatcher"]:
+    # Triton's interpreter is left out by `available` where it does not compute as a GPU would.
+    for backend in [*_backends.available(operator.name, "cpu", dtype), "dispatcher"]:
 
         def run(*values: Any, backend: str = backend) -> Any:
             if backend == "dispatcher":

@@ -1,0 +1,156 @@
+"""Launching Triton kernels, and compiling the same launches for a GPU that is not there.
+
+A room's ``triton.py`` launches through `launch`. Inside `recorded()` a launch is noted down instead
+of run: with tensors on the device "meta" the room's own functions say what they would compile.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spectralx_kernels._backends import INTERPRETED
+
+ARCHITECTURES = (80, 90, 100)
+# Bytes of shared memory that one program can have; NVIDIA's tables of compute capabilities.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+class Compilation(NamedTuple):
+    """A kernel as one launch compiles it."""
+
+    kernel: Any  # a function of triton.jit
+    arguments: dict[str, Any]  # by parameter
+    options: dict[str, int]  # num_warps, num_stages
+    architectures: tuple[int, ...] = ARCHITECTURES
+    dtype: str = ""
+    shape: str = ""
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel takes of a multiprocessor; bytes but for the registers."""
+
+    registers: int
+    shared: int
+    spilled: int
+
+
+_recording: list[Compilation] | None = None
+
+
+def autotune(
+    configs: Sequence[triton.Config], key: Sequence[str], older: Sequence[triton.Config] = ()
+) -> Callable[[Any], Any]:
+    """triton.autotune, with the first config alone in the interpreter, which has no clock.
+
+    `older` are tried too on GPUs before sm_100, where they would spill.
+    """
+
+    def prune(given: list[triton.Config], _arguments: Any, **_: Any) -> list[triton.Config]:
+        recent = torch.cuda.get_device_capability()[0] >= 10
+        return [config for config in given if not (recent and config in older)]
+
+    def tuned(kernel: Any) -> Any:
+        everything = list(configs[:1]) if INTERPRETED else [*configs, *older]
+        rules = {"early_config_prune": prune} if older and not INTERPRETED else None
+        made = triton.autotune(everything, key=list(key), prune_configs_by=rules)(kernel)
+        made.older = older
+        return made
+
+    return tuned
+
+
+def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
+    """``kernel[grid](*args, **kwargs)``; kernel may be autotuned."""
+    if _recording is None:
+        kernel[grid](*args, **kwargs)
+        return
+    for config in getattr(kernel, "configs", None) or [triton.Config({}, num_warps=0)]:
+        plain = kernel.fn if hasattr(kernel, "configs") else kernel
+        given = {**dict(zip(plain.arg_names, args, strict=False)), **config.kwargs, **kwargs}
+        options = {"num_warps": config.num_warps or 4, "num_stages": config.num_stages or 3}
+        options |= {name: given.pop(name) for name in list(given) if name in options}
+        old = config in getattr(kernel, "older", ())
+        _recording.append(
+            Compilation(plain, given, options, ARCHITECTURES[:2] if old else ARCHITECTURES)
+        )
+
+
+@contextmanager
+def recorded() -> Iterator[list[Compilation]]:
+    """Launches inside the block are appended to the list it gives, every config of each."""
+    global _recording
+    _recording = []
+    try:
+        yield _recording
+    finally:
+        _recording = None
+
+
+def _source(compilation: Compilation) -> ASTSource:
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for place, parameter in enumerate(compilation.kernel.params):
+        value = compilation.arguments.get(parameter.name, parameter.default)
+        kind = "constexpr"
+        aligned = False
+        if parameter.is_constexpr or value is None:
+            pass
+        elif isinstance(value, Tensor):
+            kind, aligned = _POINTERS[value.dtype], True
+        elif isinstance(value, float):
+            kind = "fp32"
+        elif value != 1 or parameter.do_not_specialize:
+            kind = "i32" if abs(value) < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[place,] = value
+        elif aligned:
+            attributes[place,] = [["tt.divisibility", 16]]
+    return ASTSource(compilation.kernel, signature, constants, attributes)
+
+
+def compile_for(compilation: Compilation, architecture: int) -> Usage:
+    """Compile for sm_`architecture` without a GPU; raises what triton or ptxas say."""
+    compiled = triton.compile(
+        _source(compilation),
+        target=GPUTarget("cuda", architecture, 32),
+        options=dict(compilation.options),
+    )
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=False
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: got {report.stderr!r}, expected resource usage")
+    # Triton's kernels have no arrays of their own: a stack frame holds spilled registers.
+    return Usage(int(found[1]), compiled.metadata.shared, int(found[2]))

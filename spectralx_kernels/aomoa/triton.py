@@ -1,0 +1,338 @@
+"""AoMoA in Triton: memory, the launches and the vendor's products, forward and backward.
+
+Kernels are in the files ``triton_*.py``; what is launched and why is in README.md. Nothing here
+waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from spectralx_kernels._backends import INTERPRETED
+from spectralx_kernels._triton import Compilation, autotune, launch, recorded
+from spectralx_kernels.aomoa import triton_gradients as gradients
+from spectralx_kernels.aomoa import triton_mixture as mixture
+from spectralx_kernels.aomoa import triton_products as products
+from spectralx_kernels.aomoa.triton_backward import mixture_backward
+from spectralx_kernels.aomoa.triton_layer import (
+    FLAT,
+    Arguments,
+    Layer,
+    Prepared,
+    Tiles,
+    padded,
+    prepare,
+)
+
+# True: the frozen product is the vendor's, and the adapter is accumulated into its output by a
+# second product. False: one launch of ours for both, which reads and writes the output once less.
+# Which is faster is unmeasured.
+VENDOR_OUTPUT = False
+
+# Columns of the rank that a tile of the down product holds at most: all of it in the paper's sizes.
+_DOWN_COLUMNS = 512
+
+
+def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) -> None:
+    columns = min(padded(layer.rank), _DOWN_COLUMNS)
+    tile = 64 if layer.large or INTERPRETED else 16
+    launch(
+        products.down_norm, layer.grid(tile),
+        layer.given.x, prepared.folded, prepared.column_sums, prepared.shift, statistics, normed,
+        layer.tokens, layer.attributes, layer.width, layer.rank, layer.given.norm_eps,
+        SHIFTED=not layer.narrow, WHOLE=columns >= layer.rank, BM=tile, BN=columns,
+        BK=64 if layer.large and columns <= 128 else 32,
+        num_warps=16 if columns > 256 else 8, num_stages=3 if layer.large else 2,
+    )  # fmt: skip
+
+
+# The interpreter's time goes by operations, whatever their size.
+_SMALL = Tiles(64, 256, 64) if INTERPRETED else Tiles(32, 32, 32, warps=8)
+# By `Layer.large`.
+_FORWARD = {True: Tiles(64, 64, 64), False: _SMALL}
+
+# The key leaves the token count out.
+_KEY = ("width", "out_width", "rank")
+_OUTPUT = {
+    True: autotune(
+        [
+            triton.Config({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+            triton.Config({"BM": 64, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=4),
+            triton.Config({"BM": 64, "BN": 64, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=4),
+        ],
+        _KEY,
+        older=[
+            triton.Config({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3)
+        ],
+    )(products.output),
+    False: autotune(
+        [
+            *([triton.Config({"BM": 64, "BN": 128, "BK": 128, "GROUP": 8})] if INTERPRETED else []),
+            triton.Config({"BM": 64, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=2),
+            triton.Config({"BM": 128, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=8, num_stages=2),
+        ],
+        _KEY,
+    )(products.output),
+}
+
+
+def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, gates, load, and normed and statistics for backward: ``reference.aomoa_saving``."""
+    layer = Layer(values)
+    given = layer.given
+    attributes, tokens, experts = layer.attributes, layer.tokens, layer.experts
+    out = layer.plain(tokens, given.weight.shape[0])
+    gates = layer.wide(attributes, tokens, experts)
+    load = layer.wide(attributes, experts)
+    normed = layer.wide(tokens, attributes, layer.rank)
+    statistics = layer.wide(3, attributes, tokens)
+    if tokens == 0:
+        return out, gates, load.zero_(), normed, statistics
+    prepared = prepare(layer, scale=VENDOR_OUTPUT)
+    _down(layer, prepared, statistics, normed)
+    tiles = _FORWARD[layer.large]
+    grid = layer.grid(tiles.tokens)
+    load_partial = layer.wide(grid[0], attributes, experts)
+    mixed = layer.plain(tokens, attributes, layer.rank)
+    launch(
+        mixture.mixture, grid,
+        normed, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise, layer.noise,
+        given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
+        gates, load_partial, layer.plain(layer.rows, experts, layer.hidden), mixed,
+        tokens, attributes, layer.rank, layer.hidden,
+        EXPERTS=experts, TOP_K=given.top_k, NOISY=given.noise is not None, **layer.tiles(tiles),
+    )  # fmt: skip
+    if prepared.scaled_up is not None:
+        frozen = given.weight.t()
+        out = given.x @ frozen if given.bias is None else torch.addmm(given.bias, given.x, frozen)
+        by_attribute = out.view(tokens, attributes, layer.out).transpose(0, 1)
+        by_attribute.baddbmm_(mixed.transpose(0, 1), prepared.scaled_up.transpose(1, 2))
+        return out, gates, load_partial.sum(0), normed, statistics
+
+    def programs(meta: dict[str, int]) -> tuple[int]:
+        columns = triton.cdiv(layer.out, meta["BN"]) * attributes
+        return (1 + triton.cdiv(tokens, meta["BM"]) * columns,)
+
+    launch(
+        _OUTPUT[layer.large], programs,
+        given.x, given.weight, given.bias, mixed, given.up, given.scaler, out, load_partial, load,
+        tokens, grid[0], attributes, layer.in_width, layer.out, layer.rank, experts,
+    )  # fmt: skip
+    return out, gates, load, normed, statistics
+
+
+# By `Layer.large`.
+_BACKWARD = {True: Tiles(32, 64, 64, warps=8), False: _SMALL}
+_GRADIENTS = {True: Tiles(32, 64, 64), False: _SMALL}
+_SPLITS = 16  # parts of the rows whose weight gradients are summed apart
+_SPLIT_ROWS = 512  # of a part at least
+
+
+def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """A product, of matrices or batches, accumulated and kept in float32."""
+    product = torch.mm if a.dim() == 2 else torch.bmm
+    if a.is_cuda and a.dtype != torch.float32:
+        return product(a, b, out_dtype=torch.float32)
+    return product(a, b).float()
+
+
+class _Rows(NamedTuple):
+    """What ``mixture_backward`` leaves for what follows."""
+
+    mixed_grad: Tensor  # [A, T, r]
+    hidden_rows: Tensor  # [R, E, h]
+    hidden_grad: Tensor  # [R, E, h]
+    combined: Tensor  # [R, r]
+    mixed: Tensor  # [T, A, r]
+    router_grad: Tensor  # [R, 2 E]
+    normed_grad: Tensor  # [R, r]
+    row_terms: Tensor  # [R, 2]
+    norm_partial: Tensor  # [tiles, A, 4, r]
+    noise_grad: Tensor | None  # [A, T, E]
+
+
+def _through_the_mixture(
+    layer: Layer, prepared: Prepared, saved: Sequence[Tensor], by_attribute: Tensor,
+    gates_grad: Tensor | None, load_grad: Tensor | None, wants_noise: bool,
+) -> _Rows:  # fmt: skip
+    given = layer.given
+    attributes, tokens, rank, rows = layer.attributes, layer.tokens, layer.rank, layer.rows
+    tiles = _BACKWARD[layer.large]
+    grid = layer.grid(tiles.tokens)
+    assert prepared.scaled_up is not None
+    combined = layer.wide(tokens, attributes, rank)
+    back = _Rows(
+        mixed_grad=torch.bmm(by_attribute, prepared.scaled_up),
+        hidden_rows=layer.plain(rows, layer.experts, layer.hidden),
+        hidden_grad=layer.plain(rows, layer.experts, layer.hidden),
+        combined=combined,
+        mixed=layer.plain(tokens, attributes, rank) if layer.narrow else combined,
+        router_grad=layer.plain(rows, 2 * layer.experts),
+        normed_grad=layer.plain(rows, rank),
+        row_terms=layer.wide(rows, 2),
+        norm_partial=layer.wide(grid[0], attributes, 4, rank),
+        noise_grad=layer.wide(attributes, tokens, layer.experts) if wants_noise else None,
+    )
+    launch(
+        mixture_backward, grid,
+        *saved, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise, layer.noise,
+        given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
+        prepared.column_sums, prepared.shift, back.mixed_grad, gates_grad, load_grad,
+        back.hidden_rows, back.hidden_grad, back.combined, back.mixed, back.router_grad,
+        back.noise_grad, layer.wide(rows, rank), back.normed_grad, back.row_terms,
+        back.norm_partial,
+        tokens, attributes, layer.width, rank, layer.hidden,
+        EXPERTS=layer.experts, TOP_K=given.top_k, NOISY=given.noise is not None,
+        **layer.tiles(tiles),
+    )  # fmt: skip
+    return back
+
+
+def _part_size(layer: Layer) -> int:
+    e, r, h = layer.experts, layer.rank, layer.hidden
+    return 2 * e * r * h + e * (r + h) + 2 * layer.attributes * e * r + 4 * r
+
+
+def _weight_parts(layer: Layer, back: _Rows, normed: Tensor, gates: Tensor) -> Tensor:
+    """[splits, size]: sums over fixed parts of the rows, laid out as `weight_gradients` says."""
+    given = layer.given
+    meta = layer.tiles(_GRADIENTS[layer.large])
+    splits = min(_SPLITS, triton.cdiv(layer.rows, _SPLIT_ROWS))
+    parts = layer.wide(splits, _part_size(layer))
+    tiles = back.norm_partial.shape[0] * layer.attributes
+    groups = layer.experts * triton.cdiv(layer.hidden, meta["BH"]) + layer.attributes + 1
+    meta["EP2"] = padded(2 * layer.experts)
+    del meta["EP"]
+    launch(
+        gradients.weight_gradients, (triton.cdiv(layer.rank, meta["BC"]), groups, splits),
+        normed, given.norm2_weight, given.norm2_bias, gates, given.fc2_weight, given.fc2_bias,
+        back.combined, back.mixed_grad, back.hidden_rows, back.hidden_grad, back.router_grad,
+        back.norm_partial, parts,
+        layer.tokens, triton.cdiv(layer.rows, splits), tiles, triton.cdiv(tiles, splits),
+        layer.attributes, layer.rank, layer.hidden,
+        EXPERTS=layer.experts, SIZE=parts.shape[1], **meta,
+    )  # fmt: skip
+    return parts
+
+
+# What `finish` writes, in the order it takes them.
+_FINISHED = (
+    "x", "scaler", "norm1_weight", "norm1_bias", "down", "norm2_weight", "norm2_bias", "gate",
+    "gate_noise", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "up",
+)  # fmt: skip
+_FROM_PARTS = frozenset(_FINISHED) - {"x", "scaler", "up"}
+
+
+def aomoa_backward(output_grads: Sequence[Tensor | None], *values: Any) -> list[Tensor]:
+    """The gradients wanted, in order: output_grads, the inputs, saved, mask."""
+    *inputs, saved, mask = values
+    layer = Layer(inputs)
+    given = layer.given
+    tokens, attributes = layer.tokens, layer.attributes
+    names = [name for name, wanted in zip(Arguments._fields, mask, strict=True) if wanted]
+    if tokens == 0:
+        return [torch.zeros_like(getattr(given, name)) for name in names]
+    out_grad = output_grads[0]
+    if out_grad is None:
+        out_grad = given.x.new_zeros(tokens, attributes * layer.out)
+    out_grad = out_grad.contiguous()
+    gates_grad, load_grad = (
+        None if grad is None else grad.float().contiguous() for grad in output_grads[1:]
+    )
+    saved = [tensor.contiguous() for tensor in saved]  # gates, normed, statistics
+    grads: dict[str, Tensor | None] = dict.fromkeys(Arguments._fields)
+    if "weight" in names:
+        grads["weight"] = out_grad.t() @ given.x
+    if "bias" in names:
+        grads["bias"] = out_grad.sum(0)
+
+    prepared = prepare(layer, scale=True)
+    by_attribute = out_grad.view(tokens, attributes, layer.out).transpose(0, 1)  # [A, T, o]
+    back = _through_the_mixture(
+        layer, prepared, saved, by_attribute, gates_grad, load_grad, "noise" in names
+    )
+    if back.noise_grad is not None and given.noise is not None:
+        grads["noise"] = back.noise_grad.to(given.noise.dtype)
+    parts = None
+    if _FROM_PARTS.intersection(names):
+        parts = _weight_parts(layer, back, saved[1], saved[0])
+    up_products = down_products = None
+    if "up" in names or "scaler" in names:
+        up_products = _wide_mm(by_attribute.transpose(1, 2), back.mixed.transpose(0, 1))
+    if {"down", "norm1_weight", "norm1_bias"}.intersection(names):
+        down_products = _wide_mm(back.normed_grad.t(), given.x.view(layer.rows, layer.width))
+    for name in _FINISHED:
+        if name in names and name != "x":
+            grads[name] = torch.empty_like(getattr(given, name))
+    if "x" in names:
+        grads["x"] = x_grad = out_grad @ given.weight
+        x_grad.view(layer.rows, layer.width).addmm_(back.normed_grad, prepared.folded)
+    _finish(layer, back, parts, up_products, down_products, grads)
+    return [grad for name in names if (grad := grads[name]) is not None]
+
+
+def _finish(
+    layer: Layer, back: _Rows, parts: Tensor | None, up_products: Tensor | None,
+    down_products: Tensor | None, grads: dict[str, Tensor | None],
+) -> None:  # fmt: skip
+    given = layer.given
+    columns = 64  # of a program of norm1's gradients
+    x_programs = 0 if grads["x"] is None else triton.cdiv(given.x.numel(), FLAT)
+    part_programs = 0 if parts is None else triton.cdiv(_part_size(layer), FLAT)
+    down_programs = 0 if grads["down"] is None else layer.rank
+    norm_programs = 0 if down_products is None else triton.cdiv(layer.width, columns)
+    up_programs = 0 if up_products is None else layer.out
+    programs = x_programs + part_programs + down_programs + norm_programs + up_programs
+    if programs == 0:
+        return
+    launch(
+        gradients.finish, (programs,),
+        given.x, given.scaler, given.norm1_weight, given.norm1_bias, given.down, given.up,
+        back.row_terms, parts, up_products, down_products, *(grads[name] for name in _FINISHED),
+        layer.rows, 1 if parts is None else parts.shape[0], x_programs,
+        part_programs, down_programs, norm_programs,
+        layer.attributes, layer.width, layer.out, layer.rank, layer.hidden,
+        EXPERTS=layer.experts, SIZE=_part_size(layer), BLOCK=FLAT, BJ=16, BW=columns,
+    )  # fmt: skip
+
+
+# The paper's two layers, and one of no round size with a hidden layer of one. Tokens do not matter:
+# no kernel is compiled for their number.
+_SHAPES = {
+    "fc1": {"width": 1024, "out": 4096, "rank": 128, "hidden": 16, "experts": 4, "attributes": 2},
+    "fc2": {"width": 4096, "out": 1024, "rank": 512, "hidden": 64, "experts": 4, "attributes": 2},
+    "odd": {"width": 75, "out": 33, "rank": 19, "hidden": 1, "experts": 5, "attributes": 3},
+}
+
+
+def _example(
+    dtype: torch.dtype, width: int, out: int, rank: int, hidden: int, experts: int, attributes: int
+) -> Arguments:
+    tokens, d = 394, width // attributes
+    shapes = (
+        (tokens, width), (out, width), (out,), (out,), (d,), (d,), (rank, d), (rank,), (rank,),
+        (attributes, rank, experts), (attributes, rank, experts), (attributes, tokens, experts),
+        (experts, hidden, rank), (experts, hidden), (experts, rank, hidden), (experts, rank),
+        (out // attributes, rank),
+    )  # fmt: skip
+    tensors: list[Any] = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+    return Arguments(*[*tensors, min(2, experts), 1e-5])
+
+
+def compilations() -> Iterator[Compilation]:
+    """What both passes compile: every type at fc2 and, in bfloat16, at the other shapes."""
+    cases = [("bfloat16", name) for name in _SHAPES] + [("float32", "fc2"), ("float16", "fc2")]
+    for dtype, name in cases:
+        given = _example(getattr(torch, dtype), **_SHAPES[name])
+        with recorded() as launches:
+            out, gates, load, normed, statistics = aomoa(*given)
+            mask = [name not in ("weight", "bias") for name in Arguments._fields[:-2]]
+            saved = [gates, normed, statistics]
+            aomoa_backward([out, gates, load], *given, saved, [*mask, False, False])
+        for compiled in launches:
+            yield compiled._replace(dtype=dtype, shape=name)

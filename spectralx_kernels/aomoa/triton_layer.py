@@ -1,0 +1,139 @@
+"""What both passes of AoMoA in Triton begin with: arguments, their sizes, folded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from spectralx_kernels._triton import launch
+from spectralx_kernels.aomoa import triton_products as products
+
+MOST_EXPERTS = 256  # a tile's logits stay in registers
+FLAT = 1024  # elements of a program that takes a tensor as a flat one
+
+
+class Tiles(NamedTuple):
+    """Sizes of a kernel's tiles: tokens, columns of the rank, columns of the hidden layer."""
+
+    tokens: int
+    columns: int
+    hidden: int
+    warps: int = 4
+    stages: int = 2
+
+
+class Arguments(NamedTuple):
+    """The operator's arguments, in its order."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scaler: Tensor
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    down: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+    gate: Tensor
+    gate_noise: Tensor
+    noise: Tensor | None
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+    up: Tensor
+    top_k: int
+    norm_eps: float
+
+
+_WEIGHTS = ("weight", "down", "gate", "fc1_weight", "fc2_weight", "up")
+
+
+class Layer:
+    """Contiguous arguments and their sizes."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        plain: list[Any] = [v.contiguous() if isinstance(v, Tensor) else v for v in values]
+        self.given = given = Arguments(*plain)
+        self.noise = None if given.noise is None else given.noise.float()
+        x = given.x
+        for name, value in given._asdict().items():
+            if isinstance(value, Tensor) and name != "noise" and value.dtype != x.dtype:
+                raise TypeError(f"{name}: got dtype {value.dtype}, expected {x.dtype} as x")
+            # Offsets into weights are 32-bit integers; those into what grows with tokens are not.
+            if name in _WEIGHTS and isinstance(value, Tensor) and value.numel() >= 2**30:
+                raise ValueError(f"{name}: got {value.numel()} elements, expected below 2**30")
+        if x.dtype == torch.float64:
+            raise TypeError("x: got dtype torch.float64, expected float32, bfloat16 or float16")
+        self.attributes, self.rank, self.experts = given.gate.shape
+        if self.experts > MOST_EXPERTS:
+            raise ValueError(
+                f"gate: got {self.experts} experts, expected at most {MOST_EXPERTS} in Triton"
+            )
+        self.tokens, self.in_width = x.shape
+        self.width = self.in_width // self.attributes
+        self.out = given.weight.shape[0] // self.attributes
+        self.hidden = given.fc1_weight.shape[1]
+        self.rows = self.tokens * self.attributes
+        self.narrow = x.dtype != torch.float32
+        # Large tiles need tensor cores, and rows that begin at a multiple of 16 bytes: else every
+        # element has an address of its own, and registers run out.
+        sizes = (self.width, self.out, self.rank, self.hidden)
+        self.large = self.narrow and all(size % 8 == 0 for size in sizes)
+        self.padded_experts = padded(self.experts)
+
+    def plain(self, *shape: int) -> Tensor:
+        """Memory in the type of x."""
+        return self.given.x.new_empty(shape)
+
+    def wide(self, *shape: int) -> Tensor:
+        return self.given.x.new_empty(shape, dtype=torch.float32)
+
+    def grid(self, tile: int) -> tuple[int, int]:
+        return triton.cdiv(self.tokens, tile), self.attributes
+
+    def tiles(self, given: Tiles) -> dict[str, int]:
+        """Meta-parameters of a kernel that goes through the mixture."""
+        return {
+            "BM": given.tokens,
+            "BC": min(padded(self.rank), given.columns),
+            "BH": min(padded(self.hidden), given.hidden),
+            "EP": self.padded_experts,
+            "num_warps": given.warps,
+            "num_stages": given.stages,
+        }
+
+
+def padded(size: int) -> int:
+    """A power of two that tl.dot takes."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+class Prepared(NamedTuple):
+    """What both passes fold into weights."""
+
+    folded: Tensor  # [r, d]
+    column_sums: Tensor  # [r], of folded as it was rounded
+    shift: Tensor  # [r]
+    scaled_up: Tensor | None  # [A, out / A, r]
+
+
+def prepare(layer: Layer, *, scale: bool) -> Prepared:
+    given = layer.given
+    scaled_up = layer.plain(layer.attributes, layer.out, layer.rank) if scale else None
+    prepared = Prepared(
+        layer.plain(layer.rank, layer.width), layer.wide(layer.rank), layer.wide(layer.rank),
+        scaled_up,
+    )  # fmt: skip
+    flat = 0 if scaled_up is None else triton.cdiv(scaled_up.numel(), FLAT)
+    launch(
+        products.prepare, (layer.rank + flat,),
+        given.norm1_weight, given.norm1_bias, given.down, given.up, given.scaler, *prepared,
+        layer.width, layer.rank, layer.out, layer.attributes,
+        SCALE=scale, BLOCK=FLAT,
+    )  # fmt: skip
+    return prepared
