@@ -109,8 +109,12 @@ def upsample_cross_entropy(
     label_smoothing: float,
     reduction: int,
     align_corners: bool,
+    with_gradient: bool = False,
 ) -> Tensor:
-    """Cross-entropy of upsampled logits [B, K, h, w] against labels [B, H, W]."""
+    """Cross-entropy of upsampled logits [B, K, h, w] against labels [B, H, W].
+
+    `with_gradient` lets a kernel keep the gradient of the logits; here autograd has its own ways.
+    """
     wide = accumulation_dtype(logits.dtype)
     classes = logits.shape[1]
     log_p = torch.log_softmax(resize(logits.to(wide), size, align_corners), dim=1)
@@ -145,6 +149,27 @@ def upsample_argmax(logits: Tensor, size: list[int], align_corners: bool) -> Ten
     """Most probable class [B, H, W] of the upsampled logits, the lowest on ties."""
     wide = accumulation_dtype(logits.dtype)
     return resize(logits.detach().to(wide), size, align_corners).argmax(dim=1)
+
+
+def upsample_cross_entropy_argmax(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    confusion: Tensor | None,
+    size: list[int],
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    align_corners: bool,
+    with_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, most probable class [B, H, W], and `confusion` plus the counts of both; or [0, 0]."""
+    options = (size, ignore_index, label_smoothing, reduction, align_corners)
+    loss = upsample_cross_entropy(logits, target, weight, *options)
+    label = upsample_argmax(logits, size, align_corners)
+    if confusion is None:
+        return loss, label, label.new_empty(0, 0)
+    return loss, label, confusion_matrix_update(confusion, label, target, ignore_index)
 
 
 def upsample_argmax_probability(

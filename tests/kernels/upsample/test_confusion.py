@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectralx_kernels.upsample import confusion_matrix_update
-from spectralx_kernels.upsample.ops import CONFUSION_MATRIX_UPDATE
+from spectralx_kernels.upsample.confusion import CONFUSION_MATRIX_UPDATE
 from tests.kernels import ladder
 
 

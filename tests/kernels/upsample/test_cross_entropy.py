@@ -16,7 +16,7 @@ from spectralx_kernels.upsample import (
     check_labels,
     upsample_cross_entropy,
 )
-from spectralx_kernels.upsample.ops import UPSAMPLE_CROSS_ENTROPY
+from spectralx_kernels.upsample.prediction import UPSAMPLE_CROSS_ENTROPY
 from spectralx_kernels.upsample.reference import REDUCTIONS
 from tests.kernels import ladder
 from tests.tolerances import ROUND_OFF
@@ -48,7 +48,7 @@ def test_ladder(reduction: str, weighted: bool, label_smoothing: float) -> None:
     weight = draw(3, seed=2).abs() if weighted else None
     target = labels(3, 2, 3, 4)
     code = REDUCTIONS.index(reduction)
-    args = (draw(2, 3, 2, 2), target, weight, [3, 4], 0, label_smoothing, code, False)
+    args = (draw(2, 3, 2, 2), target, weight, [3, 4], 0, label_smoothing, code, False, True)
     ladder.check_contract(UPSAMPLE_CROSS_ENTROPY, args)
     ladder.check_gradients(UPSAMPLE_CROSS_ENTROPY, args)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -193,7 +193,7 @@ def test_a_wrong_label_nobody_looked_at_is_nan_in_loss_and_gradient(
         target[0, 1, 2] = wrong
         code = REDUCTIONS.index(reduction)
         loss = UPSAMPLE_CROSS_ENTROPY(
-            logits, target, None, [4, 4], -100, 0.0, code, False, backend=backend
+            logits, target, None, [4, 4], -100, 0.0, code, False, True, backend=backend
         )
         (grad,) = torch.autograd.grad(loss, logits)
         assert loss.isnan()
