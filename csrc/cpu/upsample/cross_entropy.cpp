@@ -106,12 +106,15 @@ struct Loss {
       if (!whole) again.upstream = upstream;
       again.class_sums = at::zeros({3, logits.size(1)}, wide());
       run(again);
-      const double divisor_ = divisor(again);
-      Tensor gradient = (again.class_sums[0] + again.class_sums[1]).mul_(factor / divisor_);
-      if (reduction == kMean && again.weight_sum != 0) {  // the divisor depends on weight, too
-        const double mean = again.loss_sum / divisor_;
-        gradient.sub_(again.class_sums[2] * (factor * mean / divisor_));
+      Tensor gradient = again.class_sums[0] + again.class_sums[1];
+      if (reduction == kMean && again.weight_sum != 0) {
+        // The divisor depends on weight, too; loss and divisor from the same sums, which cancel.
+        const Tensor& counts = again.class_sums[2];
+        const Tensor total = again.weight.dot(counts);
+        const Tensor mean = again.weight.dot(gradient) / total;
+        gradient = (gradient - mean * counts) / total;
       }
+      gradient.mul_(factor);
       wanted.push_back(gradient.to(weight->scalar_type()));
     }
     return wanted;
