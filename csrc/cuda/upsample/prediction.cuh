@@ -173,7 +173,8 @@ __device__ void add_gradient(const Sources<S>& from, const PredictionSizes<Wide<
   const int t = threadIdx.x, width = s.columns.length;
   const bool opens = live && (t == 0 || source[t - 1] != source[t]);
   const bool closes = live && (t == filled - 1 || source[t + 1] != source[t]);
-  const bool alone = closes && (t == filled - 1 || source[t + 1] != source[t] + 1);
+  const bool spreads = s.columns.length != s.columns.size;  // to a second source column
+  const bool alone = spreads && closes && (t == filled - 1 || source[t + 1] != source[t] + 1);
   for (int begin = 0; begin < s.classes; begin += kClasses) {
     const int end = min(begin + kClasses, s.classes);
     for (int k = begin; live && k < end; ++k) {
@@ -204,7 +205,7 @@ __device__ void add_gradient(const Sources<S>& from, const PredictionSizes<Wide<
         if (opens) {
           W sum = 0;
           int from_ = t;
-          while (from_ > 0 && source[from_ - 1] == source[t] - 1) --from_;
+          while (spreads && from_ > 0 && source[from_ - 1] == source[t] - 1) --from_;
           for (int x = from_; x < t; ++x) sum += second[x] * value[x];
           for (int x = t; x < filled && source[x] == source[t]; ++x) sum += first[x] * value[x];
           part[source[t]] += sum;
