@@ -49,7 +49,7 @@ inline float logarithm(float x) {
   const float exponent = static_cast<float>((bits >> 23) - 127);
   const float fraction = std::bit_cast<float>((bits & 0x7fffff) | 0x3f800000);  // 1 to 2
   const float value = exponent * 0.6931471805599453f + log_one_plus(fraction - 1.0f);
-  return x == x ? value : x;
+  return value + (x - x);
 }
 
 inline double logarithm(double x) { return std::log(x); }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace spectralx::cpu {
@@ -45,7 +46,8 @@ struct Slots {
   std::vector<T> first_weight, second_weight;  // 0 in an empty slot
 
   explicit Slots(const Axis& axis) {
-    constexpr int64_t kLeast = 5;  // filled slots for which a tile beats a gather of as many
+    // A tile that gathers takes about as long as kGather that do not.
+    constexpr size_t kGather = 4;
     const auto size = static_cast<int64_t>(axis.first.size());
     std::vector<std::vector<int32_t>> ranked;  // [rank among the columns of one source]
     for (int64_t i = 0, rank = 0; i < size; ++i) {
@@ -53,22 +55,29 @@ struct Slots {
       if (rank == static_cast<int64_t>(ranked.size())) ranked.emplace_back();
       ranked[rank].push_back(static_cast<int32_t>(i));
     }
-    std::vector<int32_t> gathered;
+    std::vector<std::vector<int32_t>> sparse;  // tiles with few columns
+    size_t left = 0;
     for (const auto& columns : ranked) {
       for (size_t begin = 0, end = 0; begin < columns.size(); begin = end) {
         const int64_t first = axis.first[columns[begin]];
         while (end < columns.size() && axis.first[columns[end]] < first + kLanes) ++end;
-        if (static_cast<int64_t>(end - begin) < kLeast) {
-          gathered.insert(gathered.end(), columns.begin() + begin, columns.begin() + end);
-          continue;
+        std::vector<int32_t> tile(columns.begin() + begin, columns.begin() + end);
+        if (tile.size() > kLanes / kGather) {
+          read_alike(axis, tile);
+        } else {
+          left += tile.size();
+          sparse.push_back(std::move(tile));
         }
-        open(static_cast<int32_t>(first));
-        for (size_t i = begin; i < end; ++i) fill(axis, axis.first[columns[i]] - first, columns[i]);
       }
     }
-    for (size_t i = 0; i < gathered.size(); ++i) {
-      if (i % kLanes == 0) open(-1);
-      fill(axis, static_cast<int64_t>(i % kLanes), gathered[i]);
+    const bool gather = (left + kLanes - 1) / kLanes * kGather < sparse.size();
+    size_t gathered = 0;
+    for (const auto& tile : sparse) {
+      if (!gather) read_alike(axis, tile);
+      for (size_t i = 0; gather && i < tile.size(); ++i, ++gathered) {
+        if (gathered % kLanes == 0) open(-1);
+        fill(axis, static_cast<int64_t>(gathered % kLanes), tile[i]);
+      }
     }
   }
 
@@ -76,6 +85,11 @@ struct Slots {
   int64_t size() const { return static_cast<int64_t>(column.size()); }
 
  private:
+  void read_alike(const Axis& axis, const std::vector<int32_t>& columns) {
+    const int64_t first = axis.first[columns[0]];
+    open(static_cast<int32_t>(first));
+    for (const int32_t column : columns) fill(axis, axis.first[column] - first, column);
+  }
   void open(int32_t first) {
     base.push_back(first);
     column.resize(column.size() + kLanes, -1);

@@ -33,7 +33,7 @@ struct PixelRow {
   int32_t* best;   // class of the largest logit: the lowest on ties, the first NaN if there is one
   T* sum;          // of exp(u - largest)
   T* log_sum;      // its logarithm
-  T* gap;          // largest - u[hot]; 0 where hot is -1
+  T* gap;          // largest - u[hot]; anything where hot is -1
   T* smooth;       // sum over classes of class_weight (largest - u)
 
   // Gradient of u[c] at a slot: of_softmax softmax[c] - of_weight class_weight[c], less of_hot at

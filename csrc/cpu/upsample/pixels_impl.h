@@ -53,71 +53,116 @@ inline void logits_of(const PixelRow<T>& row, int64_t tile, const T* line, T* ou
 // Fills row.values with u, `largest`, and row.best where wanted.
 template <typename T>
 inline void find_best(const PixelRow<T>& row, int64_t tile, T* largest) {
+  alignas(64) T top[kLanes];  // registers, as `best` is
   alignas(64) int32_t best[kLanes];
   logits_of(row, tile, row.line, row.values);
+#pragma omp simd
   for (int j = 0; j < kLanes; ++j) {
-    largest[j] = row.values[j];
+    top[j] = row.values[j];
     best[j] = 0;
   }
   for (int64_t k = 1; k < row.classes; ++k) {
-    alignas(64) T u[kLanes];
+    T* u = row.values + k * kLanes;
     logits_of(row, tile, row.line + k * row.stride, u);
-    T* kept = row.values + k * kLanes;
     const auto class_ = static_cast<int32_t>(k);
 #pragma omp simd
     for (int j = 0; j < kLanes; ++j) {
+      const T value = u[j];
       // Larger, or the first NaN.
-      const bool better = !(u[j] <= largest[j]) && largest[j] == largest[j];
-      kept[j] = u[j];
+      const bool better = !(value <= top[j]) & (top[j] == top[j]);
       best[j] = better ? class_ : best[j];
-      largest[j] = better ? u[j] : largest[j];
+      top[j] = better ? value : top[j];
     }
   }
+  std::copy(top, top + kLanes, largest);
   if (row.best != nullptr) std::copy(best, best + kLanes, row.best + tile * kLanes);
 }
 
-template <typename T>
-void add_gradient(const PixelRow<T>& row, int64_t tile, const T* sum) {
-  const int64_t at = tile * kLanes;
-  alignas(64) T share[kLanes], hot_grad[kLanes];  // share: of exp(u - largest), 0 at empty slots
-  alignas(64) T live[kLanes];
+// sum of exp(u - largest) over the classes; kKeep: row.values become those exponentials.
+template <bool kKeep, typename T>
+inline void add_exponentials(const PixelRow<T>& row, const T* largest, T* sum) {
+  alignas(64) T top[kLanes], total[kLanes];
+#pragma omp simd
   for (int j = 0; j < kLanes; ++j) {
-    live[j] = row.column[at + j] < 0 ? T(0) : T(1);
-    const T softmax_grad = row.of_top ? -row.of_top[at + j] / sum[j] : row.of_softmax[at + j];
-    hot_grad[j] = row.of_top ? softmax_grad : row.of_hot[at + j];
-    share[j] = softmax_grad / sum[j];
+    top[j] = largest[j];
+    total[j] = 0;
+  }
+  T* u = row.values;
+  for (int64_t k = 0; k < row.classes; ++k, u += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; ++j) {
+      const T value = exponential(u[j] - top[j]);
+      if constexpr (kKeep) u[j] = value;
+      total[j] += value;
+    }
+  }
+  std::copy(total, total + kLanes, sum);
+}
+
+template <typename T>
+inline void add_gradient(const PixelRow<T>& row, int64_t tile, const T* sum) {
+  const int64_t at = tile * kLanes;
+  alignas(64) T share[kLanes], hot_grad[kLanes];  // share: of exp(u - largest)
+  alignas(64) T live[kLanes];                     // 0 at empty slots
+#pragma omp simd
+  for (int j = 0; j < kLanes; ++j) live[j] = row.column[at + j] < 0 ? T(0) : T(1);
+  if (row.of_top != nullptr) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; ++j) {
+      hot_grad[j] = -row.of_top[at + j] / sum[j];
+      share[j] = hot_grad[j] / sum[j];
+    }
+  } else {
+#pragma omp simd
+    for (int j = 0; j < kLanes; ++j) {
+      hot_grad[j] = row.of_hot[at + j];
+      share[j] = row.of_softmax[at + j] / sum[j];
+    }
   }
   const int32_t* hot = row.of_top ? row.best : row.hot;
   const T *first = row.first_weight + at, *second = row.second_weight + at;
   const int32_t base = row.base[tile];
-  for (int64_t k = 0; k < row.classes; ++k) {
-    T* grad = row.values + k * kLanes;
-    const T weight = row.of_weight ? row.class_weight[k] : T(0);
-    const T* of_weight = row.of_weight ? row.of_weight + at : live;
+  if (row.of_weight != nullptr) {
+    for (int64_t k = 0; k < row.classes; ++k) {
+      T* grad = row.values + k * kLanes;
+      const T weight = row.class_weight[k];
 #pragma omp simd
-    for (int j = 0; j < kLanes; ++j) {
-      // An empty slot's exponential may be anything.
-      grad[j] = live[j] != T(0) ? share[j] * grad[j] - of_weight[j] * weight : T(0);
+      for (int j = 0; j < kLanes; ++j) {
+        grad[j] = share[j] * grad[j] - row.of_weight[at + j] * weight;
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < row.classes; ++k) {
+      T* grad = row.values + k * kLanes;
+#pragma omp simd
+      for (int j = 0; j < kLanes; ++j) grad[j] *= share[j];
     }
   }
   for (int j = 0; j < kLanes; ++j) {
     if (live[j] != T(0) && hot[at + j] >= 0) row.values[hot[at + j] * kLanes + j] -= hot_grad[j];
   }
-  for (int64_t k = 0; k < row.classes; ++k) {
-    const T* grad = row.values + k * kLanes;
-    T *a = row.first_grad + k * row.stride, *b = row.second_grad + k * row.stride;
-    if (base < 0) {
+  const T* grad = row.values;
+  T *a = row.first_grad, *b = row.second_grad;
+  if (base < 0) {
+    const int32_t* source = row.source + at;
+    for (int64_t k = 0; k < row.classes; ++k, grad += kLanes, a += row.stride, b += row.stride) {
       for (int j = 0; j < kLanes; ++j) {
         if (live[j] == T(0)) continue;
-        a[row.source[at + j]] += first[j] * grad[j];
-        b[row.source[at + j]] += second[j] * grad[j];
+        a[source[j]] += first[j] * grad[j];
+        b[source[j]] += second[j] * grad[j];
       }
-      continue;
     }
+    return;
+  }
+  a += base;
+  b += base;
+  for (int64_t k = 0; k < row.classes; ++k, grad += kLanes, a += row.stride, b += row.stride) {
 #pragma omp simd
     for (int j = 0; j < kLanes; ++j) {
-      a[base + j] += first[j] * grad[j];
-      b[base + j] += second[j] * grad[j];
+      // Anything may stand at an empty slot.
+      const T value = live[j] != T(0) ? grad[j] : T(0);
+      a[j] += first[j] * value;
+      b[j] += second[j] * value;
     }
   }
 }
@@ -130,8 +175,8 @@ void pixels(const PixelRow<T>& row) {
     find_best(row, tile, largest);
     if (row.gap != nullptr) {
       for (int j = 0; j < kLanes; ++j) {
-        const int32_t hot = row.hot[at + j];
-        row.gap[at + j] = hot < 0 ? T(0) : largest[j] - row.values[hot * kLanes + j];
+        const int32_t hot = std::max(row.hot[at + j], 0);
+        row.gap[at + j] = largest[j] - row.values[hot * kLanes + j];
       }
     }
     if (row.smooth != nullptr) {
@@ -145,22 +190,10 @@ void pixels(const PixelRow<T>& row) {
       std::copy(smooth, smooth + kLanes, row.smooth + at);
     }
     if (!row.wants_exponentials) continue;
-    for (int j = 0; j < kLanes; ++j) sum[j] = 0;
-    if (row.first_grad == nullptr) {  // u stays
-      for (int64_t k = 0; k < row.classes; ++k) {
-        const T* u = row.values + k * kLanes;
-#pragma omp simd
-        for (int j = 0; j < kLanes; ++j) sum[j] += exponential(u[j] - largest[j]);
-      }
+    if (row.first_grad == nullptr) {
+      add_exponentials<false>(row, largest, sum);
     } else {
-      for (int64_t k = 0; k < row.classes; ++k) {
-        T* u = row.values + k * kLanes;
-#pragma omp simd
-        for (int j = 0; j < kLanes; ++j) {
-          u[j] = exponential(u[j] - largest[j]);
-          sum[j] += u[j];
-        }
-      }
+      add_exponentials<true>(row, largest, sum);
     }
     if (row.sum != nullptr) std::copy(sum, sum + kLanes, row.sum + at);
 #pragma omp simd

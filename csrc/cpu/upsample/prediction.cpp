@@ -106,7 +106,7 @@ struct Worker {
   PredictionPass& p;
   Tensor memory;
   T *sources[2], *line, *first_grad, *second_grad, *top_grad, *bottom_grad, *values;
-  T *sum, *log_sum, *gap, *smooth, *of_softmax, *of_hot, *of_weight;  // a slot
+  T *sum, *log_sum, *gap, *smooth, *hot_weight, *of_softmax, *of_hot, *of_weight;  // a slot
   std::vector<int32_t> hot, best;
   int64_t loaded[2];
   PixelRow<T> row{};
@@ -116,7 +116,7 @@ struct Worker {
   explicit Worker(Job<T>& job_) : job(job_), p(job.p), hot(job.slots.size(), -1), best(hot) {
     const int64_t plane = job.classes * job.stride, slots = job.slots.size();
     const bool gradient = p.gradient.defined();
-    memory = at::zeros({plane * (gradient ? 7 : 3) + job.classes * kLanes + 7 * slots + kLanes},
+    memory = at::zeros({plane * (gradient ? 7 : 3) + job.classes * kLanes + 8 * slots},
                        p.logits.options().dtype(c10::CppTypeToScalarType<T>::value));
     T* next = data<T>(memory);
     const auto take = [&next](int64_t n) { return std::exchange(next, next + n); };
@@ -125,7 +125,7 @@ struct Worker {
       for (T** buffer : {&first_grad, &second_grad, &top_grad, &bottom_grad}) *buffer = take(plane);
     }
     values = take(job.classes * kLanes);
-    for (T** buffer : {&sum, &log_sum, &gap, &smooth, &of_softmax, &of_hot, &of_weight}) {
+    for (T** buffer : {&sum, &log_sum, &gap, &smooth, &hot_weight, &of_softmax, &of_hot, &of_weight}) {
       *buffer = take(slots);
     }
     if (p.confusion.defined()) counts.assign(job.classes * job.classes, 0);
@@ -236,22 +236,25 @@ struct Worker {
       const L* labels =
           p.target.const_data_ptr<L>() + image * p.target.stride(0) + y * p.target.stride(1);
       const int64_t by_column = p.target.stride(2);
+      bool all_known = true;
       for (int64_t s = 0; s < slots; ++s) {
-        hot[s] = -1;
-        if (column[s] < 0) continue;
-        const auto value = static_cast<int64_t>(labels[column[s] * by_column]);
-        if (value == p.ignore_index) continue;
-        if (value >= 0 && value < job.classes) {
-          hot[s] = static_cast<int32_t>(value);
-        } else {
-          wrong.see(value);
-        }
+        const auto value = static_cast<int64_t>(labels[std::max(column[s], 0) * by_column]);
+        const bool known = static_cast<uint64_t>(value) < static_cast<uint64_t>(job.classes);
+        const bool counts = value != p.ignore_index && column[s] >= 0;
+        hot[s] = known && counts ? static_cast<int32_t>(value) : -1;
+        hot_weight[s] = job.class_weight[known ? value : 0];
+        all_known = all_known && (known || !counts);
+      }
+      for (int64_t s = 0; s < slots && !all_known; ++s) {
+        const auto value = static_cast<int64_t>(labels[std::max(column[s], 0) * by_column]);
+        if (column[s] < 0 || value == p.ignore_index) continue;
+        if (value < 0 || value >= job.classes) wrong.see(value);
       }
     });
     if (!p.gradient.defined() && !p.class_sums.defined()) return;
     for (int64_t s = 0; s < slots; ++s) {
       const T scale = hot[s] < 0 ? T(0) : upstream ? upstream[column[s]] : T(1);
-      of_hot[s] = hot[s] < 0 ? T(0) : scale * job.hot_share * job.class_weight[hot[s]];
+      of_hot[s] = hot[s] < 0 ? T(0) : scale * job.hot_share * hot_weight[s];
       of_weight[s] = scale * job.smooth_share;
       of_softmax[s] = of_hot[s] + of_weight[s] * job.weight_total;
     }
@@ -274,26 +277,33 @@ struct Worker {
       }
     }
     if (!p.target.defined()) return;
-    T* losses = p.losses.defined() ? data<T>(p.losses) + at : nullptr;
-    T* sums = p.class_sums.defined() ? data<T>(job.class_sums) + index * 3 * job.classes : nullptr;
-    double loss_sum = 0, weight_sum = 0;
-    for (int64_t s = 0; s < slots; ++s) {
-      T loss = 0;
-      if (hot[s] >= 0) {
-        const T weight = job.class_weight[hot[s]];
-        loss = job.hot_share * weight * (log_sum[s] + gap[s]);
-        if (row.smooth) loss += job.smooth_share * (job.weight_total * log_sum[s] + smooth[s]);
-        loss_sum += static_cast<double>(loss);
-        weight_sum += static_cast<double>(weight);
-        if (!counts.empty()) ++counts[hot[s] * job.classes + best[s]];
-        if (sums != nullptr) {
-          const T* upstream = data<T>(p.upstream);
-          const T scale = upstream ? upstream[at + column[s]] : T(1);
-          sums[hot[s]] += scale * job.hot_share * (log_sum[s] + gap[s]);
-          sums[2 * job.classes + hot[s]] += T(1);
-        }
+    if (p.class_sums.defined()) {
+      T* sums = data<T>(job.class_sums) + index * 3 * job.classes;
+      const T* upstream = data<T>(p.upstream);
+      for (int64_t s = 0; s < slots; ++s) {
+        if (hot[s] < 0) continue;
+        const T scale = upstream ? upstream[at + column[s]] : T(1);
+        sums[hot[s]] += scale * job.hot_share * (log_sum[s] + gap[s]);
+        sums[2 * job.classes + hot[s]] += T(1);
       }
-      if (losses != nullptr && column[s] >= 0) losses[column[s]] = loss;
+    }
+    double loss_sum = 0, weight_sum = 0;
+    T* loss = gap;  // in its place
+    for (int64_t s = 0; s < slots; ++s) {
+      T value = job.hot_share * hot_weight[s] * (log_sum[s] + gap[s]);
+      if (row.smooth) value += job.smooth_share * (job.weight_total * log_sum[s] + smooth[s]);
+      loss[s] = hot[s] < 0 ? T(0) : value;
+      loss_sum += static_cast<double>(loss[s]);
+      weight_sum += hot[s] < 0 ? 0.0 : static_cast<double>(hot_weight[s]);
+    }
+    for (int64_t s = 0; s < slots && !counts.empty(); ++s) {
+      if (hot[s] >= 0) ++counts[hot[s] * job.classes + best[s]];
+    }
+    if (p.losses.defined()) {
+      T* losses = data<T>(p.losses) + at;
+      for (int64_t s = 0; s < slots; ++s) {
+        if (column[s] >= 0) losses[column[s]] = loss[s];
+      }
     }
     job.loss_sums[index] += loss_sum;
     job.weight_sums[index] += weight_sum;
