@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def draw(case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(
-    library: ctypes.CDLL, case: str, logits: Tensor, wanted: dict[str, tuple[int, ...]],
+    library: ctypes.CDLL, case: str, logits: Tensor, wanted: Mapping[str, tuple[int, ...]],
     target: Tensor | None = None, **given: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Outputs `wanted` (name -> shape) of a pass; `given` are further members."""

@@ -128,6 +128,18 @@ def test_compiles() -> None:
     ladder.check_compiles(run, args, compiler="aot_eager")
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_devices_without_a_kernel_keep_the_same_gradient(reduction: str) -> None:
+    """The default kernel: the same outputs, the hidden ones included."""
+    args = arguments("wide", reduction=reduction)
+    expected = UPSAMPLE_CROSS_ENTROPY_ARGMAX._forward_kernel(*args)
+    found = UPSAMPLE_CROSS_ENTROPY_ARGMAX.op(*args)
+    assert len(found) == len(expected) == 4
+    assert expected[3].shape == ((0,) if reduction == "none" else args[0].shape)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @given(
     batch=st.integers(0, 2),
     classes=st.integers(1, 6),
