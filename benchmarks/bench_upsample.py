@@ -1,7 +1,7 @@
 """What follows a bilinear upsampling: a convolution, and the loss and prediction of stage 2.
 
-``eager`` forms the upsampled map. The loss comes with the prediction at the labels' size, as in
-training with a running score; ``fwd+bwd`` differentiates the logits.
+``eager`` forms the upsampled map, once. The loss comes with the prediction at the labels' size, as
+in training with a running score; ``fwd+bwd`` differentiates the logits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import floors
 from benchmarks.case import Case, Draw, Setting, Tensors, rotating
 from benchmarks.shapes import FORWARD, UpsampleCeShape, UpsampleConvShape
-from spectralx_kernels import upsample_argmax, upsample_conv2d, upsample_cross_entropy
+from spectralx_kernels import upsample_conv2d, upsample_cross_entropy_argmax
 
 
 def build_conv(shape: UpsampleConvShape, mode: str, setting: Setting) -> Case:
@@ -55,8 +55,8 @@ def build_ce(shape: UpsampleCeShape, mode: str, setting: Setting) -> Case:
         return logits.requires_grad_(mode != FORWARD), labels
 
     def run(logits: Tensor, labels: Tensor, backend: str | None = None) -> Tensors:
-        loss = upsample_cross_entropy(logits, labels, ignore_index=0, backend=backend)
-        return loss, upsample_argmax(logits.detach(), shape.high, backend=backend)
+        found = upsample_cross_entropy_argmax(logits, labels, ignore_index=0, backend=backend)
+        return found.loss, found.label
 
     # Logits and labels in, classes out (64-bit); backward, the same in, the gradient out.
     eight = 8 // setting.dtype.itemsize

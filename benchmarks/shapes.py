@@ -243,7 +243,7 @@ UPSAMPLE_CONV: tuple[UpsampleConvShape, ...] = tuple(
 UPSAMPLE_CE: tuple[UpsampleCeShape, ...] = tuple(
     UpsampleCeShape(
         name=f"{sensor}-{CLASSES[sensor]}-b{batch}", batch=batch, classes=CLASSES[sensor],
-        small=batch == 2 and sensor == "whu", compiled=(FORWARD,),
+        small=batch == 2, compiled=(FORWARD, TRAINING) if sensor == "whu" else (),
     )
     for batch in (2, 32)
     for sensor in ("whu", "dfc")

@@ -17,7 +17,12 @@ from spectralx.metrics import SegmentationScores
 from spectralx.reconstruction import MaskedReconstruction, Reconstruction
 from spectralx.segmentation import Segmentation
 from spectralx.settings import OptimizerSettings
-from spectralx_kernels import masked_patch_loss, upsample_argmax, upsample_cross_entropy
+from spectralx_kernels import (
+    masked_patch_loss,
+    upsample_argmax,
+    upsample_cross_entropy,
+    upsample_cross_entropy_argmax,
+)
 
 PLATEAU_FACTOR = 0.1
 
@@ -211,12 +216,10 @@ class SegmentationStage(_Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits, masks = self.model(batch["image"]), separate_masks(batch["mask"])
-        predictions = predict_masks(logits, batch["mask"])
-        parts = _separate_logits(logits, masks)
-        for part, prediction, truth in zip(parts, predictions, masks, strict=True):
-            self.scores.update(prediction, truth)
-            loss = upsample_cross_entropy(part, truth, ignore_index=0)
-            self.log_validation("loss", loss, len(part))
+        for part, truth in zip(_separate_logits(logits, masks), masks, strict=True):
+            found = upsample_cross_entropy_argmax(part, truth, ignore_index=0)
+            self.scores.update(found.label, truth)
+            self.log_validation("loss", found.loss, len(part))
 
     def on_validation_epoch_end(self) -> None:
         scores = self.scores.compute()

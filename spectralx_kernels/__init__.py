@@ -47,6 +47,7 @@ from spectralx_kernels.upsample import (
     upsample_argmax,
     upsample_conv2d,
     upsample_cross_entropy,
+    upsample_cross_entropy_argmax,
 )
 
 __version__ = "0.1.0"
@@ -86,6 +87,7 @@ __all__ = [
     "upsample_argmax",
     "upsample_conv2d",
     "upsample_cross_entropy",
+    "upsample_cross_entropy_argmax",
     "upsampled_l1_loss",
     "use_backend",
     "window_attention",

@@ -55,3 +55,21 @@ def check_range(name: str, value: int | float, low: float, high: float) -> None:
     """``low <= value <= high``."""
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value}, expected {low} to {high}")
+
+
+def check_map(name: str, x: Tensor, channels: str) -> None:
+    """`x` is [batch, `channels`, height, width], floating point, all but the batch at least 1."""
+    check_floating(name, x)
+    check_shape(name, x, ("batch", channels, "height", "width"))
+    if 0 in x.shape[1:]:
+        raise ValueError(
+            f"{name}: got shape {list(x.shape)}, expected {channels}, height, width of at least 1"
+        )
+
+
+def pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
+    """`value` for rows and columns, each at least `low`."""
+    sides = [value, value] if isinstance(value, int) else list(value)
+    if len(sides) != 2 or min(sides) < low:
+        raise ValueError(f"{name}: got {value}, expected two integers of at least {low}")
+    return sides

@@ -1,12 +1,12 @@
 """Convolution, cross-entropy and prediction of a bilinearly upsampled map."""
 
+from spectralx_kernels.upsample.confusion import check_labels, confusion_matrix_update
 from spectralx_kernels.upsample.modules import UpsampleConv2d, UpsampleCrossEntropyLoss
-from spectralx_kernels.upsample.ops import (
-    check_labels,
-    confusion_matrix_update,
+from spectralx_kernels.upsample.ops import upsample_conv2d
+from spectralx_kernels.upsample.prediction import (
     upsample_argmax,
-    upsample_conv2d,
     upsample_cross_entropy,
+    upsample_cross_entropy_argmax,
 )
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "upsample_argmax",
     "upsample_conv2d",
     "upsample_cross_entropy",
+    "upsample_cross_entropy_argmax",
 ]

@@ -100,27 +100,24 @@ def upsample_conv2d(
     return compute(x, weight, bias, size, padding, align_corners)
 
 
-def upsample_cross_entropy(
-    logits: Tensor,
+def cross_entropy(
+    upsampled: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    size: list[int],
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
-    align_corners: bool,
 ) -> Tensor:
-    """Cross-entropy of upsampled logits [B, K, h, w] against labels [B, H, W]."""
-    wide = accumulation_dtype(logits.dtype)
-    classes = logits.shape[1]
-    log_p = torch.log_softmax(resize(logits.to(wide), size, align_corners), dim=1)
+    """Cross-entropy of upsampled logits [B, K, H, W] against labels [B, H, W]."""
+    wide, classes = upsampled.dtype, upsampled.shape[1]
+    log_p = torch.log_softmax(upsampled, dim=1)
     target = target.long()
     valid = target != ignore_index
     known = valid & (target >= 0) & (target < classes)
     label = torch.where(known, target, torch.zeros_like(target)).unsqueeze(1)
 
     if weight is None:
-        weight = torch.ones(classes, dtype=wide, device=logits.device)
+        weight = torch.ones(classes, dtype=wide, device=upsampled.device)
     weight = weight.to(wide)
     pixel_weight = weight[label.squeeze(1)]
     losses = -log_p.gather(1, label).squeeze(1) * pixel_weight
@@ -133,11 +130,31 @@ def upsample_cross_entropy(
     zero = torch.zeros_like(losses)
     losses = torch.where(valid, losses, zero)
     if REDUCTIONS[reduction] == "none":
-        return losses.to(logits.dtype)
+        return losses
     loss = losses.sum()
     if REDUCTIONS[reduction] == "mean":
         total = torch.where(valid, pixel_weight, zero).sum()
         loss = loss / torch.where(total == 0, torch.ones_like(total), total)
+    return loss
+
+
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size: list[int],
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    align_corners: bool,
+    with_gradient: bool = False,
+) -> Tensor:
+    """Cross-entropy of the upsampled logits.
+
+    `with_gradient` lets a kernel keep the gradient of the logits; here autograd has its own ways.
+    """
+    upsampled = resize(logits.to(accumulation_dtype(logits.dtype)), size, align_corners)
+    loss = cross_entropy(upsampled, target, weight, ignore_index, label_smoothing, reduction)
     return loss.to(logits.dtype)
 
 
@@ -145,6 +162,27 @@ def upsample_argmax(logits: Tensor, size: list[int], align_corners: bool) -> Ten
     """Most probable class [B, H, W] of the upsampled logits, the lowest on ties."""
     wide = accumulation_dtype(logits.dtype)
     return resize(logits.detach().to(wide), size, align_corners).argmax(dim=1)
+
+
+def upsample_cross_entropy_argmax(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    confusion: Tensor | None,
+    size: list[int],
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    align_corners: bool,
+    with_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, most probable class [B, H, W], and `confusion` plus the counts of both; or [0, 0]."""
+    upsampled = resize(logits.to(accumulation_dtype(logits.dtype)), size, align_corners)
+    loss = cross_entropy(upsampled, target, weight, ignore_index, label_smoothing, reduction)
+    loss, label = loss.to(logits.dtype), upsampled.detach().argmax(dim=1)
+    if confusion is None:
+        return loss, label, label.new_empty(0, 0)
+    return loss, label, confusion_matrix_update(confusion, label, target, ignore_index)
 
 
 def upsample_argmax_probability(

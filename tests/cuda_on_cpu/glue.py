@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from spectralx_kernels.aomoa import ops, reference
+from spectralx_kernels.upsample import prediction
+from spectralx_kernels.upsample import reference as upsample_reference
 from tests.cuda_on_cpu.build import BUILD, ROOT, compile_cuda, compiler
 from tests.cuda_on_cpu.test_aomoa import CASES, draw, upstream
 from tests.kernels.ladder import relative_error
@@ -26,8 +28,8 @@ CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 def build() -> None:
     """Compile and load the kernels and the glue."""
-    folder = ROOT / "csrc" / "cuda" / "aomoa"
-    sources = [folder / name for name in ("gating.cu", "forward.cu", "backward.cu")]
+    folder = ROOT / "csrc" / "cuda"
+    sources = sorted(folder.rglob("*.cu"))
     kernels = compile_cuda(sources, "-O1", "-shared", "-Wl,-soname,spectralx_cuda_on_cpu.so")
     ctypes.CDLL(str(kernels), ctypes.RTLD_GLOBAL)
     target = BUILD / f"glue-{kernels.name.split('-')[-1]}.so"
@@ -35,7 +37,7 @@ def build() -> None:
     command = [str(compiler()), "-std=c++20", "-O0", "-shared", "-fPIC", "-Wall", "-I", str(stub)]
     command += [f"-I{path}" for path in [ROOT / "csrc", *include_paths()]]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    command += [str(folder / name) for name in ("gating_op.cpp", "aomoa_op.cpp")]
+    command += map(str, sorted(folder.rglob("*_op.cpp")))
     for path in library_paths():
         command += [f"-L{path}", f"-Wl,-rpath,{path}"]
     command += ["-ltorch_cpu", "-lc10"]
@@ -90,6 +92,45 @@ def check_gating() -> bool:
     return compare("gating backward", results, list(expected_grads), 1e-12) and passed
 
 
+def check_prediction(reduction: str, with_gradient: bool, batch: int) -> bool:
+    """Loss, prediction and counts of upsampled logits in float64, and their gradients."""
+    logits = torch.randn(batch, 5, 4, 3, dtype=torch.float64)
+    target, weight = torch.randint(0, 5, (batch, 9, 13)).short(), torch.rand(5).double() + 0.1
+    confusion = torch.ones(5, 5, dtype=torch.int64)
+    code = upsample_reference.REDUCTIONS.index(reduction)
+    options = ([9, 13], 0, 0.1, code, False, with_gradient)
+    passed = True
+    for name, operator, given in (
+        ("upsample_cross_entropy", prediction.UPSAMPLE_CROSS_ENTROPY, (weight,)),
+        (
+            "upsample_cross_entropy_argmax",
+            prediction.UPSAMPLE_CROSS_ENTROPY_ARGMAX,
+            (weight, confusion),
+        ),
+    ):
+        arguments = (logits, target, *given, *options)
+        found, expected = call(name, *arguments), operator._forward_kernel(*arguments)
+        passed &= compare(name, list(found), list(expected), 1e-12)
+        mask = [i == 0 for i in range(len(arguments))]
+        grads = [torch.randn_like(found[0]), None, None][: len(found) - 1]
+        found_grads = call(f"{name}_backward", grads, *arguments, [found[-1]], mask)
+        expected_grads = operator._backward_kernel(grads, *arguments, [], mask)
+        passed &= compare(f"{name} backward", found_grads, list(expected_grads), 1e-11)
+    size = ([9, 13], True)
+    found = call("upsample_argmax_probability", logits, *size)
+    expected = upsample_reference.upsample_argmax_probability(logits, *size)
+    passed &= compare("upsample_argmax_probability", list(found), list(expected), 1e-12)
+    passed &= torch.equal(call("upsample_argmax", logits, *size), expected[1])
+    grads = [torch.randn_like(found[0]), None]
+    backward: tuple[Any, ...] = (grads, logits, *size, [], [True, False, False])
+    found_grads = call("upsample_argmax_probability_backward", *backward)
+    expected_grads = prediction.UPSAMPLE_ARGMAX_PROBABILITY._backward_kernel(*backward)
+    passed &= compare("upsample_argmax_probability", found_grads, list(expected_grads), 1e-11)
+    counts = (confusion, expected[1], target, 0)
+    found = call("confusion_matrix_update", *counts)
+    return passed & torch.equal(found, upsample_reference.confusion_matrix_update(*counts))
+
+
 def main() -> int:
     """0 if everything agrees."""
     if compiler() is None:
@@ -104,6 +145,12 @@ def main() -> int:
     results += [check_layer("odd", tokens, everything) for tokens in (0, 1)]
     for only in range(count - 2):
         results.append(check_layer("odd", None, [i == only for i in range(count)]))
+    results += [
+        check_prediction(reduction, with_gradient, batch)
+        for reduction in upsample_reference.REDUCTIONS
+        for with_gradient in (False, True)
+        for batch in (2, 0)
+    ]
     print(f"{sum(results)} of {len(results)} checks of the CUDA operators passed")
     return 0 if all(results) else 1
 

@@ -6,7 +6,6 @@ The calls stand in the order of csrc/cuda/aomoa/aomoa_op.cpp.
 from __future__ import annotations
 
 import ctypes
-import re
 from typing import NamedTuple
 
 import torch
@@ -14,25 +13,9 @@ from torch import Tensor
 
 from tests.cuda_on_cpu.build import ROOT
 from tests.cuda_on_cpu.device import TYPE_CODES, Device
+from tests.cuda_on_cpu.structure import structure
 
-
-def _fields() -> list[tuple[str, type]]:
-    """Members of SpectralxAomoa, read from its declaration."""
-    text = (ROOT / "csrc" / "cuda" / "aomoa" / "kernels.h").read_text()
-    body = text.split("struct SpectralxAomoa {")[1].split("};")[0]
-    fields: list[tuple[str, type]] = []
-    for declaration in re.sub(r"//.*", "", body).split(";")[:-1]:
-        pointer = "*" in declaration
-        kind = ctypes.c_double if "double" in declaration else ctypes.c_int64
-        names = re.sub(r"\b(const|void|int64_t|double)\b|\*", "", declaration).split(",")
-        fields += [(name.strip(), ctypes.c_void_p if pointer else kind) for name in names]
-    return fields
-
-
-class Layer(ctypes.Structure):
-    """SpectralxAomoa of kernels.h."""
-
-    _fields_ = _fields()
+Layer = structure(ROOT / "csrc" / "cuda" / "aomoa" / "kernels.h", "SpectralxAomoa")
 
 
 class Weights(NamedTuple):

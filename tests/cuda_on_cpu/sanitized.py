@@ -30,7 +30,9 @@ def main(arguments: list[str]) -> int:
         "OMP_NUM_THREADS": "1",
     }
     folder = Path(__file__).parent
-    tests = [str(folder / name) for name in ("test_gating.py", "test_aomoa.py")]
+    tests = [
+        str(folder / name) for name in ("test_gating.py", "test_aomoa.py", "test_prediction.py")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", *(arguments or tests)]
     return subprocess.run(command, env=environment, check=False).returncode
 

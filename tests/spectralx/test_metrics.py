@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +89,38 @@ def test_table_lists_classes_and_overall_figures() -> None:
     assert lines["IoU tree"] == ["-", "-"]
     assert lines["mIoU"] == ["70.8", "0.0"]
     assert "unlabelled" not in table
+
+
+def _count_own_share(rank: int, world: int, folder: str) -> None:
+    """One process: every `world`-th image from `rank` on, then the scores of all."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    try:
+        prediction, target = _images()
+        metric = SegmentationScores(NAMES)
+        for epoch in range(2):  # reset clears what was gathered, too
+            metric.reset()
+            for index in range(rank, len(target), world):
+                metric.update(prediction[index], target[index])
+            found = metric.compute()
+            torch.save(found.matrix, f"{folder}/{epoch}-{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _images() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randint(0, 4, (2, 5, 6, 7), generator=generator)
+    return prediction, target
+
+
+def test_two_processes_score_what_one_would(tmp_path: Path) -> None:
+    """Shares of different sizes, over gloo."""
+    torch.multiprocessing.spawn(_count_own_share, (2, str(tmp_path)), nprocs=2)
+    whole = SegmentationScores(NAMES)
+    whole.update(*_images())
+    for epoch in range(2):
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{epoch}-{rank}.pt")
+            assert torch.equal(found, whole.compute().matrix)

@@ -6,12 +6,9 @@
 #include <optional>
 #include <tuple>
 
-namespace spectralx::cpu {
+#include "cpu/common/accumulation.h"
 
-// float64 for float64, else float32: what sums, softmaxes and norms are formed in.
-inline at::ScalarType accumulation_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
+namespace spectralx::cpu {
 
 // clean, raw_std, noise [A, T, E], the latter two both or neither; gates [A, T, E] and load [A, E]
 // in the accumulation type.

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/aomoa/glue.h"
+#include "cuda/common/glue.h"
 #include "cuda/aomoa/kernels.h"
 
 namespace {

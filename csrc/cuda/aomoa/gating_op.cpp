@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/aomoa/glue.h"
+#include "cuda/common/glue.h"
 #include "cuda/aomoa/kernels.h"
 
 namespace {

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spectralx_kernels import _backends
 from spectralx_kernels.upsample import confusion_matrix_update
-from spectralx_kernels.upsample.ops import CONFUSION_MATRIX_UPDATE
+from spectralx_kernels.upsample.confusion import CONFUSION_MATRIX_UPDATE
 from tests.kernels import ladder
+
+BACKENDS = _backends.available(CONFUSION_MATRIX_UPDATE.name, "cpu")
 
 
 def labels(classes: int, *shape: int, seed: int = 0) -> Tensor:
@@ -73,12 +76,45 @@ def test_small_integer_dtypes_do_not_overflow(backend: str) -> None:
 
 
 def test_a_wrong_label_nobody_looked_at_is_not_counted() -> None:
+    """Where the values cannot be looked at, as on a GPU."""
     confusion = torch.zeros(2, 2, dtype=torch.int64)
-    wrong = torch.tensor([0, 2, -1, 1])
-    found = CONFUSION_MATRIX_UPDATE(confusion, wrong, torch.tensor([0, 0, 1, 1]), -100)
-    assert found.tolist() == [[1, 0], [0, 1]]
-    found = CONFUSION_MATRIX_UPDATE(confusion, torch.tensor([0, 0, 1, 1]), wrong, -100)
-    assert found.tolist() == [[1, 0], [0, 1]]
+    wrong, right = torch.tensor([0, 2, -1, 1]), torch.tensor([0, 0, 1, 1])
+    reference = CONFUSION_MATRIX_UPDATE.reference
+    assert reference(confusion, wrong, right, -100).tolist() == [[1, 0], [0, 1]]
+    assert reference(confusion, right, wrong, -100).tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="no C++ kernel was built")
+def test_the_kernel_itself_refuses_what_is_no_class() -> None:
+    confusion, right = torch.zeros(3, 3).long(), torch.zeros(4).long()
+    wrong = torch.tensor([0, 7, -2, 1])
+    with pytest.raises(ValueError, match="prediction: got class -2, expected 0 to 2"):
+        CONFUSION_MATRIX_UPDATE(confusion, wrong, right, -100)
+    with pytest.raises(ValueError, match="target: got label -2, expected 0 to 2 or ignore_index"):
+        CONFUSION_MATRIX_UPDATE(confusion, right, wrong, -100)
+    assert not confusion.any()
+
+
+@pytest.mark.parametrize("classes", [2, 300])
+def test_more_pixels_than_a_block_on_any_number_of_threads(classes: int, backend: str) -> None:
+    shape = (3, 173, 251)
+    prediction, target = labels(classes, *shape).int(), labels(classes, *shape, seed=1).short()
+    expected = torch.bincount(
+        (target.long() * classes + prediction).flatten(), minlength=classes**2
+    ).view(classes, classes)
+    expected[1] = 0
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found = confusion_matrix_update(
+            torch.zeros_like(expected), prediction, target, 1, backend=backend
+        )
+        assert torch.equal(found, expected)
+        strided = confusion_matrix_update(
+            torch.zeros_like(expected), prediction.mT, target.mT, 1, backend=backend
+        )
+        assert torch.equal(strided, expected)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from spectralx_kernels.upsample import (
     UpsampleCrossEntropyLoss,
     check_labels,
     upsample_cross_entropy,
+    upsample_cross_entropy_argmax,
 )
-from spectralx_kernels.upsample.ops import UPSAMPLE_CROSS_ENTROPY
+from spectralx_kernels.upsample.prediction import UPSAMPLE_CROSS_ENTROPY
 from spectralx_kernels.upsample.reference import REDUCTIONS
 from tests.kernels import ladder
 from tests.tolerances import ROUND_OFF
@@ -41,14 +42,33 @@ def ordinary(logits: Tensor, target: Tensor, align_corners: bool, **options: Any
 
 
 @pytest.mark.parametrize(
-    ("reduction", "weighted", "label_smoothing"),
-    [("none", False, 0.1), ("mean", False, 0.0), ("mean", True, 0.1), ("sum", True, 0.0)],
+    ("reduction", "weighted", "label_smoothing", "with_gradient"),
+    [
+        ("none", False, 0.1, True),
+        ("none", True, 0.1, False),
+        ("mean", False, 0.0, True),
+        ("mean", True, 0.1, True),
+        ("mean", True, 0.1, False),
+        ("sum", True, 0.0, True),
+    ],
 )
-def test_ladder(reduction: str, weighted: bool, label_smoothing: float) -> None:
+def test_ladder(
+    reduction: str, weighted: bool, label_smoothing: float, with_gradient: bool
+) -> None:
     weight = draw(3, seed=2).abs() if weighted else None
     target = labels(3, 2, 3, 4)
     code = REDUCTIONS.index(reduction)
-    args = (draw(2, 3, 2, 2), target, weight, [3, 4], 0, label_smoothing, code, False)
+    args = (
+        draw(2, 3, 2, 2),
+        target,
+        weight,
+        [3, 4],
+        0,
+        label_smoothing,
+        code,
+        False,
+        with_gradient,
+    )
     ladder.check_contract(UPSAMPLE_CROSS_ENTROPY, args)
     ladder.check_gradients(UPSAMPLE_CROSS_ENTROPY, args)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -183,21 +203,31 @@ def test_nan_stays_nan(backend: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_wrong_label_nobody_looked_at_is_nan_in_loss_and_gradient(
-    reduction: str, backend: str
-) -> None:
+def test_a_wrong_label_nobody_looked_at_is_nan_in_loss_and_gradient(reduction: str) -> None:
     """Where the values cannot be looked at, as on a GPU: never a plausible number."""
     logits = draw(1, 3, 2, 2).requires_grad_()
     for wrong in (3, -1, 2**40):
         target = labels(3, 1, 4, 4)
         target[0, 1, 2] = wrong
         code = REDUCTIONS.index(reduction)
-        loss = UPSAMPLE_CROSS_ENTROPY(
-            logits, target, None, [4, 4], -100, 0.0, code, False, backend=backend
+        loss = UPSAMPLE_CROSS_ENTROPY.reference(
+            logits, target, None, [4, 4], -100, 0.0, code, False
         )
         (grad,) = torch.autograd.grad(loss, logits)
         assert loss.isnan()
         assert grad.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_wrong_label_is_refused_by_name(reduction: str, dtype: torch.dtype, backend: str) -> None:
+    logits, target = draw(2, 3, 2, 2).requires_grad_(), labels(3, 2, 9, 4).to(dtype)
+    target[1, 8, 3] = 77
+    message = "target: got label 77, expected 0 to 2 or ignore_index -100"
+    with pytest.raises(ValueError, match=message):
+        upsample_cross_entropy(logits, target, reduction=reduction, backend=backend)
+    with pytest.raises(ValueError, match=message):
+        upsample_cross_entropy_argmax(logits, target, reduction=reduction, backend=backend)
 
 
 def test_autocast_computes_in_float32() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.upsample import upsample_argmax
-from spectralx_kernels.upsample.ops import (
+from spectralx_kernels.upsample.prediction import (
     UPSAMPLE_ARGMAX,
     UPSAMPLE_ARGMAX_PROBABILITY,
 )

@@ -1,4 +1,4 @@
-// Between torch's tensors and the raw pointers of kernels.h.
+// Between torch's tensors and the raw pointers of a room's kernels.h.
 #pragma once
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>
