@@ -91,7 +91,11 @@ def extension() -> dict[str, Any]:
     elif native:
         cxx += ["-march=native"]
     if sys.platform != "win32":
-        cxx += ["-fopenmp-simd"]  # honours `omp simd` in row kernels; no OpenMP run time
+        cxx += ["-fopenmp-simd"]  # honours `omp simd` in row kernels
+    # at::parallel_for is an inline function: compiled without OpenMP it runs on one thread. The run
+    # time is the libgomp that torch has loaded already.
+    threads = ["-fopenmp"] if sys.platform.startswith("linux") else []
+    cxx += threads
     macros: list[tuple[str, str | None]] = [("SPECTRALX_NATIVE", None)] if native else []
     sources = [ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
     options: dict[str, Any] = {"cxx": cxx}
@@ -109,6 +113,7 @@ def extension() -> dict[str, Any]:
         [str(path.relative_to(ROOT)) for path in sources],
         define_macros=macros,
         extra_compile_args=options,
+        extra_link_args=threads,
         include_dirs=[str(ROOT / "csrc")],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}

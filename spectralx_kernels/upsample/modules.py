@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spectralx_kernels.upsample.ops import upsample_conv2d, upsample_cross_entropy
+from spectralx_kernels.upsample.convolution import upsample_conv2d
+from spectralx_kernels.upsample.ops import upsample_cross_entropy
 
 
 class UpsampleConv2d(nn.Conv2d):
