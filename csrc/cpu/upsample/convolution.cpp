@@ -68,19 +68,39 @@ Tensor as_rows(const Tensor& map) {
   return map.permute({0, 2, 3, 1}).reshape({-1, map.size(1)});
 }
 
-// Output channels [out, out + outs) and input channels [in, in + ins) of the weight, packed to
-// [taps * outs, ins].
-template <typename S, typename A>
-Tensor packed(const Tensor& weight, int64_t out, int64_t outs, int64_t in, int64_t ins) {
-  const int64_t ky = weight.size(2), kx = weight.size(3);
+std::vector<int64_t> tap_offsets(const Tensor& weight) {
   std::vector<int64_t> offsets;
-  for (int64_t s = 0; s < ky; ++s) {
-    for (int64_t t = 0; t < kx; ++t) offsets.push_back(s * weight.stride(2) + t * weight.stride(3));
+  for (int64_t s = 0; s < weight.size(2); ++s) {
+    for (int64_t t = 0; t < weight.size(3); ++t) {
+      offsets.push_back(s * weight.stride(2) + t * weight.stride(3));
+    }
   }
-  Tensor to = at::empty({ky * kx * outs, ins}, weight.options());
-  line_kernels<S, A>().pack(
-      weight.const_data_ptr<S>() + out * weight.stride(0) + in * weight.stride(1), outs, ins,
-      offsets.data(), ky * kx, weight.stride(0), weight.stride(1), data<S>(to));
+  return offsets;
+}
+
+// Output channels [out, out + outs) of the weight: [taps * outs, C].
+template <typename S, typename A>
+Tensor packed(const Shape& s, const Tensor& weight, int64_t out, int64_t outs) {
+  Tensor to = at::empty({s.taps() * outs, s.channels}, weight.options());
+  line_kernels<S, A>().pack(weight.const_data_ptr<S>() + out * weight.stride(0),
+                            tap_offsets(weight).data(), s.taps(), outs, s.channels,
+                            weight.stride(0), weight.stride(1), outs * s.channels, s.channels,
+                            data<S>(to));
+  return to;
+}
+
+// Input channels [in, in + ins): [ins, taps * O], the latter in the order of the gradient of Z,
+// chunks of [taps, channels].
+template <typename S, typename A>
+Tensor packed_inputs(const Shape& s, const Tensor& weight, int64_t in, int64_t ins) {
+  Tensor to = at::empty({ins, s.taps() * s.outs}, weight.options());
+  const std::vector<int64_t> taps = tap_offsets(weight);
+  for (int64_t i = 0; i < s.chunks(); ++i) {
+    line_kernels<S, A>().pack(
+        weight.const_data_ptr<S>() + i * kChunk * weight.stride(0) + in * weight.stride(1),
+        taps.data(), s.taps(), ins, s.chunk(i), weight.stride(1), weight.stride(0), s.chunk(i),
+        to.stride(0), data<S>(to) + i * kChunk * s.taps());
+  }
   return to;
 }
 
@@ -161,8 +181,7 @@ struct Forward {
       for (int64_t task = first; task < last; ++task) {
         const int64_t chunk = task / groups, begin = task % groups * kImages;
         const int64_t end = std::min(begin + kImages, s.batch);
-        const Tensor part =
-            packed<S, A>(weight, chunk * kChunk, s.chunk(chunk), 0, s.channels);
+        const Tensor part = packed<S, A>(s, weight, chunk * kChunk, s.chunk(chunk));
         if (bands == 1) {
           for (int64_t image = begin; image < end; image += images) {
             const int64_t count = std::min(images, end - image);
@@ -247,13 +266,8 @@ void backward(const Shape& s, const Axis<A>& rows, const Axis<A>& columns, const
       at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; ++block) {
           const int64_t ins = std::min(kChunk, s.channels - block * kChunk);
-          // [taps * O, ins], rows in the order of dz's columns.
-          Tensor taken = at::empty({row, ins}, weight.options());
-          for (int64_t chunk = 0; chunk < s.chunks(); ++chunk) {
-            taken.narrow(0, chunk * kChunk * s.taps(), s.chunk(chunk) * s.taps())
-                .copy_(packed<S, A>(weight, chunk * kChunk, s.chunk(chunk), block * kChunk, ins));
-          }
-          part.narrow(1, block * kChunk, ins).copy_(product(dz, taken.t()));
+          part.narrow(1, block * kChunk, ins)
+              .copy_(product(dz, packed_inputs<S, A>(s, weight, block * kChunk, ins)));
         }
       });
     }
@@ -262,7 +276,8 @@ void backward(const Shape& s, const Axis<A>& rows, const Axis<A>& columns, const
       at::parallel_for(0, s.chunks(), 1, [&](int64_t first, int64_t last) {
         for (int64_t chunk = first; chunk < last; ++chunk) {
           const int64_t outs = s.chunk(chunk), size = outs * s.taps();
-          const Tensor found = product(across, dz.narrow(1, chunk * kChunk * s.taps(), size).t());
+          const Tensor found =
+              product(across, dz.narrow(1, chunk * kChunk * s.taps(), size).t().contiguous());
           // [C, ky, kx, outs] -> [outs, C, ky, kx]
           const Tensor taken =
               found.view({s.channels, s.ky, s.kx, outs}).permute({3, 0, 1, 2});

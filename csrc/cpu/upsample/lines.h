@@ -34,9 +34,10 @@ struct LineKernels {
   // totals [channels] += the sum of x over the pixels, `stride` apart.
   void (*add_pixels)(const S* x, int64_t pixels, int64_t channels, int64_t stride, A* totals);
 
-  // to [taps, outs, channels] = weight [outs, channels, taps], strides of the latter given.
-  void (*pack)(const S* weight, int64_t outs, int64_t channels, const int64_t* tap_offsets,
-               int64_t taps, int64_t out_stride, int64_t channel_stride, S* to);
+  // to[t * to_tap + r * to_row + c] = from[taps[t] + r * row + c * column], t < n, r < rows and
+  // c < columns.
+  void (*pack)(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t columns,
+               int64_t row, int64_t column, int64_t to_tap, int64_t to_row, S* to);
 };
 
 // The best table this processor runs.

@@ -141,16 +141,16 @@ void add_pixels(const S* x, int64_t pixels, int64_t channels, int64_t stride, A*
 }
 
 template <typename S>
-void pack(const S* weight, int64_t outs, int64_t channels, const int64_t* tap_offsets,
-          int64_t taps, int64_t out_stride, int64_t channel_stride, S* to) {
-  for (int64_t o = 0; o < outs; ++o) {
-    for (int64_t t = 0; t < taps; ++t) {
-      const S* from = weight + o * out_stride + tap_offsets[t];
-      S* row = to + (t * outs + o) * channels;
-      if (channel_stride == 1) {
-        std::copy(from, from + channels, row);
+void pack(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t columns, int64_t row,
+          int64_t column, int64_t to_tap, int64_t to_row, S* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t t = 0; t < n; ++t) {
+      const S* source = from + taps[t] + r * row;
+      S* target = to + t * to_tap + r * to_row;
+      if (column == 1) {
+        std::copy(source, source + columns, target);
       } else {
-        for (int64_t c = 0; c < channels; ++c) row[c] = from[c * channel_stride];
+        for (int64_t c = 0; c < columns; ++c) target[c] = source[c * column];
       }
     }
   }

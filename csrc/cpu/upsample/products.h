@@ -24,15 +24,17 @@ inline at::ScalarType product_type(at::ScalarType type) {
   return type == at::kBFloat16 && bfloat16 ? at::kBFloat16 : at::kFloat;
 }
 
-// x [m, k] times the transpose of weight [n, k], both with any strides: [m, n].
+// x [m, k] times the transpose of weight [n, k]: [m, n].
 inline at::Tensor product(const at::Tensor& x, const at::Tensor& weight) {
   using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                             std::string_view, c10::List<std::optional<at::Scalar>>,
                             std::optional<std::string_view>);
-  // oneDNN's product, which ATen's own float products do not reach.
+  // oneDNN's product, which ATen's own float products do not reach. It has a fast kernel for
+  // plainly laid out weights only.
   static const std::optional<c10::OperatorHandle> linear =
       c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
   if (x.scalar_type() == at::kFloat && linear.has_value() && x.numel() > 0 &&
+      weight.is_contiguous() &&
       at::globalContext().userEnabledMkldnn()) {
     return linear->typed<Linear>().call(x, weight, std::nullopt, "none",
                                         c10::List<std::optional<at::Scalar>>(), std::nullopt);
