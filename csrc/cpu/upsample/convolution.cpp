@@ -276,13 +276,15 @@ void backward(const Shape& s, const Axis<A>& rows, const Axis<A>& columns, const
       at::parallel_for(0, s.chunks(), 1, [&](int64_t first, int64_t last) {
         for (int64_t chunk = first; chunk < last; ++chunk) {
           const int64_t outs = s.chunk(chunk), size = outs * s.taps();
-          const Tensor found =
-              product(across, dz.narrow(1, chunk * kChunk * s.taps(), size).t().contiguous());
+          Tensor part = at::empty({size, across.size(1)}, dz.options());
+          line_kernels<S, A>().transpose(dz.const_data_ptr<S>() + chunk * kChunk * s.taps(),
+                                         across.size(1), size, row, across.size(1), data<S>(part));
+          const Tensor found = product(across, part);
           // [C, ky, kx, outs] -> [outs, C, ky, kx]
-          const Tensor taken =
-              found.view({s.channels, s.ky, s.kx, outs}).permute({3, 0, 1, 2});
-          Tensor to = dweight.narrow(0, chunk * kChunk, outs);
-          begin == 0 ? to.copy_(taken) : to.add_(taken);
+          line_kernels<S, A>().unpack(found.const_data_ptr<S>(), tap_offsets(dweight).data(),
+                                      s.taps(), outs, s.channels, dweight.stride(0),
+                                      dweight.stride(1), begin > 0,
+                                      data<S>(dweight) + chunk * kChunk * dweight.stride(0));
         }
       });
     }
@@ -305,6 +307,30 @@ Tensor channel_sums(const Shape& s, const S* grad, const at::TensorOptions& opti
     for (int64_t o = 0; o < s.outs; ++o) data<A>(total)[o] += data<A>(partial)[row * s.outs + o];
   }
   return total;
+}
+
+// A large map in the other layout: [B, C, H, W] to channels last, or back where `planes`.
+template <typename S, typename A>
+Tensor relaid(const Tensor& map, bool planes) {
+  const int64_t channels = map.size(1), rows = map.size(2), columns = map.size(3);
+  Tensor to = at::empty(map.sizes(), map.options(),
+                        planes ? at::MemoryFormat::Contiguous : kChannelsLast);
+  const int64_t area = rows * columns, lines = map.size(0) * rows;
+  at::parallel_for(0, lines, 4, [&](int64_t first, int64_t last) {
+    for (int64_t line = first; line < last; ++line) {
+      const int64_t image = line / rows * channels * area, place = line % rows * columns;
+      const int64_t pixel = image + place * channels, plane = image + place;
+      const S* from = map.const_data_ptr<S>();
+      if (planes) {
+        line_kernels<S, A>().transpose(from + pixel, columns, channels, channels, area,
+                                       data<S>(to) + plane);
+      } else {
+        line_kernels<S, A>().transpose(from + plane, channels, columns, area, channels,
+                                       data<S>(to) + pixel);
+      }
+    }
+  });
+  return to;
 }
 
 Tensor resized(const Tensor& x, at::IntArrayRef size, bool align_corners) {
@@ -369,8 +395,9 @@ Tensor upsample_conv2d(const Tensor& x, const Tensor& weight, const std::optiona
                   relu,
                   data<S>(out)}
         .run(small, filters);
+    if (format == at::MemoryFormat::Contiguous) out = relaid<S, A>(out, true);
   });
-  return out.to(x.scalar_type()).contiguous(format);
+  return out.to(x.scalar_type());
 }
 
 // output_mask names the inputs in the order of the schema; the wanted gradients come in that order.
@@ -424,8 +451,9 @@ std::vector<Tensor> upsample_conv2d_backward(
     if (found[2].defined()) found[2].copy_(dbias);
     return wanted();
   }
-  grad = grad.to(type).contiguous(kChannelsLast);
+  grad = grad.to(type);
   SPECTRALX_DISPATCH(type, [&] {
+    if (!grad.is_contiguous(kChannelsLast)) grad = relaid<S, A>(grad.contiguous(), false);
     if (found[2].defined()) {
       found[2].copy_(channel_sums<S, A>(s, grad.const_data_ptr<S>(), grad.options().dtype(sums)));
     }

@@ -38,6 +38,14 @@ struct LineKernels {
   // c < columns.
   void (*pack)(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t columns,
                int64_t row, int64_t column, int64_t to_tap, int64_t to_row, S* to);
+
+  // to[o * to_out + c * to_channel + taps[t]] = from[(c * n + t) * outs + o], added if `add`.
+  void (*unpack)(const S* from, const int64_t* taps, int64_t n, int64_t outs, int64_t channels,
+                 int64_t to_out, int64_t to_channel, bool add, S* to);
+
+  // to[c * to_row + r] = from[r * row + c], r < rows and c < columns.
+  void (*transpose)(const S* from, int64_t rows, int64_t columns, int64_t row, int64_t to_row,
+                    S* to);
 };
 
 // The best table this processor runs.

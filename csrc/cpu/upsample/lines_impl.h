@@ -143,14 +143,81 @@ void add_pixels(const S* x, int64_t pixels, int64_t channels, int64_t stride, A*
 template <typename S>
 void pack(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t columns, int64_t row,
           int64_t column, int64_t to_tap, int64_t to_row, S* to) {
-  for (int64_t r = 0; r < rows; ++r) {
+  if (column == 1) {
     for (int64_t t = 0; t < n; ++t) {
-      const S* source = from + taps[t] + r * row;
-      S* target = to + t * to_tap + r * to_row;
-      if (column == 1) {
-        std::copy(source, source + columns, target);
-      } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        const S* source = from + taps[t] + r * row;
+        std::copy(source, source + columns, to + t * to_tap + r * to_row);
+      }
+    }
+    return;
+  }
+  if (column <= 64) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t t = 0; t < n; ++t) {
+        const S* source = from + taps[t] + r * row;
+        S* target = to + t * to_tap + r * to_row;
         for (int64_t c = 0; c < columns; ++c) target[c] = source[c * column];
+      }
+    }
+    return;
+  }
+  // Columns far apart, often by a power of two: no more of them at a time than a cache set holds.
+  constexpr int64_t kColumns = 8, kRows = 16;
+  for (int64_t c = 0; c < columns; c += kColumns) {
+    const int64_t width = std::min(kColumns, columns - c);
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const int64_t height = std::min(kRows, rows - r);
+      for (int64_t t = 0; t < n; ++t) {
+        const S* source = from + taps[t] + r * row + c * column;
+        S* target = to + t * to_tap + r * to_row + c;
+        for (int64_t i = 0; i < height; ++i) {
+          for (int64_t k = 0; k < width; ++k) target[i * to_row + k] = source[i * row + k * column];
+        }
+      }
+    }
+  }
+}
+
+template <bool kAdd, typename S>
+void unpack_blocks(const S* from, const int64_t* taps, int64_t n, int64_t outs, int64_t channels,
+                   int64_t to_out, int64_t to_channel, S* to) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t c = 0; c < channels; c += kBlock) {
+    const int64_t size = std::min(kBlock, channels - c);
+    for (int64_t o = 0; o < outs; ++o) {
+      for (int64_t i = 0; i < size; ++i) {
+        S* target = to + o * to_out + (c + i) * to_channel;
+        const S* source = from + (c + i) * n * outs + o;
+        for (int64_t t = 0; t < n; ++t) {
+          if constexpr (kAdd) {
+            store(widen(target[taps[t]]) + widen(source[t * outs]), target[taps[t]]);
+          } else {
+            target[taps[t]] = source[t * outs];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename S>
+void unpack(const S* from, const int64_t* taps, int64_t n, int64_t outs, int64_t channels,
+            int64_t to_out, int64_t to_channel, bool add, S* to) {
+  const auto run = add ? unpack_blocks<true, S> : unpack_blocks<false, S>;
+  run(from, taps, n, outs, channels, to_out, to_channel, to);
+}
+
+template <typename S>
+void transpose(const S* from, int64_t rows, int64_t columns, int64_t row, int64_t to_row, S* to) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t c = 0; c < columns; c += kBlock) {
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      const int64_t width = std::min(kBlock, columns - c), height = std::min(kBlock, rows - r);
+      for (int64_t k = 0; k < width; ++k) {
+        for (int64_t i = 0; i < height; ++i) {
+          to[(c + k) * to_row + r + i] = from[(r + i) * row + c + k];
+        }
       }
     }
   }
@@ -159,7 +226,7 @@ void pack(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t c
 template <typename S, typename A>
 constexpr LineKernels<S, A> table(const char* name) {
   return {name,      weighted_sum<S, A>, weighted_sum_stored<S, A>, weighted_sum_of_sums<A>,
-          finish<S, A>, add_pixels<S, A>, pack<S>};
+          finish<S, A>, add_pixels<S, A>, pack<S>, unpack<S>, transpose<S>};
 }
 
 }  // namespace
