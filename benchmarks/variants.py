@@ -11,34 +11,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import dispatch
-from spectralx.decoder import ConvUnit, UPerHead
+from spectralx.decoder import UPerHead, set_plain
 from spectralx_kernels import AoMoALinear, use_backend
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
-
-
-class PlainConvUnit(nn.Module):
-    """A decoder's `ConvUnit` by its definition: resize, concatenate, convolve, norm, ReLU."""
-
-    def __init__(self, unit: ConvUnit) -> None:
-        super().__init__()
-        self.conv = unit.conv
-        self.bn = unit.bn
-
-    def forward(self, *maps: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = size or (maps[0].shape[-2], maps[0].shape[-1])
-        resized = [
-            x
-            if x.shape[-2:] == size
-            else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-            for x in maps
-        ]
-        x: Tensor = self.conv(torch.cat(resized, dim=1))
-        return x if self.bn is None else F.relu(self.bn(x))
 
 
 class DispatchLinear(nn.Module):
@@ -84,11 +63,9 @@ def share(model: ModuleType) -> ModuleType:
 
 
 def with_plain_decoder(model: ModuleType) -> ModuleType:
-    """`share` of `model` with every `ConvUnit` in its plain form."""
+    """`share` of `model` whose decoder resizes, concatenates and convolves by definition."""
     plain = share(model)
-    for path, module in list(plain.named_modules()):
-        if isinstance(module, ConvUnit):
-            plain.set_submodule(path, PlainConvUnit(module))
+    set_plain(plain)
     return plain
 
 

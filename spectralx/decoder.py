@@ -7,11 +7,13 @@ Source: SpectralX, stage 2; the head is "Unified Perceptual Parsing for Scene Un
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectralx_kernels import upsample_conv2d
+from spectralx_kernels import concat_conv2d, upsample_conv2d
 
 NECK_SCALES = (4.0, 2.0, 1.0, 0.5)
 POOL_SCALES = (1, 2, 3, 6)
@@ -24,6 +26,19 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+class Unformed(NamedTuple):
+    """A map of the neck before its 3x3 convolution: [B, C, h, w] that is to get the size `size`."""
+
+    x: Tensor
+    conv: ConvUnit
+    size: tuple[int, int]
+
+    def formed(self) -> Tensor:
+        """[B, out, *size]"""
+        made: Tensor = self.conv(self.x, size=self.size)
+        return made
+
+
 class ConvUnit(nn.Module):
     """``conv``, and with `norm` also ``bn`` and a ReLU; "same" padding, bias only without norm.
 
@@ -31,6 +46,10 @@ class ConvUnit(nn.Module):
     ----------
     in_channels, out_channels, kernel_size : of the convolution; `kernel_size` is odd.
     norm : batch norm and ReLU after the convolution.
+
+    Attributes
+    ----------
+    plain : resize, concatenate, convolve; see `set_plain`.
     """
 
     def __init__(
@@ -41,6 +60,8 @@ class ConvUnit(nn.Module):
             in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm
         )
         self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS) if norm else None
+        self.plain = False
+        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
         if norm:
             nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         else:
@@ -61,16 +82,79 @@ class ConvUnit(nn.Module):
         [B, out_channels, *size]
         """
         size = size or (maps[0].shape[-2], maps[0].shape[-1])
+        if self.plain:
+            x = self.conv(torch.cat([_resize(each, size) for each in maps], dim=1))
+            return x if self.bn is None else F.relu(self.bn(x))
         if len(maps) == 1 and maps[0].shape[-2:] == size:
             x = self.conv(maps[0])
         else:
-            # A convolution of concatenated maps is the sum of theirs, and that of an upsampled
-            # map need not form it.
-            weights = self.conv.weight.split([each.shape[1] for each in maps], dim=1)
-            x = upsample_conv2d(maps[0], weights[0], self.conv.bias, size=size)
-            for other, weight in zip(maps[1:], weights[1:], strict=True):
-                x = x + upsample_conv2d(other, weight, size=size)
-        return x if self.bn is None else F.relu(self.bn(x))
+            x = concat_conv2d(maps, self.conv.weight, self.conv.bias, size=size)
+        return x if self.bn is None else F.relu(self.bn(x), inplace=True)
+
+    def of_unformed(self, level: Unformed) -> Tensor:
+        """The unit, a 1x1 convolution, of a map that need not be formed.
+
+        Two convolutions with nothing between them are one, whose weight is the product of theirs.
+        It is taken where it saves more than it costs; in evaluation without gradients it is kept,
+        with the batch norm in it, until a weight changes.
+        """
+        if self.bn is None or level.conv.bn is not None:
+            return self(level.formed())
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            weight, bias = self._kept_product(level.conv)
+            return upsample_conv2d(level.x, weight, bias, size=level.size, relu=True)
+        if not _product_pays(level, self.conv.weight):
+            return self(level.formed())
+        weight, bias = _product(self.conv.weight, level.conv)
+        x = upsample_conv2d(level.x, weight, bias, size=level.size)
+        return F.relu(self.bn(x), inplace=True)
+
+    def _kept_product(self, inner: ConvUnit) -> tuple[Tensor, Tensor]:
+        """Weight and bias of this unit's convolution and batch norm after `inner`'s convolution."""
+        bn = self.bn
+        assert bn is not None
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        used = (self.conv.weight, inner.conv.weight, inner.conv.bias, *bn.parameters(),
+                bn.running_mean, bn.running_var)  # fmt: skip
+        state = None
+        if not any(tensor.is_inference() for tensor in used):
+            state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in used]
+        if self._kept is not None and state is not None and self._kept[0] == state:
+            return self._kept[1]
+        wide = bn.running_var.float()
+        scale = bn.weight.float() * (wide + bn.eps).rsqrt()
+        outer = self.conv.weight
+        weight, bias = _product((outer * scale.reshape(-1, 1, 1, 1)).to(outer.dtype), inner)
+        shift = bn.bias.float() - bn.running_mean.float() * scale
+        made = weight, (bias.float() + shift).to(outer.dtype)
+        self._kept = (state, made)
+        return made
+
+    def train(self, mode: bool = True) -> ConvUnit:
+        """As of ``nn.Module``; forgets the kept product."""
+        self._kept = None
+        return super().train(mode)
+
+
+def _product(outer: Tensor, inner: ConvUnit) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the 1x1 convolution with weight `outer` after that of `inner`."""
+    matrix = outer.flatten(1)  # [O, N]
+    weight = inner.conv.weight  # [N, C, ky, kx]
+    assert inner.conv.bias is not None
+    product = torch.mm(matrix, weight.flatten(1)).reshape(-1, *weight.shape[1:])
+    return product, torch.mv(matrix, inner.conv.bias.to(matrix.dtype))
+
+
+def _product_pays(level: Unformed, outer: Tensor) -> bool:
+    """Whether the product of the weights takes fewer multiplications than it saves."""
+    out, middle = outer.shape[:2]
+    width = level.conv.conv.weight[0].numel()  # C * ky * kx
+    small, large = level.x.shape[-2] * level.x.shape[-1], level.size[0] * level.size[1]
+    small = min(small, large)  # a smaller map is formed before it is convolved
+    batch = level.x.shape[0]
+    apart = batch * (small * width * middle + large * middle * out)
+    return out * middle * width + batch * small * width * out <= apart
 
 
 class MultiLevelNeck(nn.Module):
@@ -93,6 +177,7 @@ class MultiLevelNeck(nn.Module):
                 "one for each feature map"
             )
         self.scales = tuple(scales)
+        self.plain = False
         self.lateral_convs = nn.ModuleList(
             ConvUnit(width, out_channels, 1, norm=False) for width in in_channels
         )
@@ -102,13 +187,35 @@ class MultiLevelNeck(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps [B, C_i, H, W] to maps [B, out_channels, H·scale_i, W·scale_i], at least 1x1."""
-        pyramid = []
+        return [level.formed() for level in self.unformed(features)]
+
+    def unformed(self, features: Sequence[Tensor]) -> list[Unformed]:
+        """The maps of `forward` before their last convolution, for a head that takes these."""
+        levels = []
         for x, scale, lateral, conv in zip(
             features, self.scales, self.lateral_convs, self.convs, strict=True
         ):
             size = (max(int(x.shape[-2] * scale), 1), max(int(x.shape[-1] * scale), 1))
-            pyramid.append(conv(lateral(x), size=size))
-        return pyramid
+            if not self.plain:  # channels last from here on: what every kernel behind wants
+                x = x.contiguous(memory_format=torch.channels_last)
+            levels.append(Unformed(lateral(x), conv, size))
+        return levels
+
+
+def decode(neck: MultiLevelNeck, head: UPerHead, features: Sequence[Tensor]) -> Tensor:
+    """Logits of the feature maps: `head` of `neck`, whose maps are not formed without need."""
+    logits: Tensor = head(neck(features) if neck.plain else neck.unformed(features))
+    return logits
+
+
+def set_plain(model: nn.Module, plain: bool = True) -> None:
+    """Make every decoder in `model` form each map by its definition, or stop that.
+
+    Same parameters, same numbers up to round-off, several times the work: for comparison.
+    """
+    for module in model.modules():
+        if isinstance(module, ConvUnit | MultiLevelNeck):
+            module.plain = plain
 
 
 class UPerHead(nn.Module):
@@ -149,15 +256,18 @@ class UPerHead(nn.Module):
         assert self.conv_seg.bias is not None
         nn.init.zeros_(self.conv_seg.bias)
 
-    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+    def forward(self, pyramid: Sequence[Tensor] | Sequence[Unformed]) -> Tensor:
         """Maps [B, C_i, H_i, W_i], finest first, to logits [B, classes, H_0, W_0].
+
+        The neck's maps may come unformed (`MultiLevelNeck.unformed`).
 
         Raises
         ------
         ValueError : a batch of one image in training, which has no batch statistics where the
             coarsest map is pooled to one value.
         """
-        *finer, coarsest = pyramid
+        *finer, last = pyramid
+        coarsest = last.formed() if isinstance(last, Unformed) else last
         if self.training and coarsest.shape[0] == 1 and 1 in self.pool_scales:
             raise ValueError(
                 "images: got a batch of 1 in training, expected at least 2: "
@@ -165,7 +275,10 @@ class UPerHead(nn.Module):
             )
         pooled = [module(coarsest) for module in self.psp_modules]
         top = self.bottleneck(coarsest, *pooled)
-        laterals = [conv(x) for conv, x in zip(self.lateral_convs, finer, strict=True)] + [top]
+        laterals = [
+            conv.of_unformed(x) if isinstance(x, Unformed) else conv(x)
+            for conv, x in zip(self.lateral_convs, finer, strict=True)
+        ] + [top]
         for level in range(len(finer), 0, -1):
             below = laterals[level - 1]
             size = (below.shape[-2], below.shape[-1])
@@ -214,5 +327,4 @@ class UPerNet(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Feature maps [B, C_i, H, W] to logits [B, classes, H·scales[0], W·scales[0]]."""
-        logits: Tensor = self.head(self.neck(features))
-        return logits
+        return decode(self.neck, self.head, features)

@@ -12,7 +12,7 @@ from spectralx.adapt import Method, adapt, adapter_blocks, freeze
 from spectralx.backbones.dinov3 import DINOv3
 from spectralx.backbones.encoder import PatchEmbed, PositionedEncoder
 from spectralx.backbones.positions import sincos_positions
-from spectralx.decoder import NECK_SCALES, UPerNet
+from spectralx.decoder import NECK_SCALES, UPerNet, decode
 from spectralx_kernels import (
     AreAdapter,
     HyperT,
@@ -231,8 +231,7 @@ class Segmentation(OfficialNames):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] to logits [B, classes, 4 · rows, 4 · columns] of the patch grid."""
-        logits: Tensor = self.head(self.neck(self.features(images)))
-        return logits
+        return decode(self.neck, self.head, self.features(images))
 
     def loss(
         self,

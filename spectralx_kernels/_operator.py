@@ -47,6 +47,15 @@ def register_kernel(name: str, kernel: Callable[..., Any], device: str) -> None:
     _LIBRARY.impl(name, kernel, device)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `x` is a map [B, C, H, W] with its channels side by side, and not contiguous too."""
+    return (
+        x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
+
+
 def has_kernel(name: str, device: str) -> bool:
     """Whether a kernel written for `device` ("CPU", "CUDA") is registered for this operator."""
     registered = torch._C._dispatch_dump(f"spectralx::{name}")
@@ -57,12 +66,13 @@ class Saving(NamedTuple):
     """What kernels of an operator keep for their backward.
 
     `forward` is the reference with `hidden` more outputs, the last ones of the schema, which
-    callers never see; `kept` lists the outputs that the backward operator is given as ``saved``.
+    callers never see; `kept` lists the outputs that the backward operator is given as ``saved``, or
+    is a function of the operator's inputs that does.
     """
 
     forward: Callable[..., Any]
     hidden: int
-    kept: tuple[int, ...]
+    kept: tuple[int, ...] | Callable[[Sequence[Any]], tuple[int, ...]]
 
 
 _OPERATORS: dict[str, Operator] = {}
@@ -92,6 +102,8 @@ class Operator:
     saving : what kernels keep for their backward; nothing but the inputs by default.
     fake : shapes and dtypes of the outputs; the reference traced without data by default, which
         is slow for long references.
+    keep_format : outputs that the reference makes channels_last stay so, and gradients have the
+        strides of ``torch.empty_like`` of their inputs. Contiguous otherwise.
     """
 
     def __init__(
@@ -104,6 +116,7 @@ class Operator:
         autocast_to: torch.dtype | None = None,
         saving: Saving | None = None,
         fake: Callable[..., Any] | None = None,
+        keep_format: bool = False,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -113,6 +126,7 @@ class Operator:
         self._fake = fake or self._forward_kernel
         self._differentiable = differentiable
         self.triton_module: str | None = None  # where `add_triton` finds its functions
+        self._keep_format = keep_format
         qualified = define(name, schema)
         self.op = getattr(torch.ops.spectralx, name).default
         register_default(name, self._forward_kernel)
@@ -237,14 +251,31 @@ class Operator:
             outputs = self._saving.forward(*args)
         # A kernel's outputs must not alias its inputs or each other.
         if isinstance(outputs, Tensor):
-            return outputs.contiguous()
-        return tuple(output.contiguous() for output in outputs)
+            return self._laid_out(outputs)
+        return tuple(self._laid_out(output) for output in outputs)
+
+    def _laid_out(self, output: Tensor) -> Tensor:
+        if self._keep_format and is_channels_last(output):
+            return output.contiguous(memory_format=torch.channels_last)
+        return output.contiguous()
+
+    def _empty_grad(self, value: Tensor) -> Tensor:
+        return torch.empty_like(
+            value,
+            memory_format=torch.preserve_format if self._keep_format else torch.contiguous_format,
+        )
+
+    def _grad_laid_out(self, leaf: Tensor, grad: Tensor) -> Tensor:
+        return self._empty_grad(leaf).copy_(grad) if self._keep_format else grad.contiguous()
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         if self._saving.hidden:
             ctx.mark_non_differentiable(*output[-self._saving.hidden :])
-        saved = [output[position] for position in self._saving.kept]
+        kept = self._saving.kept(inputs) if callable(self._saving.kept) else self._saving.kept
+        outputs = (output,) if isinstance(output, Tensor) else output
+        saved = [outputs[position] for position in kept]
+        ctx.kept = len(saved)
         ctx.save_for_backward(*saved, *[value for value in inputs if isinstance(value, Tensor)])
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]
         ctx.set_materialize_grads(False)
@@ -252,10 +283,9 @@ class Operator:
     def _backward(
         self, backward_op: Callable[..., Any], ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        kept = len(self._saving.kept)
         # Read once: checkpointing hands each saved tensor out a single time.
         everything = ctx.saved_tensors
-        saved, tensors = everything[:kept], iter(everything[kept:])
+        saved, tensors = everything[: ctx.kept], iter(everything[ctx.kept :])
         inputs = [
             next(tensors) if is_tensor else other
             for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)
@@ -291,14 +321,10 @@ class Operator:
             [output for output, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
         )
         return [
-            torch.zeros_like(leaf) if grad is None else grad.contiguous()
+            torch.zeros_like(leaf) if grad is None else self._grad_laid_out(leaf, grad)
             for leaf, grad in zip(wanted, grads, strict=True)
         ]
 
     def _backward_fake(self, output_grads: Sequence[Tensor | None], *args: Any) -> Sequence[Tensor]:
         *inputs, _saved, mask = args
-        return [
-            torch.empty(value.shape, dtype=value.dtype, device=value.device)
-            for value, needs in zip(inputs, mask, strict=True)
-            if needs
-        ]
+        return [self._empty_grad(value) for value, needs in zip(inputs, mask, strict=True) if needs]

@@ -74,7 +74,8 @@ def test_whole_models_share_their_tensors_and_agree() -> None:
     torch.manual_seed(0)
     model = UPerNet([16] * 4, 3, head_channels=8, dropout=0.0).eval()
     plain = with_plain_decoder(model)
-    assert not any(isinstance(module, ConvUnit) for module in plain.modules())
+    assert all(module.plain for module in plain.modules() if isinstance(module, ConvUnit))
+    assert not any(module.plain for module in model.modules() if isinstance(module, ConvUnit))
     theirs = dict(plain.named_parameters())
     assert all(theirs[name] is tensor for name, tensor in model.named_parameters())
     features = [torch.randn(2, 16, 4, 4) for _ in range(4)]

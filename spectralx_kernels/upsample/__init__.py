@@ -1,8 +1,8 @@
 """Convolution, cross-entropy and prediction of a bilinearly upsampled map."""
 
 from spectralx_kernels.upsample.confusion import check_labels, confusion_matrix_update
+from spectralx_kernels.upsample.convolution import concat_conv2d, upsample_conv2d
 from spectralx_kernels.upsample.modules import UpsampleConv2d, UpsampleCrossEntropyLoss
-from spectralx_kernels.upsample.ops import upsample_conv2d
 from spectralx_kernels.upsample.prediction import (
     upsample_argmax,
     upsample_cross_entropy,
@@ -13,6 +13,7 @@ __all__ = [
     "UpsampleConv2d",
     "UpsampleCrossEntropyLoss",
     "check_labels",
+    "concat_conv2d",
     "confusion_matrix_update",
     "upsample_argmax",
     "upsample_conv2d",

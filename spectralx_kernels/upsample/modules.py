@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spectralx_kernels.upsample.ops import upsample_conv2d
+from spectralx_kernels.upsample.convolution import upsample_conv2d
 from spectralx_kernels.upsample.prediction import upsample_cross_entropy
 
 

@@ -90,14 +90,25 @@ def upsample_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    addend: Tensor | None,
     size: list[int],
     padding: list[int],
     align_corners: bool,
     by_taps: bool,
+    relu: bool,
 ) -> Tensor:
-    """Convolution of the upsampled map, [B, C, h, w] -> [B, O, H', W']."""
+    """Convolution of the upsampled map, [B, C, h, w] -> [B, O, H', W'], plus `addend`, ReLU.
+
+    Channels last where `x` is that.
+    """
     compute = upsample_conv2d_by_taps if by_taps else upsample_conv2d_by_map
-    return compute(x, weight, bias, size, padding, align_corners)
+    out = compute(x, weight, bias, size, padding, align_corners)
+    if addend is not None:
+        out = out + addend
+    if relu:
+        out = torch.relu(out)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def cross_entropy(

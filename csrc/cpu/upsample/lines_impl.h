@@ -1,0 +1,234 @@
+// The kernels of lines.h, compiled for whatever instruction set the including file has chosen.
+// Internal linkage throughout, so that no copy for one instruction set serves another.
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/upsample/lines.h"
+
+// After the headers: their inline functions keep the portable instruction set.
+SPECTRALX_BEGIN_TARGET
+
+namespace {
+
+using c10::BFloat16;
+using spectralx::cpu::LineKernels;
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) {
+  return std::bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
+}
+
+inline void store(float value, float& to) { to = value; }
+inline void store(double value, double& to) { to = value; }
+inline void store(float value, BFloat16& to) {  // to the nearest, ties to even
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.x = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+// out [count] (+)= sum of N terms; N known, so that each element is read and written once.
+template <int N, bool kAdd, typename S, typename A, typename O>
+inline void sum_of(const S* const* sources, const A* weights, int64_t offset, int64_t count,
+                   O* out) {
+  const S* from[N];
+  A weight[N];
+  for (int n = 0; n < N; ++n) {
+    from[n] = sources[n] + offset;
+    weight[n] = weights[n];
+  }
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) {
+    A sum = kAdd ? widen(out[k]) : A(0);
+    for (int n = 0; n < N; ++n) sum += weight[n] * widen(from[n][k]);
+    store(sum, out[k]);
+  }
+}
+
+constexpr int64_t kTerms = 6;  // terms of one pass: two lines a tap of a 3 x 3 kernel
+
+template <bool kAdd, typename S, typename A, typename O>
+inline void sum_of_few(const S* const* sources, const A* weights, int64_t n, int64_t offset,
+                       int64_t count, O* out) {
+  switch (n) {
+    case 1: return sum_of<1, kAdd>(sources, weights, offset, count, out);
+    case 2: return sum_of<2, kAdd>(sources, weights, offset, count, out);
+    case 3: return sum_of<3, kAdd>(sources, weights, offset, count, out);
+    case 4: return sum_of<4, kAdd>(sources, weights, offset, count, out);
+    case 5: return sum_of<5, kAdd>(sources, weights, offset, count, out);
+    case 6: return sum_of<6, kAdd>(sources, weights, offset, count, out);
+    default: return;
+  }
+}
+
+template <typename S, typename A, typename O>
+inline void sum_of_any(const S* const* sources, const A* weights, int64_t n, int64_t offset,
+                       int64_t count, O* out) {
+  static_assert(std::is_same_v<O, A>);
+  if (n == 0) {
+    std::fill(out, out + count, O(0));
+    return;
+  }
+  sum_of_few<false>(sources, weights, std::min(n, kTerms), offset, count, out);
+  for (int64_t first = kTerms; first < n; first += kTerms) {
+    sum_of_few<true>(sources + first, weights + first, std::min(n - first, kTerms), offset, count,
+                     out);
+  }
+}
+
+template <typename S, typename A>
+void weighted_sum(const S* const* sources, const A* weights, int64_t n, int64_t pixels,
+                  int64_t channels, int64_t stride, A* out) {
+  if (stride == channels) {
+    sum_of_any(sources, weights, n, 0, pixels * channels, out);
+    return;
+  }
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    sum_of_any(sources, weights, n, pixel * stride, channels, out + pixel * channels);
+  }
+}
+
+template <typename A>
+void weighted_sum_of_sums(const A* const* sources, const A* weights, int64_t n, int64_t count,
+                          A* out) {
+  sum_of_any(sources, weights, n, 0, count, out);
+}
+
+template <typename S, typename A>
+void weighted_sum_stored(const A* const* sources, const A* weights, int64_t n, int64_t count,
+                         S* out) {
+  if constexpr (std::is_same_v<S, A>) {
+    sum_of_any(sources, weights, n, 0, count, out);
+  } else {
+    A sums[64];
+    for (int64_t begin = 0; begin < count; begin += 64) {
+      const int64_t size = std::min<int64_t>(64, count - begin);
+      sum_of_any(sources, weights, n, begin, size, sums);
+#pragma omp simd
+      for (int64_t k = 0; k < size; ++k) store(sums[k], out[begin + k]);
+    }
+  }
+}
+
+template <typename S, typename A>
+void finish(const A* sums, int64_t pixels, int64_t channels, const A* bias, const S* addend,
+            bool relu, int64_t stride, S* out) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const A* from = sums + pixel * channels;
+    S* to = out + pixel * stride;
+    const S* more = addend ? addend + pixel * stride : nullptr;
+    // Without ReLU the lowest value is let through: NaN compares false either way.
+#pragma omp simd
+    for (int64_t k = 0; k < channels; ++k) {
+      A value = from[k];
+      if (bias) value += bias[k];
+      if (more) value += widen(more[k]);
+      value = relu && value < A(0) ? A(0) : value;
+      store(value, to[k]);
+    }
+  }
+}
+
+template <typename S, typename A>
+void add_pixels(const S* x, int64_t pixels, int64_t channels, int64_t stride, A* totals) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const S* from = x + pixel * stride;
+#pragma omp simd
+    for (int64_t k = 0; k < channels; ++k) totals[k] += widen(from[k]);
+  }
+}
+
+template <typename S>
+void pack(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t columns, int64_t row,
+          int64_t column, int64_t to_tap, int64_t to_row, S* to) {
+  if (column == 1) {
+    for (int64_t t = 0; t < n; ++t) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const S* source = from + taps[t] + r * row;
+        std::copy(source, source + columns, to + t * to_tap + r * to_row);
+      }
+    }
+    return;
+  }
+  if (column <= 64) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t t = 0; t < n; ++t) {
+        const S* source = from + taps[t] + r * row;
+        S* target = to + t * to_tap + r * to_row;
+        for (int64_t c = 0; c < columns; ++c) target[c] = source[c * column];
+      }
+    }
+    return;
+  }
+  // Columns far apart, often by a power of two: no more of them at a time than a cache set holds.
+  constexpr int64_t kColumns = 8, kRows = 16;
+  for (int64_t c = 0; c < columns; c += kColumns) {
+    const int64_t width = std::min(kColumns, columns - c);
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const int64_t height = std::min(kRows, rows - r);
+      for (int64_t t = 0; t < n; ++t) {
+        const S* source = from + taps[t] + r * row + c * column;
+        S* target = to + t * to_tap + r * to_row + c;
+        for (int64_t i = 0; i < height; ++i) {
+          for (int64_t k = 0; k < width; ++k) target[i * to_row + k] = source[i * row + k * column];
+        }
+      }
+    }
+  }
+}
+
+template <bool kAdd, typename S>
+void unpack_blocks(const S* from, const int64_t* taps, int64_t n, int64_t outs, int64_t channels,
+                   int64_t to_out, int64_t to_channel, S* to) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t c = 0; c < channels; c += kBlock) {
+    const int64_t size = std::min(kBlock, channels - c);
+    for (int64_t o = 0; o < outs; ++o) {
+      for (int64_t i = 0; i < size; ++i) {
+        S* target = to + o * to_out + (c + i) * to_channel;
+        const S* source = from + (c + i) * n * outs + o;
+        for (int64_t t = 0; t < n; ++t) {
+          if constexpr (kAdd) {
+            store(widen(target[taps[t]]) + widen(source[t * outs]), target[taps[t]]);
+          } else {
+            target[taps[t]] = source[t * outs];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename S>
+void unpack(const S* from, const int64_t* taps, int64_t n, int64_t outs, int64_t channels,
+            int64_t to_out, int64_t to_channel, bool add, S* to) {
+  const auto run = add ? unpack_blocks<true, S> : unpack_blocks<false, S>;
+  run(from, taps, n, outs, channels, to_out, to_channel, to);
+}
+
+template <typename S>
+void transpose(const S* from, int64_t rows, int64_t columns, int64_t row, int64_t to_row, S* to) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t c = 0; c < columns; c += kBlock) {
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      const int64_t width = std::min(kBlock, columns - c), height = std::min(kBlock, rows - r);
+      for (int64_t k = 0; k < width; ++k) {
+        for (int64_t i = 0; i < height; ++i) {
+          to[(c + k) * to_row + r + i] = from[(r + i) * row + c + k];
+        }
+      }
+    }
+  }
+}
+
+template <typename S, typename A>
+constexpr LineKernels<S, A> table(const char* name) {
+  return {name,      weighted_sum<S, A>, weighted_sum_stored<S, A>, weighted_sum_of_sums<A>,
+          finish<S, A>, add_pixels<S, A>, pack<S>, unpack<S>, transpose<S>};
+}
+
+}  // namespace
+
+SPECTRALX_END_TARGET
