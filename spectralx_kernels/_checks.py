@@ -33,7 +33,9 @@ def check_device(name: str, tensor: Tensor, reference_name: str, reference: Tens
 def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
     """`tensor` has the device and, unless autocast will cast it, the dtype of `reference`."""
     check_device(name, tensor, reference_name, reference)
-    if tensor.dtype != reference.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    device = tensor.device.type
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    if tensor.dtype != reference.dtype and not casts:
         raise TypeError(
             f"{name}: got dtype {tensor.dtype}, expected {reference.dtype} as {reference_name}"
         )

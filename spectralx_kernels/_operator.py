@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -213,7 +214,8 @@ class Operator:
         float64 tensors are left alone: they are only ever passed for their precision.
         """
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        autocast = torch.is_autocast_enabled(device)
+        # "meta" has no autocast, and asking for it raises.
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
         dtype = _backends.dtype_of(args)
         if autocast and dtype is not None and dtype != torch.float64:
             dtype = self._autocast_to or torch.get_autocast_dtype(device)
@@ -294,7 +296,7 @@ class Operator:
         output_grads = list(grads[: len(grads) - self._saving.hidden])
         device = next(value.device.type for value in inputs if isinstance(value, Tensor))
         # The caller may run backward inside its autocast block; the casts are in the graph.
-        with torch.autocast(device, enabled=False):
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             computed = iter(backward_op(output_grads, *inputs, list(saved), mask))
         return tuple(next(computed) if needs else None for needs in mask)
 

@@ -195,7 +195,9 @@ def aomoa(
         gate_noise, noise, fc1_weight, fc1_bias, fc2_weight, fc2_bias, up,
     )  # fmt: skip
     out, gates, load = AOMOA(rows, *arguments, top_k, norm_eps, backend=backend)
-    return out.reshape(*x.shape[:-1], out_width), gates, load
+    if x.dim() != 2:  # a view of the output would keep sharded modules from managing it
+        out = out.reshape(*x.shape[:-1], out_width)
+    return out, gates, load
 
 
 def balance_loss(gates: Tensor, load: Tensor) -> Tensor:

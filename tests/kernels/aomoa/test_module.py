@@ -190,7 +190,11 @@ def test_duplicates_train_alone(duplicate: Callable[[Any], Any], backend: str) -
 def test_starts_on_the_meta_device() -> None:
     with torch.device("meta"):
         made = AoMoALinear(nn.Linear(64, 48), rank=5)
+        x = torch.randn(3, 64, requires_grad=True)
     assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
+    made(x).sum().backward()  # shapes only: what size estimates and sharding planners do
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
     made.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in made.parameters():
