@@ -62,6 +62,10 @@ class Saving(NamedTuple):
     hidden: int
     kept: tuple[int, ...] | Callable[[Sequence[Any]], tuple[int, ...]]
 
+    def positions(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """The outputs kept in a call with these inputs."""
+        return self.kept(inputs) if callable(self.kept) else self.kept
+
 
 class Operator:
     """A differentiable operator with a reference and kernels by device.
@@ -173,9 +177,8 @@ class Operator:
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         if self._saving.hidden:
             ctx.mark_non_differentiable(*output[-self._saving.hidden :])
-        kept = self._saving.kept(inputs) if callable(self._saving.kept) else self._saving.kept
         outputs = (output,) if isinstance(output, Tensor) else output
-        saved = [outputs[position] for position in kept]
+        saved = [outputs[position] for position in self._saving.positions(inputs)]
         ctx.kept = len(saved)
         ctx.save_for_backward(*saved, *[value for value in inputs if isinstance(value, Tensor)])
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]
@@ -222,8 +225,4 @@ class Operator:
 
     def _backward_fake(self, output_grads: Sequence[Tensor | None], *args: Any) -> Sequence[Tensor]:
         *inputs, _saved, mask = args
-        return [
-            self._empty_grad(value)
-            for value, needs in zip(inputs, mask, strict=True)
-            if needs
-        ]
+        return [self._empty_grad(value) for value, needs in zip(inputs, mask, strict=True) if needs]

@@ -108,9 +108,7 @@ def upsample_conv2d(
     if relu:
         out = torch.relu(out)
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return out.contiguous(
-        memory_format=torch.channels_last if last else torch.contiguous_format
-    )
+    return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def upsample_cross_entropy(

@@ -34,7 +34,17 @@ def ordinary(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
 def test_ladder(by_taps: bool, with_bias: bool) -> None:
     bias = draw(2, seed=3) if with_bias else None
-    args = (draw(2, 3, 3, 2), draw(2, 3, 3, 1, seed=1), bias, None, [5, 3], [1, 0], False, by_taps, False)
+    args = (
+        draw(2, 3, 3, 2),
+        draw(2, 3, 3, 1, seed=1),
+        bias,
+        None,
+        [5, 3],
+        [1, 0],
+        False,
+        by_taps,
+        False,
+    )
     ladder.check_contract(UPSAMPLE_CONV2D, args)
     ladder.check_gradients(UPSAMPLE_CONV2D, args)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
