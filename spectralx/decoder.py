@@ -99,35 +99,37 @@ class ConvUnit(nn.Module):
         with the batch norm in it, until a weight changes.
         """
         if self.bn is None or level.conv.bn is not None:
-            return self(level.formed())
+            return self(level.formed())  # type: ignore[no-any-return]
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            weight, bias = self._kept_product(level.conv)
-            return upsample_conv2d(level.x, weight, bias, size=level.size, relu=True)
+            weight, bias = self._kept_product(level.conv, self.bn)
+            kept: Tensor = upsample_conv2d(level.x, weight, bias, size=level.size, relu=True)
+            return kept
         if not _product_pays(level, self.conv.weight):
-            return self(level.formed())
+            return self(level.formed())  # type: ignore[no-any-return]
         weight, bias = _product(self.conv.weight, level.conv)
         x = upsample_conv2d(level.x, weight, bias, size=level.size)
         return F.relu(self.bn(x), inplace=True)
 
-    def _kept_product(self, inner: ConvUnit) -> tuple[Tensor, Tensor]:
+    def _kept_product(self, inner: ConvUnit, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         """Weight and bias of this unit's convolution and batch norm after `inner`'s convolution."""
-        bn = self.bn
-        assert bn is not None
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        used = (self.conv.weight, inner.conv.weight, inner.conv.bias, *bn.parameters(),
-                bn.running_mean, bn.running_var)  # fmt: skip
+        mean, variance, inner_bias = bn.running_mean, bn.running_var, inner.conv.bias
+        assert mean is not None
+        assert variance is not None
+        assert inner_bias is not None
+        outer = self.conv.weight
+        used = (outer, inner.conv.weight, inner_bias, bn.weight, bn.bias, mean, variance)
         state = None
         if not any(tensor.is_inference() for tensor in used):
             state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in used]
         if self._kept is not None and state is not None and self._kept[0] == state:
             return self._kept[1]
-        wide = bn.running_var.float()
-        scale = bn.weight.float() * (wide + bn.eps).rsqrt()
-        outer = self.conv.weight
-        weight, bias = _product((outer * scale.reshape(-1, 1, 1, 1)).to(outer.dtype), inner)
-        shift = bn.bias.float() - bn.running_mean.float() * scale
-        made = weight, (bias.float() + shift).to(outer.dtype)
+        # Scaled before the product: one rounding of the large weight.
+        wide = torch.promote_types(outer.dtype, torch.float32)
+        scale = bn.weight.to(wide) * (variance.to(wide) + bn.eps).rsqrt()
+        scaled = (outer * scale.reshape(-1, 1, 1, 1)).to(outer.dtype)
+        weight, bias = _product(scaled, inner)
+        shift = bn.bias.to(wide) - mean.to(wide) * scale
+        made = weight, (bias.to(wide) + shift).to(outer.dtype)
         self._kept = (state, made)
         return made
 
@@ -198,13 +200,15 @@ class MultiLevelNeck(nn.Module):
             size = (max(int(x.shape[-2] * scale), 1), max(int(x.shape[-1] * scale), 1))
             if not self.plain:  # channels last from here on: what every kernel behind wants
                 x = x.contiguous(memory_format=torch.channels_last)
+            assert isinstance(conv, ConvUnit)
             levels.append(Unformed(lateral(x), conv, size))
         return levels
 
 
 def decode(neck: MultiLevelNeck, head: UPerHead, features: Sequence[Tensor]) -> Tensor:
     """Logits of the feature maps: `head` of `neck`, whose maps are not formed without need."""
-    logits: Tensor = head(neck(features) if neck.plain else neck.unformed(features))
+    pyramid: Sequence[Tensor | Unformed] = neck(features) if neck.plain else neck.unformed(features)
+    logits: Tensor = head(pyramid)
     return logits
 
 
@@ -216,6 +220,14 @@ def set_plain(model: nn.Module, plain: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, ConvUnit | MultiLevelNeck):
             module.plain = plain
+
+
+def _lateral(unit: nn.Module, x: Tensor | Unformed) -> Tensor:
+    if isinstance(x, Unformed):
+        assert isinstance(unit, ConvUnit)
+        return unit.of_unformed(x)
+    made: Tensor = unit(x)
+    return made
 
 
 class UPerHead(nn.Module):
@@ -256,7 +268,7 @@ class UPerHead(nn.Module):
         assert self.conv_seg.bias is not None
         nn.init.zeros_(self.conv_seg.bias)
 
-    def forward(self, pyramid: Sequence[Tensor] | Sequence[Unformed]) -> Tensor:
+    def forward(self, pyramid: Sequence[Tensor | Unformed]) -> Tensor:
         """Maps [B, C_i, H_i, W_i], finest first, to logits [B, classes, H_0, W_0].
 
         The neck's maps may come unformed (`MultiLevelNeck.unformed`).
@@ -276,8 +288,7 @@ class UPerHead(nn.Module):
         pooled = [module(coarsest) for module in self.psp_modules]
         top = self.bottleneck(coarsest, *pooled)
         laterals = [
-            conv.of_unformed(x) if isinstance(x, Unformed) else conv(x)
-            for conv, x in zip(self.lateral_convs, finer, strict=True)
+            _lateral(conv, x) for conv, x in zip(self.lateral_convs, finer, strict=True)
         ] + [top]
         for level in range(len(finer), 0, -1):
             below = laterals[level - 1]

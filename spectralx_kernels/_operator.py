@@ -75,6 +75,10 @@ class Saving(NamedTuple):
     hidden: int
     kept: tuple[int, ...] | Callable[[Sequence[Any]], tuple[int, ...]]
 
+    def positions(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """The outputs kept in a call with these inputs."""
+        return self.kept(inputs) if callable(self.kept) else self.kept
+
 
 _OPERATORS: dict[str, Operator] = {}
 
@@ -274,9 +278,8 @@ class Operator:
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         if self._saving.hidden:
             ctx.mark_non_differentiable(*output[-self._saving.hidden :])
-        kept = self._saving.kept(inputs) if callable(self._saving.kept) else self._saving.kept
         outputs = (output,) if isinstance(output, Tensor) else output
-        saved = [outputs[position] for position in kept]
+        saved = [outputs[position] for position in self._saving.positions(inputs)]
         ctx.kept = len(saved)
         ctx.save_for_backward(*saved, *[value for value in inputs if isinstance(value, Tensor)])
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from spectralx.decoder import ConvUnit, MultiLevelNeck, UPerHead, UPerNet
+from spectralx.decoder import ConvUnit, MultiLevelNeck, UPerHead, UPerNet, set_plain
 
 
 def decoder(**options) -> UPerNet:
@@ -115,3 +117,70 @@ def test_every_parameter_gets_a_gradient():
     model = decoder()
     model(maps()).square().mean().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_plain_path_agrees_forward_and_backward():
+    """Training and evaluation, with and without gradients, at a batch where products pay too."""
+    for batch in (2, 12):
+        model: Any = decoder(dropout=0.0).double()
+        images = [each.double() for each in maps(batch)]
+        for unit in model.modules():
+            if isinstance(unit, torch.nn.BatchNorm2d):
+                assert unit.running_mean is not None
+                assert unit.running_var is not None
+                torch.nn.init.uniform_(unit.running_mean, -0.5, 0.5)
+                torch.nn.init.uniform_(unit.running_var, 0.5, 2.0)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        results = []
+        for plain in (False, True):
+            model.load_state_dict(state)
+            set_plain(model, plain)
+            found = {}
+            model.eval()
+            with torch.no_grad():
+                found["kept"] = model(images)
+            for training in (False, True):
+                model.train(training).zero_grad()
+                out = model(images)
+                out.square().mean().backward()
+                found[f"logits {training}"] = out.detach()
+                for name, parameter in model.named_parameters():
+                    assert parameter.grad is not None
+                    found[f"{name} {training}"] = parameter.grad.clone()
+            found["running"] = model.head.lateral_convs[0].bn.running_var.clone()
+            results.append(found)
+        for name, value in results[0].items():
+            torch.testing.assert_close(value, results[1][name])
+
+
+def test_kept_product_follows_the_weights():
+    """A changed weight, statistic or dtype is seen; the state dict does not hold the product."""
+    model: Any = decoder().eval()
+    names = set(model.state_dict())
+    with torch.no_grad():
+        before = model(maps())
+        assert model.head.lateral_convs[0]._kept is not None
+        assert torch.equal(model(maps()), before)
+        for change in (
+            lambda: model.neck.convs[0].conv.weight.mul_(2),
+            lambda: model.head.lateral_convs[0].bn.running_var.mul_(3),
+            lambda: model.head.lateral_convs[0].conv.weight.add_(0.1),
+        ):
+            change()
+            after = model(maps())
+            assert not torch.allclose(after, before)
+            set_plain(model)
+            torch.testing.assert_close(after, model(maps()), rtol=1e-4, atol=1e-5)
+            set_plain(model, False)
+            before = after
+        assert model.double()([each.double() for each in maps()]).dtype == torch.float64
+    assert set(model.state_dict()) == names
+    with torch.inference_mode():
+        assert model.float()(maps()).shape == (2, 5, 24, 16)
+
+
+def test_compiles_whole():
+    model = decoder(dropout=0.0).eval()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(maps()), model(maps()), rtol=1e-4, atol=1e-5)

@@ -400,6 +400,13 @@ Tensor upsample_conv2d(const Tensor& x, const Tensor& weight, const std::optiona
   return out.to(x.scalar_type());
 }
 
+// `grad` laid out as `torch.empty_like` of the input is; itself where it is that already.
+Tensor laid_out(const Tensor& grad, const Tensor& input) {
+  Tensor to = at::empty_like(input, input.options().device(at::kMeta));
+  if (grad.strides() == to.strides() && grad.scalar_type() == input.scalar_type()) return grad;
+  return at::empty_like(input).copy_(grad);
+}
+
 // output_mask names the inputs in the order of the schema; the wanted gradients come in that order.
 std::vector<Tensor> upsample_conv2d_backward(
     const c10::List<std::optional<Tensor>>& output_grads, const Tensor& x, const Tensor& weight,
@@ -416,7 +423,10 @@ std::vector<Tensor> upsample_conv2d_backward(
                                         addend.value_or(Tensor())};
   std::array<Tensor, 4> found;
   for (size_t i = 0; i < 4; ++i) {
-    if (output_mask[i]) found[i] = at::empty_like(inputs[i]);
+    // Of the ordinary path's, what the library returns is taken over.
+    if (output_mask[i] && (by_taps || i == 3 || !given.has_value())) {
+      found[i] = at::empty_like(inputs[i]);
+    }
   }
   const auto wanted = [&] {
     std::vector<Tensor> list;
@@ -441,14 +451,14 @@ std::vector<Tensor> upsample_conv2d_backward(
     auto [dlarge, dweight, dbias] = at::convolution_backward(
         grad, large, weight, at::OptionalIntArrayRef(weight.sizes().slice(0, 1)), {1, 1}, padding,
         {1, 1}, false, {0, 0}, 1, {output_mask[0], output_mask[1], output_mask[2]});
-    if (found[0].defined()) {
-      found[0].copy_(x.sizes().slice(2) == size
-                         ? dlarge
-                         : at::upsample_bilinear2d_backward(dlarge, size, x.sizes(),
-                                                            align_corners));
+    if (output_mask[0]) {
+      if (x.sizes().slice(2) != size) {
+        dlarge = at::upsample_bilinear2d_backward(dlarge, size, x.sizes(), align_corners);
+      }
+      found[0] = laid_out(dlarge, x);
     }
-    if (found[1].defined()) found[1].copy_(dweight);
-    if (found[2].defined()) found[2].copy_(dbias);
+    if (output_mask[1]) found[1] = laid_out(dweight, weight);
+    if (output_mask[2]) found[2] = laid_out(dbias, *bias);
     return wanted();
   }
   grad = grad.to(type);
