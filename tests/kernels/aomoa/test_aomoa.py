@@ -124,6 +124,23 @@ def test_repeats() -> None:
     ladder.check_repeats(AOMOA, arguments())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    """More tokens than a chunk, panels that are not full, and wide sums."""
+    args = ladder.cast(arguments(tokens=1030, width=64, out=48, rank=16, hidden=4), dtype)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            runs.append(ladder.run_with_gradients(AOMOA, ladder.cast(args, dtype, grad=True)))
+    finally:
+        torch.set_num_threads(threads)
+    for outputs, grads in runs[1:]:
+        assert all(map(torch.equal, outputs, runs[0][0]))
+        assert all(torch.equal(grad, grads[name]) for name, grad in runs[0][1].items())
+
+
 def layer(width: int = 64, out: int = 48, **options: Any) -> AoMoALinear:
     torch.manual_seed(0)
     made = AoMoALinear(nn.Linear(width, out), **options)
