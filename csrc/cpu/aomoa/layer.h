@@ -58,6 +58,13 @@ T* data(const Tensor& tensor) {
   return tensor.mutable_data_ptr<T>();
 }
 
+// Whether experts run on the tokens that take them rather than on all: grouped.cpp.
+bool groups_experts(int64_t experts, int64_t top_k);
+
+// Elements of one column of a right operand that belong together.
+template <typename Op>
+constexpr int64_t kColumn = sizeof(Op) == 2 ? 2 : 1;
+
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 template <typename Op>
@@ -105,6 +112,7 @@ struct Layer {
   Tensor wide_zeros(at::IntArrayRef shape) const { return at::zeros(shape, x.options().dtype(kWide)); }
   Tensor wide_empty(at::IntArrayRef shape) const { return at::empty(shape, x.options().dtype(kWide)); }
   Tensor op_empty(at::IntArrayRef shape) const { return at::empty(shape, x.options()); }
+  bool grouped() const { return groups_experts(experts, top_k); }
   const W* bias_data() const { return bias.defined() ? data<W>(bias) : nullptr; }
 };
 
