@@ -279,7 +279,7 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   for (int64_t first = 0; first < l.tokens; first += kChunk) {
     const Chunk chunk(first, l.tokens, l.attributes);
     Trail<Op> trail(l, chunk);
-    if (l.grouped()) {
+    if (l.grouped) {
       unmix_grouped(l, chunk, in, trail);
     } else {
       unmix_densely(l, chunk, in, trail);
@@ -313,7 +313,7 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   grads.gate = l.router_grad.narrow(2, 0, l.experts);
   grads.gate_noise = l.noise.has_value() ? l.router_grad.narrow(2, l.experts, l.experts)
                                          : at::zeros_like(grads.gate);
-  grads.fc1_weight = l.grouped() ? l.fc1_t_grad.transpose(1, 2)
+  grads.fc1_weight = l.grouped ? l.fc1_t_grad.transpose(1, 2)
                                  : l.fc1_t_grad.t().reshape({l.experts, l.hidden, l.rank});
   grads.fc1_bias = parts[0].view({l.experts, l.hidden}).clone();
   grads.fc2_weight = l.fc2_grad;

@@ -29,7 +29,7 @@ struct Backward : Layer<Op> {
     const auto& l = *this;
     all_hidden = l.experts * l.hidden;
     sum_size = all_hidden + l.experts * l.rank + 3 * l.rank;
-    fc1_t = l.grouped() ? l.fc1.transpose(1, 2).contiguous()
+    fc1_t = l.grouped ? l.fc1.transpose(1, 2).contiguous()
                         : l.fc1.view({all_hidden, l.rank}).t().contiguous();
     fc2_t = l.fc2.transpose(1, 2).contiguous();
     router_t = l.router.transpose(1, 2).contiguous();
@@ -108,7 +108,7 @@ struct Trail {
     z_wide = l.wide_empty({l.attributes, l.rank, padded});
     c_features = l.op_empty(z_wide.sizes());
     z0_grad_features = at::empty_like(c_features);
-    if (!l.grouped()) {
+    if (!l.grouped) {
       z_features = at::empty_like(c_features);
       y_grad_features = l.op_empty({l.attributes, l.experts, l.rank, padded});
       h_tokens = l.op_empty({l.attributes, padded, l.all_hidden});
@@ -118,7 +118,7 @@ struct Trail {
     clean = l.wide_empty({l.attributes, chunk.tokens, l.experts});
     if (l.noise.has_value()) raw = at::empty_like(clean);
     gates_grad = at::empty_like(clean);
-    sums = l.wide_zeros({chunk.panels, l.grouped() ? 3 * l.rank : l.sum_size});
+    sums = l.wide_zeros({chunk.panels, l.grouped ? 3 * l.rank : l.sum_size});
   }
 
   // Of panel q: norm2's two and dz0's sum, [3 r].

@@ -133,7 +133,7 @@ Outputs forward(const Arguments& arguments, bool frozen) {
     const auto [gates, load] = noisy_topk_gating(chain.clean, raw, chunk.of(l.noise), l.top_k);
     chunk.of(outputs.gates).copy_(gates);
     outputs.load.add_(load);
-    if (l.grouped()) {
+    if (l.grouped) {
       mix_grouped(l, chunk, chain.z, gates, chain.c);
     } else {
       mix_densely(l, chunk, chain, gates);

@@ -220,14 +220,13 @@ void to_experts(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
 }  // namespace
 
 bool groups_experts(int64_t experts, int64_t top_k) {
-  static const std::string_view wanted = [] {
-    const char* value = std::getenv("SPECTRALX_AOMOA_EXPERTS");
-    const std::string_view found = value == nullptr ? "" : value;
-    TORCH_CHECK(found.empty() || found == "dense" || found == "grouped",
-                "SPECTRALX_AOMOA_EXPERTS: got ", found, ", expected dense or grouped");
-    return found;
-  }();
-  if (!wanted.empty()) return wanted == "grouped";
+  const char* value = std::getenv("SPECTRALX_AOMOA_EXPERTS");
+  if (value != nullptr && *value != 0) {
+    const std::string_view wanted = value;
+    TORCH_CHECK(wanted == "dense" || wanted == "grouped", "SPECTRALX_AOMOA_EXPERTS: got ", wanted,
+                ", expected dense or grouped");
+    return wanted == "grouped";
+  }
   return experts >= 4 * top_k;
 }
 

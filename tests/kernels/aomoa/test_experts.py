@@ -1,14 +1,7 @@
-"""Both ways the CPU kernel runs the experts: on every token, and on the tokens grouped by expert.
-
-The choice is made once a process, so each way is forced in a process of its own.
-"""
+"""Both ways the CPU kernel runs experts: on every token, and on the tokens grouped by expert."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +12,6 @@ from spectralx_kernels.aomoa.ops import AOMOA
 from tests.kernels import ladder
 from tests.kernels.aomoa.test_aomoa import arguments
 
-ROOT = Path(__file__).parents[3]
 EVEN: dict[str, Any] = {"rank": 6, "hidden": 4}  # what products of bfloat16 take
 SIZES: list[dict[str, Any]] = [
     {},
@@ -57,7 +49,7 @@ def decided(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0][kept], *tensors[1:NOISE], noise, *args[NOISE + 1 :])
 
 
-def check_sizes() -> None:
+def test_sizes() -> None:
     for size in SIZES:
         ladder.check_accuracy(AOMOA, arguments(**size), torch.float32)
         if size.get("tokens") != 1:
@@ -65,7 +57,7 @@ def check_sizes() -> None:
     ladder.check_gradients(AOMOA, arguments(tokens=2, experts=5))
 
 
-def check_routing() -> None:
+def test_routing() -> None:
     """An expert without tokens; all tokens on one expert, whose other gate is below the floor."""
     idle, crowded = routed(-1e3, 2), routed(1e3, 3)
     load = AOMOA(*ladder.cast(idle, torch.float32), backend="cpp")[1].count_nonzero(1)
@@ -77,7 +69,7 @@ def check_routing() -> None:
             ladder.check_accuracy(AOMOA, args, dtype)
 
 
-def check_nan() -> None:
+def test_nan() -> None:
     """A NaN token makes its own row NaN, and every other row is what it is without it."""
     for dtype in (torch.float32, torch.bfloat16):
         args = arguments(tokens=70, experts=9, noisy=False, **EVEN)
@@ -99,17 +91,19 @@ def check_nan() -> None:
             assert after[1][f"argument {position}"].isnan().flatten(1).any(1).sum() >= 2
 
 
-def check_bits() -> None:
+def test_bits() -> None:
     """Same bits again, and on one thread and on two."""
     for dtype in (torch.float32, torch.bfloat16):
         args = arguments(tokens=1030, experts=9, **{**EVEN, "rank": 130})
         results = []
+        before = torch.get_num_threads()
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
             leaves = ladder.cast(args, dtype, grad=True)
             results.append(
                 ladder.run_with_gradients(lambda *values: AOMOA(*values, backend="cpp"), leaves)
             )
+        torch.set_num_threads(before)
         for outputs, grads in results[1:]:
             for one, two in zip(results[0][0], outputs, strict=True):
                 assert torch.equal(one, two)
@@ -117,25 +111,18 @@ def check_bits() -> None:
                 assert torch.equal(grad, grads[name]), name
 
 
-def run(code: str, experts: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SPECTRALX_AOMOA_EXPERTS": experts}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-
-
 pytestmark = pytest.mark.skipif(
     "cpp" not in _backends.available(AOMOA.name, "cpu"), reason="no C++ kernel was built"
 )
 
 
-@pytest.mark.parametrize("experts", ["dense", "grouped"])
-@pytest.mark.parametrize("check", [check_sizes, check_routing, check_nan, check_bits])
-def test_both_ways(check: Any, experts: str) -> None:
-    done = run(f"from tests.kernels.aomoa import test_experts as t; t.{check.__name__}()", experts)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(params=["dense", "grouped"], autouse=True)
+def experts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SPECTRALX_AOMOA_EXPERTS", request.param)
+    return str(request.param)
 
 
-def test_an_unknown_way_is_named() -> None:
-    done = run("from tests.kernels.aomoa import test_experts as t; t.check_bits()", "sparse")
-    assert "SPECTRALX_AOMOA_EXPERTS: got sparse, expected dense or grouped" in done.stderr
+def test_an_unknown_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECTRALX_AOMOA_EXPERTS", "sparse")
+    with pytest.raises(RuntimeError, match="EXPERTS: got sparse, expected dense or grouped"):
+        AOMOA(*ladder.cast(arguments(), torch.float32), backend="cpp")
