@@ -3,124 +3,17 @@
 //
 // The number of threads changes no bit: a product belongs to one thread, sums over the tokens of a
 // panel are kept apart and added up in the panels' order, chunks come one after the other.
-#include "cpu/aomoa/layer.h"
+#include "cpu/aomoa/backward.h"
 
 #include "cpu/aomoa/gating.h"
+#include "cpu/aomoa/grouped.h"
 
 namespace spectralx::cpu {
 
 namespace {
 
-// Weights as backward's products take them, and the sums over all chunks. Wide unless said.
-template <typename Op>
-struct Backward : Layer<Op> {
-  using W = Wide<Op>;
-  Tensor fc1_t, fc2_t, up_t;      // of Op: [r, E h], [E, h, r], scaler * up [A, r, o]
-  Tensor router_t;                // [A, r, scores]
-  Tensor folded;                  // of Op, gamma * down [r, d]
-  Tensor column_sums, shift;      // [r]: of folded; down beta
-  Tensor mean, offset, slope;     // [A, T]: x's gradient is product - offset - (x - mean) slope
-  Tensor z0_grad;                 // of Op, rstd1 * gradient of z0 [T, A, r]
-  // In blocks of 64 columns, [o / 64][r][64]: rows a power of two apart would share cache sets.
-  Tensor up_products;             // [A, blocks of o, r, 64], c' dout
-  Tensor down_products;           // [blocks of d, r, 64], dz0' (norm1's output before weight, bias)
-  Tensor fc1_t_grad, fc2_grad;    // [r, E h], [E, r, h]
-  Tensor router_grad;             // [A, r, scores]
-  Tensor sums;                    // [E h + E r + 3 r]: fc1_bias, fc2_bias, norm2's two, dz0's sum
-  Tensor noise_grad;              // [A, T, E]
-  int64_t all_hidden, sum_size;
-
-  Backward(const Arguments& p, bool frozen) : Layer<Op>(p, frozen) {
-    const auto& l = *this;
-    all_hidden = l.experts * l.hidden;
-    sum_size = all_hidden + l.experts * l.rank + 3 * l.rank;
-    fc1_t = l.fc1.view({all_hidden, l.rank}).t().contiguous();
-    fc2_t = l.fc2.transpose(1, 2).contiguous();
-    router_t = l.router.transpose(1, 2).contiguous();
-    up_t = l.op_empty({l.attributes, l.rank, l.out});
-    folded = at::empty_like(l.down);
-    column_sums = l.wide_empty({l.rank});
-    shift = l.wide_empty({l.rank});
-    fold();
-    offset = l.wide_empty({l.attributes, l.tokens});
-    slope = at::empty_like(offset);
-    z0_grad = l.op_empty({l.tokens, l.attributes, l.rank});
-    up_products = l.wide_zeros({l.attributes, blocks_of(l.out, kBlock), l.rank, kBlock});
-    down_products = l.wide_zeros({blocks_of(l.d, kBlock), l.rank, kBlock});
-    fc1_t_grad = l.wide_zeros({l.rank, all_hidden});
-    fc2_grad = l.wide_zeros({l.experts, l.rank, l.hidden});
-    router_grad = l.wide_zeros({l.attributes, l.rank, l.scores});
-    sums = l.wide_zeros({sum_size});
-  }
-
-  // gamma into down, scaler into up and its transpose.
-  void fold() {
-    const auto& l = *this;
-    const int64_t up_blocks = blocks_of(l.out, kPanel);
-    over(l.rank + up_blocks, [&](int64_t begin, int64_t end) {
-      const Tensor operand = l.op_empty({l.rank, kPanel}), panel = l.wide_empty({l.rank, kPanel}),
-                   scaled = l.wide_empty({l.rank, kPanel});
-      for (int64_t task = begin; task < end; ++task) {
-        if (task < l.rank) {
-          l.k.fold(data<Op>(l.down) + task * l.d, l.d, data<W>(l.norm1_weight),
-                   data<W>(l.norm1_bias), data<Op>(folded) + task * l.d,
-                   data<W>(column_sums) + task, data<W>(shift) + task);
-          continue;
-        }
-        const int64_t o = (task - l.rank) * kPanel, count = std::min(kPanel, l.out - o);
-        l.k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(operand));
-        l.k.widen(data<Op>(operand), l.rank, data<W>(panel));
-        for (int64_t a = 0; a < l.attributes; ++a) {
-          W weight[kPanel] = {};
-          std::copy_n(data<W>(l.scaler) + a * l.out + o, count, weight);
-          l.k.scale_tokens(data<W>(panel), l.rank, weight, data<W>(scaled));
-          Op* target = data<Op>(up_t) + a * l.rank * l.out + o;
-          if (count == kPanel) {
-            l.k.to_features(data<W>(scaled), l.rank, target, l.out);
-          } else {
-            l.k.to_features(data<W>(scaled), l.rank, data<Op>(operand), kPanel);
-            for (int64_t i = 0; i < l.rank; ++i)
-              std::copy_n(data<Op>(operand) + i * kPanel, count, target + i * l.out);
-          }
-        }
-      }
-    });
-  }
-};
-
-// What one chunk keeps between its phases. "By features" is [features][padded tokens] of Op, the left
-// operand of a product over tokens; "by tokens" its right one.
-template <typename Op>
-struct Trail {
-  using W = Wide<Op>;
-  int64_t padded;
-  Tensor normed, dz;              // panels [panels][r][32]
-  Tensor z_features, z_wide;      // [A][r][padded], of Op and wide
-  Tensor c_features;              // [A][r][padded]
-  Tensor y_grad_features;         // [A][E][r][padded]
-  Tensor z0_grad_features;        // [A][r][padded]
-  Tensor h_tokens, h_grad_tokens;  // by tokens [A][padded][E h]
-  Tensor router_tokens;           // wide [A][padded][scores]
-  Tensor clean, raw, gates_grad;  // [A, tokens, E]
-  Tensor sums;                    // [panels][sum_size]
-
-  Trail(const Backward<Op>& l, const Chunk& chunk) : padded(chunk.padded()) {
-    normed = l.wide_empty({chunk.panels, l.rank, kPanel});
-    dz = at::empty_like(normed);
-    z_features = l.op_empty({l.attributes, l.rank, padded});
-    z_wide = l.wide_empty({l.attributes, l.rank, padded});
-    c_features = at::empty_like(z_features);
-    y_grad_features = l.op_empty({l.attributes, l.experts, l.rank, padded});
-    z0_grad_features = at::empty_like(z_features);
-    h_tokens = l.op_empty({l.attributes, padded, l.all_hidden});
-    h_grad_tokens = at::empty_like(h_tokens);
-    router_tokens = l.wide_zeros({l.attributes, padded, l.scores});
-    clean = l.wide_empty({l.attributes, chunk.tokens, l.experts});
-    if (l.noise.has_value()) raw = at::empty_like(clean);
-    gates_grad = at::empty_like(clean);
-    sums = l.wide_zeros({chunk.panels, l.sum_size});
-  }
-};
+// Columns of a task that starts at `from`.
+int64_t width(int64_t whole, int64_t from) { return std::min(kBlock, whole - from); }
 
 // Routing and mixture again, then back to z: dz, the gates' gradients, and what the experts'
 // weights' gradients need. Every expert on every token.
@@ -129,7 +22,7 @@ void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
                    Trail<Op>& trail) {
   using W = Wide<Op>;
   const auto& k = l.k;
-  const int64_t all = l.all_hidden, padded = trail.padded, outs = l.attributes * l.out;
+  const int64_t all = l.all_hidden, padded = trail.padded;
   const Tensor gates = chunk.of(in.kept_gates).contiguous();
   over(chunk.panels, [&](int64_t begin, int64_t end) {
     const Tensor z = l.wide_empty({l.rank, kPanel}), z_operand = l.op_empty({l.rank, kPanel}),
@@ -141,24 +34,12 @@ void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
                  dc = l.wide_empty({l.rank, kPanel}), dout = l.op_empty({l.out, kPanel});
     for (int64_t q = begin; q < end; ++q) {
       const int64_t a = chunk.attribute(q), start = chunk.start(q), n = chunk.count(q);
-      const int64_t t = chunk.first + start, at = (a * chunk.tokens + start) * l.experts;
+      const int64_t at = (a * chunk.tokens + start) * l.experts;
       W* sums = data<W>(trail.sums) + q * l.sum_size;
-      W* normed = data<W>(trail.normed) + q * l.rank * kPanel;
-      k.transpose(data<W>(in.normed) + (t * l.attributes + a) * l.rank, n, l.attributes * l.rank,
-                  l.rank, normed);
-      k.affine(normed, l.rank, data<W>(l.norm2_weight), data<W>(l.norm2_bias), data<W>(z));
+      restore(l, chunk, in, trail, q, data<W>(z), data<W>(scores));
       k.to_operand(data<W>(z), l.rank, data<Op>(z_operand));
       k.to_features(data<W>(z), l.rank, data<Op>(trail.z_features) + a * l.rank * padded + start,
                     padded);
-      for (int64_t i = 0; i < l.rank; ++i)
-        std::copy(data<W>(z) + i * kPanel, data<W>(z) + (i + 1) * kPanel,
-                  data<W>(trail.z_wide) + (a * l.rank + i) * padded + start);
-      product(l.scores, kPanel, l.rank, data<W>(l.router) + a * l.scores * l.rank, l.rank,
-              data<W>(z), kPanel, data<W>(scores), kPanel, false);
-      k.unpack_wide(data<W>(scores), n, l.experts, data<W>(trail.clean) + at, l.experts);
-      if (trail.raw.defined())
-        k.unpack_wide(data<W>(scores) + l.experts * kPanel, n, l.experts,
-                      data<W>(trail.raw) + at, l.experts);
 
       k.transpose(data<W>(gates) + at, n, l.experts, l.experts, data<W>(g));
       product(all, kPanel, l.rank, data<Op>(l.fc1), l.rank, data<Op>(z_operand), kPanel,
@@ -170,12 +51,7 @@ void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
                 data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
                 data<W>(y) + e * l.rank * kPanel, kPanel, false);
       k.combine(data<W>(y), l.experts, l.top_k, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
-      k.to_features(data<W>(c), l.rank, data<Op>(trail.c_features) + a * l.rank * padded + start,
-                    padded);
-
-      k.pack(data<Op>(in.out) + t * outs + a * l.out, n, outs, l.out, data<Op>(dout));
-      product(l.rank, kPanel, l.out, data<Op>(l.up_t) + a * l.rank * l.out, l.out, data<Op>(dout),
-              kPanel, data<W>(dc), kPanel, false);
+      to_mixture(l, chunk, in, trail, q, data<W>(c), data<Op>(dout), data<W>(dc));
       k.combine_backward(data<W>(y), l.experts, l.rank, data<W>(g), data<W>(c), data<W>(dc),
                          data<W>(dg), sums + all);
       k.unpack_wide(data<W>(dg), n, l.experts, data<W>(trail.gates_grad) + at, l.experts);
@@ -215,7 +91,7 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
       const int64_t t = chunk.first + start, at = (a * chunk.tokens + start) * l.experts;
       const W* normed = data<W>(trail.normed) + q * l.rank * kPanel;
       W* dz = data<W>(trail.dz) + q * l.rank * kPanel;
-      W* sums = data<W>(trail.sums) + q * l.sum_size + l.all_hidden + l.experts * l.rank;
+      W* sums = trail.norm_sums(l, q);
       k.transpose(data<W>(routing.clean) + at, n, l.experts, l.experts, data<W>(scores));
       if (trail.raw.defined())
         k.transpose(data<W>(routing.raw_std) + at, n, l.experts, l.experts,
@@ -253,16 +129,39 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
   });
 }
 
-// Products over the tokens of the chunk, added to the weights' gradients. A task has 64 columns.
+// Products over the tokens of the chunk, added to the gradients of the experts' weights.
+template <typename Op>
+void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
+  using W = Wide<Op>;
+  const int64_t padded = trail.padded, all = l.all_hidden;
+  const int64_t fc2_blocks = blocks_of(l.hidden, kBlock);
+  over(l.experts * fc2_blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t e = task / fc2_blocks, j = task % fc2_blocks * kBlock;
+      for (int64_t a = 0; a < l.attributes; ++a)
+        product(l.rank, width(l.hidden, j), padded,
+                data<Op>(trail.y_grad_features) + (a * l.experts + e) * l.rank * padded, padded,
+                data<Op>(trail.h_tokens) + a * padded * all + (e * l.hidden + j) * kColumn<Op>, all,
+                data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, true);
+    }
+  });
+  over(blocks_of(all, kBlock), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kBlock; j < std::min(end * kBlock, all); j += kBlock) {
+      for (int64_t a = 0; a < l.attributes; ++a)
+        product(l.rank, width(all, j), padded, data<Op>(trail.z_features) + a * l.rank * padded,
+                padded, data<Op>(trail.h_grad_tokens) + a * padded * all + j * kColumn<Op>, all,
+                data<W>(l.fc1_t_grad) + j, all, true);
+    }
+  });
+}
+
+// Products over the tokens of the chunk, added to the other weights' gradients. A task has 64 columns.
 template <typename Op>
 void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
                 const Trail<Op>& trail) {
   using W = Wide<Op>;
   const auto& k = l.k;
-  const int64_t padded = trail.padded, outs = l.attributes * l.out, all = l.all_hidden;
-  constexpr int64_t kPair = sizeof(Op) == 2 ? 2 : 1;  // elements of a column of a right operand
-  const auto width = [](int64_t whole, int64_t from) { return std::min(kBlock, whole - from); };
-
+  const int64_t padded = trail.padded, outs = l.attributes * l.out;
   // Tasks of one loop cost the same, which is how they are dealt out.
   const int64_t up_blocks = blocks_of(l.out, kBlock);
   over(l.attributes * up_blocks, [&](int64_t begin, int64_t end) {
@@ -290,32 +189,13 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
       }
     }
   });
-  const int64_t fc2_blocks = blocks_of(l.hidden, kBlock);
-  over(l.experts * fc2_blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t e = task / fc2_blocks, j = task % fc2_blocks * kBlock;
-      for (int64_t a = 0; a < l.attributes; ++a)
-        product(l.rank, width(l.hidden, j), padded,
-                data<Op>(trail.y_grad_features) + (a * l.experts + e) * l.rank * padded, padded,
-                data<Op>(trail.h_tokens) + a * padded * all + (e * l.hidden + j) * kPair, all,
-                data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, true);
-    }
-  });
-  over(blocks_of(all, kBlock), [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin * kBlock; j < std::min(end * kBlock, all); j += kBlock) {
-      for (int64_t a = 0; a < l.attributes; ++a)
-        product(l.rank, width(all, j), padded, data<Op>(trail.z_features) + a * l.rank * padded,
-                padded, data<Op>(trail.h_grad_tokens) + a * padded * all + j * kPair, all,
-                data<W>(l.fc1_t_grad) + j, all, true);
-    }
-  });
   over(l.attributes, [&](int64_t begin, int64_t end) {
     for (int64_t a = begin; a < end; ++a)
       product(l.rank, l.scores, padded, data<W>(trail.z_wide) + a * l.rank * padded, padded,
               data<W>(trail.router_tokens) + a * padded * l.scores, l.scores,
               data<W>(l.router_grad) + a * l.rank * l.scores, l.scores, true);
   });
-  l.sums.add_(trail.sums.sum(0));
+  l.sums.narrow(0, l.sum_size - trail.sums.size(1), trail.sums.size(1)).add_(trail.sums.sum(0));
 }
 
 // x's gradient: dout W of the frozen layer and norm1's share in one product a tile.
@@ -399,7 +279,12 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   for (int64_t first = 0; first < l.tokens; first += kChunk) {
     const Chunk chunk(first, l.tokens, l.attributes);
     Trail<Op> trail(l, chunk);
-    unmix_densely(l, chunk, in, trail);
+    if (l.grouped) {
+      unmix_grouped(l, chunk, in, trail);
+    } else {
+      unmix_densely(l, chunk, in, trail);
+      to_experts_densely(l, trail);
+    }
     if (in.gates.has_value()) trail.gates_grad.add_(chunk.of(*in.gates));
     const auto raw = trail.raw.defined() ? std::optional<Tensor>(trail.raw) : std::nullopt;
     const GatingGradients routing =
@@ -428,7 +313,8 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   grads.gate = l.router_grad.narrow(2, 0, l.experts);
   grads.gate_noise = l.noise.has_value() ? l.router_grad.narrow(2, l.experts, l.experts)
                                          : at::zeros_like(grads.gate);
-  grads.fc1_weight = l.fc1_t_grad.t().reshape({l.experts, l.hidden, l.rank});
+  grads.fc1_weight = l.grouped ? l.fc1_t_grad.transpose(1, 2)
+                                 : l.fc1_t_grad.t().reshape({l.experts, l.hidden, l.rank});
   grads.fc1_bias = parts[0].view({l.experts, l.hidden}).clone();
   grads.fc2_weight = l.fc2_grad;
   grads.fc2_bias = parts[1].view({l.experts, l.rank}).clone();

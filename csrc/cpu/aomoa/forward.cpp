@@ -2,6 +2,7 @@
 #include "cpu/aomoa/layer.h"
 
 #include "cpu/aomoa/gating.h"
+#include "cpu/aomoa/grouped.h"
 
 namespace spectralx::cpu {
 
@@ -132,7 +133,11 @@ Outputs forward(const Arguments& arguments, bool frozen) {
     const auto [gates, load] = noisy_topk_gating(chain.clean, raw, chunk.of(l.noise), l.top_k);
     chunk.of(outputs.gates).copy_(gates);
     outputs.load.add_(load);
-    mix_densely(l, chunk, chain, gates);
+    if (l.grouped) {
+      mix_grouped(l, chunk, chain.z, gates, chain.c);
+    } else {
+      mix_densely(l, chunk, chain, gates);
+    }
     to_output(l, chunk, chain, outputs.out);
   }
   return outputs;

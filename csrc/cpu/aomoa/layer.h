@@ -58,6 +58,13 @@ T* data(const Tensor& tensor) {
   return tensor.mutable_data_ptr<T>();
 }
 
+// Whether grouping tokens by expert pays, or is forced: grouped.cpp.
+bool groups_experts(int64_t experts, int64_t top_k);
+
+// Elements of one column of a right operand that belong together.
+template <typename Op>
+constexpr int64_t kColumn = sizeof(Op) == 2 ? 2 : 1;
+
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 template <typename Op>
@@ -74,11 +81,13 @@ struct Layer {
   std::optional<Tensor> noise;            // wide [A, T, E]
   int64_t tokens, width, attributes, d, rank, hidden, experts, out, top_k, scores;
   W eps;
+  bool grouped;  // experts run on the tokens that take them, not on all
 
   Layer(const Arguments& p, bool frozen)
       : tokens(p.x.size(0)), width(p.x.size(1)), attributes(p.gate.size(0)), d(p.down.size(1)),
         rank(p.gate.size(1)), hidden(p.fc1_weight.size(1)), experts(p.gate.size(2)),
-        out(p.up.size(0)), top_k(p.top_k), eps(static_cast<W>(p.norm_eps)) {
+        out(p.up.size(0)), top_k(p.top_k), eps(static_cast<W>(p.norm_eps)),
+        grouped(groups_experts(experts, top_k)) {
     const auto operand = [](const Tensor& t) { return t.to(kOp).contiguous(); };
     const auto wide = [](const Tensor& t) { return t.to(kWide).contiguous(); };
     x = operand(p.x);

@@ -62,12 +62,17 @@ struct PanelKernels {
   // dh becomes 0 where h is; its sums over the tokens are added to dbias.
   void (*relu_backward)(W* dh, const W* h, int64_t features, W* dbias);
 
+  // Columns of panels [..][features][32] side by side: columns[n] = 32 * panel + lane, or -1 for
+  // zeros. Of operands; of W, put down or added.
+  void (*gather_operand)(const Op* panels, const int64_t* columns, int64_t features, Op* operand);
+  void (*gather)(const W* panels, const int64_t* columns, int64_t features, bool add, W* panel);
+
   // c [r][32] = log of the sum over e of gates [E][32] times exp(y [E][r][32] + bias [E][r]), where
-  // a token has at most `top_k` gates. y becomes y + bias.
+  // a token has at most `top_k` gates. y becomes y + bias. The bias may be null.
   void (*combine)(W* y, int64_t experts, int64_t top_k, int64_t r, const W* bias, const W* gates,
                   W* c);
   // y (with its bias) becomes its own gradient; dgates [E][32]; the sums over the tokens of y's
-  // gradient are added to dbias [E][r].
+  // gradient are added to dbias [E][r] unless null.
   void (*combine_backward)(W* y, int64_t experts, int64_t r, const W* gates, const W* c,
                            const W* dc, W* dgates, W* dbias);
 

@@ -371,6 +371,51 @@ void relu_backward(Wide<Op>* dh, const Wide<Op>* h, int64_t features, Wide<Op>* 
   }
 }
 
+// use(row, lanes) for every row of the gathered panel. The lane of an empty column reads a valid one.
+template <typename T, typename Use>
+inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, Use use) {
+  int64_t offset[kPanel];
+  for (int64_t n = 0; n < kPanel; ++n) {
+    const int64_t column = std::max<int64_t>(columns[n], 0);
+    offset[n] = column / kPanel * rows * kPanel + column % kPanel;
+  }
+  for (int64_t i = 0; i < rows; ++i, panels += kPanel) {
+    T lanes[kPanel];
+    SPECTRALX_LANES {
+      const T value = panels[offset[n]];
+      lanes[n] = columns[n] < 0 ? T(0) : value;
+    }
+    use(i, lanes);
+  }
+}
+
+template <typename Op>
+void gather_operand(const Op* panels, const int64_t* columns, int64_t features, Op* operand) {
+  if constexpr (sizeof(Op) == 2) {
+    gather_rows(words(panels), columns, features / 2, [&](int64_t i, const uint32_t* lanes) {
+      SPECTRALX_LANES words(operand)[i * kPanel + n] = lanes[n];
+    });
+  } else {
+    gather_rows(panels, columns, features, [&](int64_t i, const Op* lanes) {
+      SPECTRALX_LANES operand[i * kPanel + n] = lanes[n];
+    });
+  }
+}
+
+template <typename Op>
+void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, bool add,
+            Wide<Op>* panel) {
+  using W = Wide<Op>;
+  gather_rows(panels, columns, features, [&](int64_t i, const W* lanes) {
+    W* to = panel + i * kPanel;
+    if (add) {
+      SPECTRALX_LANES to[n] += lanes[n];
+    } else {
+      SPECTRALX_LANES to[n] = lanes[n];
+    }
+  });
+}
+
 // The taken terms of 32 tokens, slot by slot: the n-th expert a token takes, in order.
 constexpr int64_t kSlots = 4;  // more are taken without slots
 
@@ -405,7 +450,7 @@ void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<
     }
     for (int64_t e = 0; e < experts; ++e) {
       W* row = y + (e * r + i) * kPanel;
-      const W shift = bias[e * r + i];
+      const W shift = bias ? bias[e * r + i] : W(0);
       SPECTRALX_LANES row[n] += shift;
       if (by_slot) {
         for (int64_t slot = 0; slot < terms; ++slot) {
@@ -460,7 +505,7 @@ void combine_backward(Wide<Op>* y, int64_t experts, int64_t r, const Wide<Op>* g
         along[n] += gate[n] != W(0) ? per_gate : W(0);
         row[n] = gate[n] != W(0) ? gate[n] * per_gate : W(0);
       }
-      dbias[e * r + i] += sum_of_lanes(row);
+      if (dbias) dbias[e * r + i] += sum_of_lanes(row);
     }
     SPECTRALX_LANES dgate[n] = along[n];
   }
@@ -641,6 +686,8 @@ constexpr PanelKernels<Op> table(const char* name) {
           norm_backward<Op>,
           bias_relu<Op>,
           relu_backward<Op>,
+          gather_operand<Op>,
+          gather<Op>,
           combine<Op>,
           combine_backward<Op>,
           pack_tokens<Op>,

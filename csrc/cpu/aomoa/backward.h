@@ -1,0 +1,166 @@
+// What the files of backward share: its weights and sums, and what a chunk keeps between phases.
+#pragma once
+
+#include "cpu/aomoa/layer.h"
+
+namespace spectralx::cpu {
+
+// Weights as backward's products take them, and the sums over all chunks. Wide unless said.
+template <typename Op>
+struct Backward : Layer<Op> {
+  using W = Wide<Op>;
+  Tensor fc1_t;                   // of Op: [r, E h], grouped [E, r, h]
+  Tensor fc2_t, up_t;             // of Op: [E, h, r], scaler * up [A, r, o]
+  Tensor router_t;                // [A, r, scores]
+  Tensor folded;                  // of Op, gamma * down [r, d]
+  Tensor column_sums, shift;      // [r]: of folded; down beta
+  Tensor mean, offset, slope;     // [A, T]: x's gradient is product - offset - (x - mean) slope
+  Tensor z0_grad;                 // of Op, rstd1 * gradient of z0 [T, A, r]
+  // In blocks of 64 columns, [o / 64][r][64]: rows a power of two apart would share cache sets.
+  Tensor up_products;             // [A, blocks of o, r, 64], c' dout
+  Tensor down_products;           // [blocks of d, r, 64], dz0' (norm1's output before weight, bias)
+  Tensor fc1_t_grad, fc2_grad;    // as fc1_t; [E, r, h]
+  Tensor router_grad;             // [A, r, scores]
+  Tensor sums;                    // [E h + E r + 3 r]: fc1_bias, fc2_bias, norm2's two, dz0's sum
+  Tensor noise_grad;              // [A, T, E]
+  int64_t all_hidden, sum_size;
+
+  Backward(const Arguments& p, bool frozen) : Layer<Op>(p, frozen) {
+    const auto& l = *this;
+    all_hidden = l.experts * l.hidden;
+    sum_size = all_hidden + l.experts * l.rank + 3 * l.rank;
+    fc1_t = l.grouped ? l.fc1.transpose(1, 2).contiguous()
+                        : l.fc1.view({all_hidden, l.rank}).t().contiguous();
+    fc2_t = l.fc2.transpose(1, 2).contiguous();
+    router_t = l.router.transpose(1, 2).contiguous();
+    up_t = l.op_empty({l.attributes, l.rank, l.out});
+    folded = at::empty_like(l.down);
+    column_sums = l.wide_empty({l.rank});
+    shift = l.wide_empty({l.rank});
+    fold();
+    offset = l.wide_empty({l.attributes, l.tokens});
+    slope = at::empty_like(offset);
+    z0_grad = l.op_empty({l.tokens, l.attributes, l.rank});
+    up_products = l.wide_zeros({l.attributes, blocks_of(l.out, kBlock), l.rank, kBlock});
+    down_products = l.wide_zeros({blocks_of(l.d, kBlock), l.rank, kBlock});
+    fc1_t_grad = l.wide_zeros(fc1_t.sizes());
+    fc2_grad = l.wide_zeros({l.experts, l.rank, l.hidden});
+    router_grad = l.wide_zeros({l.attributes, l.rank, l.scores});
+    sums = l.wide_zeros({sum_size});
+  }
+
+  // gamma into down, scaler into up and its transpose.
+  void fold() {
+    const auto& l = *this;
+    const int64_t up_blocks = blocks_of(l.out, kPanel);
+    over(l.rank + up_blocks, [&](int64_t begin, int64_t end) {
+      const Tensor operand = l.op_empty({l.rank, kPanel}), panel = l.wide_empty({l.rank, kPanel}),
+                   scaled = l.wide_empty({l.rank, kPanel});
+      for (int64_t task = begin; task < end; ++task) {
+        if (task < l.rank) {
+          l.k.fold(data<Op>(l.down) + task * l.d, l.d, data<W>(l.norm1_weight),
+                   data<W>(l.norm1_bias), data<Op>(folded) + task * l.d,
+                   data<W>(column_sums) + task, data<W>(shift) + task);
+          continue;
+        }
+        const int64_t o = (task - l.rank) * kPanel, count = std::min(kPanel, l.out - o);
+        l.k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(operand));
+        l.k.widen(data<Op>(operand), l.rank, data<W>(panel));
+        for (int64_t a = 0; a < l.attributes; ++a) {
+          W weight[kPanel] = {};
+          std::copy_n(data<W>(l.scaler) + a * l.out + o, count, weight);
+          l.k.scale_tokens(data<W>(panel), l.rank, weight, data<W>(scaled));
+          Op* target = data<Op>(up_t) + a * l.rank * l.out + o;
+          if (count == kPanel) {
+            l.k.to_features(data<W>(scaled), l.rank, target, l.out);
+          } else {
+            l.k.to_features(data<W>(scaled), l.rank, data<Op>(operand), kPanel);
+            for (int64_t i = 0; i < l.rank; ++i)
+              std::copy_n(data<Op>(operand) + i * kPanel, count, target + i * l.out);
+          }
+        }
+      }
+    });
+  }
+};
+
+// What one chunk keeps between its phases. "By features" is [features][padded tokens] of Op, the left
+// operand of a product over tokens; "by tokens" its right one.
+template <typename Op>
+struct Trail {
+  using W = Wide<Op>;
+  int64_t padded;
+  Tensor normed, dz;              // panels [panels][r][32]
+  Tensor z_wide;                  // by features [A][r][padded], wide
+  Tensor c_features;              // [A][r][padded]
+  Tensor z0_grad_features;        // [A][r][padded]
+  // Of the dense path only.
+  Tensor z_features;              // [A][r][padded]
+  Tensor y_grad_features;         // [A][E][r][padded]
+  Tensor h_tokens, h_grad_tokens;  // by tokens [A][padded][E h]
+  Tensor router_tokens;           // wide [A][padded][scores]
+  Tensor clean, raw, gates_grad;  // [A, tokens, E]
+  Tensor sums;                    // [panels][sum_size], grouped [panels][3 r]
+
+  Trail(const Backward<Op>& l, const Chunk& chunk) : padded(chunk.padded()) {
+    normed = l.wide_empty({chunk.panels, l.rank, kPanel});
+    dz = at::empty_like(normed);
+    z_wide = l.wide_empty({l.attributes, l.rank, padded});
+    c_features = l.op_empty(z_wide.sizes());
+    z0_grad_features = at::empty_like(c_features);
+    if (!l.grouped) {
+      z_features = at::empty_like(c_features);
+      y_grad_features = l.op_empty({l.attributes, l.experts, l.rank, padded});
+      h_tokens = l.op_empty({l.attributes, padded, l.all_hidden});
+      h_grad_tokens = at::empty_like(h_tokens);
+    }
+    router_tokens = l.wide_zeros({l.attributes, padded, l.scores});
+    clean = l.wide_empty({l.attributes, chunk.tokens, l.experts});
+    if (l.noise.has_value()) raw = at::empty_like(clean);
+    gates_grad = at::empty_like(clean);
+    sums = l.wide_zeros({chunk.panels, l.grouped ? 3 * l.rank : l.sum_size});
+  }
+
+  // Of panel q: norm2's two and dz0's sum, [3 r].
+  W* norm_sums(const Backward<Op>& l, int64_t q) const {
+    return data<W>(sums) + (q + 1) * sums.size(1) - 3 * l.rank;
+  }
+};
+
+// Of panel q: norm2's output and z [r][32] again, and the router's scores; `scores` [scores][32] is
+// scratch.
+template <typename Op>
+void restore(const Backward<Op>& l, const Chunk& chunk, const Incoming& in, const Trail<Op>& trail,
+             int64_t q, Wide<Op>* z, Wide<Op>* scores) {
+  using W = Wide<Op>;
+  const auto& k = l.k;
+  const int64_t a = chunk.attribute(q), start = chunk.start(q), n = chunk.count(q);
+  const int64_t t = chunk.first + start, at = (a * chunk.tokens + start) * l.experts;
+  W* normed = data<W>(trail.normed) + q * l.rank * kPanel;
+  k.transpose(data<W>(in.normed) + (t * l.attributes + a) * l.rank, n, l.attributes * l.rank,
+              l.rank, normed);
+  k.affine(normed, l.rank, data<W>(l.norm2_weight), data<W>(l.norm2_bias), z);
+  for (int64_t i = 0; i < l.rank; ++i)
+    std::copy(z + i * kPanel, z + (i + 1) * kPanel,
+              data<W>(trail.z_wide) + (a * l.rank + i) * trail.padded + start);
+  product(l.scores, kPanel, l.rank, data<W>(l.router) + a * l.scores * l.rank, l.rank, z, kPanel,
+          scores, kPanel, false);
+  k.unpack_wide(scores, n, l.experts, data<W>(trail.clean) + at, l.experts);
+  if (trail.raw.defined())
+    k.unpack_wide(scores + l.experts * kPanel, n, l.experts, data<W>(trail.raw) + at, l.experts);
+}
+
+// Of panel q: keeps the mixture c [r][32] and gives its gradient dc; `dout` [o][32] is scratch.
+template <typename Op>
+void to_mixture(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
+                const Trail<Op>& trail, int64_t q, const Wide<Op>* c, Op* dout, Wide<Op>* dc) {
+  const int64_t a = chunk.attribute(q), start = chunk.start(q), outs = l.attributes * l.out;
+  l.k.to_features(c, l.rank,
+                  data<Op>(trail.c_features) + a * l.rank * trail.padded + start, trail.padded);
+  l.k.pack(data<Op>(in.out) + (chunk.first + start) * outs + a * l.out, chunk.count(q), outs, l.out,
+           dout);
+  product(l.rank, kPanel, l.out, data<Op>(l.up_t) + a * l.rank * l.out, l.out, dout, kPanel, dc,
+          kPanel, false);
+}
+
+}  // namespace spectralx::cpu
