@@ -133,13 +133,13 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
 template <typename Op>
 void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
   using W = Wide<Op>;
-  const int64_t padded = trail.padded, all = l.all_hidden;
+  const int64_t padded = trail.padded, depth = trail.depth, all = l.all_hidden;
   const int64_t fc2_blocks = blocks_of(l.hidden, kBlock);
   over(l.experts * fc2_blocks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t e = task / fc2_blocks, j = task % fc2_blocks * kBlock;
       for (int64_t a = 0; a < l.attributes; ++a)
-        product(l.rank, width(l.hidden, j), padded,
+        product(l.rank, width(l.hidden, j), depth,
                 data<Op>(trail.y_grad_features) + (a * l.experts + e) * l.rank * padded, padded,
                 data<Op>(trail.h_tokens) + a * padded * all + (e * l.hidden + j) * kColumn<Op>, all,
                 data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, true);
@@ -148,7 +148,7 @@ void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
   over(blocks_of(all, kBlock), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin * kBlock; j < std::min(end * kBlock, all); j += kBlock) {
       for (int64_t a = 0; a < l.attributes; ++a)
-        product(l.rank, width(all, j), padded, data<Op>(trail.z_features) + a * l.rank * padded,
+        product(l.rank, width(all, j), depth, data<Op>(trail.z_features) + a * l.rank * padded,
                 padded, data<Op>(trail.h_grad_tokens) + a * padded * all + j * kColumn<Op>, all,
                 data<W>(l.fc1_t_grad) + j, all, true);
     }
@@ -161,7 +161,7 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
                 const Trail<Op>& trail) {
   using W = Wide<Op>;
   const auto& k = l.k;
-  const int64_t padded = trail.padded, outs = l.attributes * l.out;
+  const int64_t padded = trail.padded, depth = trail.depth, outs = l.attributes * l.out;
   // Tasks of one loop cost the same, which is how they are dealt out.
   const int64_t up_blocks = blocks_of(l.out, kBlock);
   over(l.attributes * up_blocks, [&](int64_t begin, int64_t end) {
@@ -170,7 +170,7 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
       const int64_t a = task / up_blocks, o = task % up_blocks * kBlock;
       k.pack_tokens(data<Op>(in.out) + chunk.first * outs + a * l.out + o, chunk.tokens, outs,
                     width(l.out, o), nullptr, nullptr, data<Op>(right));
-      product(l.rank, width(l.out, o), padded, data<Op>(trail.c_features) + a * l.rank * padded,
+      product(l.rank, width(l.out, o), depth, data<Op>(trail.c_features) + a * l.rank * padded,
               padded, data<Op>(right), kBlock, data<W>(l.up_products) + task * l.rank * kBlock,
               kBlock, true);
     }
@@ -183,7 +183,7 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
         const W* mean = data<W>(in.statistics) + a * l.tokens + chunk.first;
         k.pack_tokens(data<Op>(l.x) + chunk.first * l.width + a * l.d + i, chunk.tokens, l.width,
                       width(l.d, i), mean, mean + l.attributes * l.tokens, data<Op>(right));
-        product(l.rank, width(l.d, i), padded,
+        product(l.rank, width(l.d, i), depth,
                 data<Op>(trail.z0_grad_features) + a * l.rank * padded, padded, data<Op>(right),
                 kBlock, data<W>(l.down_products) + i * l.rank, kBlock, true);
       }
@@ -191,7 +191,7 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
   });
   over(l.attributes, [&](int64_t begin, int64_t end) {
     for (int64_t a = begin; a < end; ++a)
-      product(l.rank, l.scores, padded, data<W>(trail.z_wide) + a * l.rank * padded, padded,
+      product(l.rank, l.scores, depth, data<W>(trail.z_wide) + a * l.rank * padded, padded,
               data<W>(trail.router_tokens) + a * padded * l.scores, l.scores,
               data<W>(l.router_grad) + a * l.rank * l.scores, l.scores, true);
   });

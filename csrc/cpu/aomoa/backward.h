@@ -89,7 +89,7 @@ struct Backward : Layer<Op> {
 template <typename Op>
 struct Trail {
   using W = Wide<Op>;
-  int64_t padded;
+  int64_t padded, depth;          // tokens as stored; as many as a product over them takes
   Tensor normed, dz;              // panels [panels][r][32]
   Tensor z_wide;                  // by features [A][r][padded], wide
   Tensor c_features;              // [A][r][padded]
@@ -102,7 +102,8 @@ struct Trail {
   Tensor clean, raw, gates_grad;  // [A, tokens, E]
   Tensor sums;                    // [panels][sum_size], grouped [panels][3 r]
 
-  Trail(const Backward<Op>& l, const Chunk& chunk) : padded(chunk.padded()) {
+  Trail(const Backward<Op>& l, const Chunk& chunk) : padded(chunk.padded()),
+        depth(blocks_of(chunk.tokens, kColumn<Op>) * kColumn<Op>) {
     normed = l.wide_empty({chunk.panels, l.rank, kPanel});
     dz = at::empty_like(normed);
     z_wide = l.wide_empty({l.attributes, l.rank, padded});

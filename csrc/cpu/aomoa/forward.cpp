@@ -35,12 +35,13 @@ void to_scores(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const O
     W moments[3][kPanel];  // mean and rstd of norm1, rstd of norm2
     for (int64_t q = begin; q < end; ++q) {
       const int64_t a = chunk.attribute(q), t = chunk.first + chunk.start(q), n = chunk.count(q);
+      const int64_t lanes = lanes_of(n);
       Op* x = data<Op>(chain.x) + (q / l.attributes * l.width + a * l.d) * kPanel;
       k.pack(data<Op>(l.x) + t * l.width + a * l.d, n, l.width, l.d, x);
       k.moments(x, l.d, l.eps, moments[0], moments[1]);
       k.normalise(x, l.d, moments[0], moments[1], data<W>(l.norm1_weight), data<W>(l.norm1_bias),
                   data<Op>(u));
-      product(l.rank, kPanel, l.d, data<Op>(l.down), l.d, data<Op>(u), kPanel, data<W>(z0), kPanel,
+      product(l.rank, lanes, l.d, data<Op>(l.down), l.d, data<Op>(u), kPanel, data<W>(z0), kPanel,
               false);
       k.norm(data<W>(z0), l.rank, l.eps, moments[2]);
       for (int64_t i = 0; i < 3; ++i)
@@ -51,7 +52,7 @@ void to_scores(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const O
                     l.attributes * l.rank);
       k.affine(data<W>(z0), l.rank, data<W>(l.norm2_weight), data<W>(l.norm2_bias), data<W>(z));
       k.to_operand(data<W>(z), l.rank, data<Op>(chain.z) + q * l.rank * kPanel);
-      product(l.scores, kPanel, l.rank, data<W>(l.router) + a * l.scores * l.rank, l.rank,
+      product(l.scores, lanes, l.rank, data<W>(l.router) + a * l.scores * l.rank, l.rank,
               data<W>(z), kPanel, data<W>(scores), kPanel, false);
       const int64_t at = (a * chunk.tokens + chunk.start(q)) * l.experts;
       k.unpack_wide(data<W>(scores), n, l.experts, data<W>(chain.clean) + at, l.experts);
@@ -75,12 +76,13 @@ void mix_densely(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const
                  c = l.wide_empty({l.rank, kPanel});
     for (int64_t q = begin; q < end; ++q) {
       const int64_t at = (chunk.attribute(q) * chunk.tokens + chunk.start(q)) * l.experts;
+      const int64_t lanes = lanes_of(chunk.count(q));
       k.transpose(data<W>(gates) + at, chunk.count(q), l.experts, l.experts, data<W>(g));
-      product(all, kPanel, l.rank, data<Op>(l.fc1), l.rank,
+      product(all, lanes, l.rank, data<Op>(l.fc1), l.rank,
               data<Op>(chain.z) + q * l.rank * kPanel, kPanel, data<W>(h), kPanel, false);
       k.bias_relu(data<W>(h), all, data<W>(l.fc1_bias), data<Op>(h_operand));
       for (int64_t e = 0; e < l.experts; ++e)
-        product(l.rank, kPanel, l.hidden, data<Op>(l.fc2) + e * l.rank * l.hidden, l.hidden,
+        product(l.rank, lanes, l.hidden, data<Op>(l.fc2) + e * l.rank * l.hidden, l.hidden,
                 data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
                 data<W>(y) + e * l.rank * kPanel, kPanel, false);
       k.combine(data<W>(y), l.experts, l.top_k, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
@@ -102,12 +104,12 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
       const int64_t b = task % panels, block = task / panels;
       const int64_t a = block / per_attribute, o = block % per_attribute * kRowBlock;
       const int64_t rows = std::min(kRowBlock, l.out - o), row = a * l.out + o;
-      const int64_t q = b * l.attributes + a;
-      product(rows, kPanel, l.rank, data<Op>(l.up) + o * l.rank, l.rank,
+      const int64_t q = b * l.attributes + a, lanes = lanes_of(chunk.count(q));
+      product(rows, lanes, l.rank, data<Op>(l.up) + o * l.rank, l.rank,
               data<Op>(chain.c) + q * l.rank * kPanel, kPanel, sums, kPanel, false);
       k.scale_features(sums, rows, data<W>(l.scaler) + row);
       if (l.weight.defined())
-        product(rows, kPanel, l.width, data<Op>(l.weight) + row * l.width, l.width,
+        product(rows, lanes, l.width, data<Op>(l.weight) + row * l.width, l.width,
                 data<Op>(chain.x) + b * l.width * kPanel, kPanel, sums, kPanel, true);
       k.unpack(sums, chunk.count(q), rows, l.bias.defined() ? l.bias_data() + row : nullptr,
                data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row, outs);

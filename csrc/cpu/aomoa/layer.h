@@ -65,6 +65,10 @@ bool groups_experts(int64_t experts, int64_t top_k);
 template <typename Op>
 constexpr int64_t kColumn = sizeof(Op) == 2 ? 2 : 1;
 
+// Lanes of a panel of `count` tokens that a product computes: whole vectors. Lanes past the tokens
+// hold anything then, and nothing but such products may follow.
+inline int64_t lanes_of(int64_t count) { return count <= kPanel / 2 ? kPanel / 2 : kPanel; }
+
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 template <typename Op>

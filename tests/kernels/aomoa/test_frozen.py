@@ -158,6 +158,8 @@ def test_change_between_forward_and_backward_is_refused(name: str, backend: str)
 
 
 def test_threads_share_a_layer(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("Triton's interpreter runs one kernel at a time in a process")
     made, xs = layer().eval(), torch.randn(16, 5, 64)
     with torch.no_grad():
         expected = [made(x) for x in xs]
