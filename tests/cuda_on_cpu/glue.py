@@ -62,6 +62,14 @@ def compare(name: str, found: list[Tensor], expected: list[Tensor], bound: float
     return passed
 
 
+def same_strides(name: str, found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether all lie in memory alike; says where not."""
+    strides = [tensor.stride() for tensor in found], [tensor.stride() for tensor in expected]
+    if strides[0] != strides[1]:
+        print(f"FAILED {name}: strides {strides[0]}, expected {strides[1]}")
+    return strides[0] == strides[1]
+
+
 def check_layer(case: str, tokens: int | None, needed: list[bool]) -> bool:
     """The whole layer in float64, its first `tokens` tokens; gradients of the arguments needed."""
     w = draw(case, torch.float64)
@@ -147,15 +155,14 @@ def check_convolution(
     name = f"upsample_conv2d taps {by_taps} relu {relu} last {last} kernel {kernel} batch {batch}"
     operator = convolution.UPSAMPLE_CONV2D
     found, expected = call("upsample_conv2d", *arguments), operator._forward_kernel(*arguments)
-    passed = compare(name, [found], [expected], 1e-12) & (found.stride() == expected.stride())
+    passed = compare(name, [found], [expected], 1e-12) and same_strides(name, [found], [expected])
     mask = [*needed, *[False] * 5]
     for grads in ([torch.randn_like(found)], [None]):
         backward = (grads, *arguments, [found] if relu else [], mask)
         found_grads = call("upsample_conv2d_backward", *backward)
         expected_grads = list(operator._backward_kernel(*backward))
         passed &= compare(f"{name} backward", found_grads, expected_grads, 1e-11)
-        for ours, theirs in zip(found_grads, expected_grads, strict=True):
-            passed &= ours.stride() == theirs.stride()
+        passed &= same_strides(f"{name} backward", found_grads, expected_grads)
     return passed
 
 

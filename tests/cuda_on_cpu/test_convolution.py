@@ -126,11 +126,12 @@ def forward(
     out = device.empty(shape, dtype)
     out = out.permute(0, 3, 1, 2) if last else out
     kept = [device.put(z), device.put(None if bias is None else bias.to(wide_of(dtype)))]
-    if addend is not None:
-        dense = addend.is_contiguous()
-        flat = device.put(addend if dense else addend.permute(0, 2, 3, 1).contiguous())
+    if addend is not None and addend.is_contiguous():
+        addend = device.put(addend)
+    elif addend is not None and addend.is_contiguous(memory_format=torch.channels_last):
+        flat = device.put(addend.permute(0, 2, 3, 1))
         assert flat is not None
-        addend = flat if dense else flat.permute(0, 3, 1, 2)
+        addend = flat.permute(0, 3, 1, 2)
     for name, tensor in (("z", kept[0]), ("bias", kept[1]), ("addend", addend), ("out", out)):
         bind(arguments, name, tensor)
     for name, tensor in (("addend", addend), ("out", out)):
@@ -202,7 +203,7 @@ def test_backward_against_autograd(library: ctypes.CDLL, name: str, dtype: torch
     _, _, _, grad = draw(case, dtype)
     shape = (case.batch, *case.small, *case.kernel, case.outs)
     found = backward(library, case, grad)
-    gradients = []
+    gradients: list[Tensor] = []
     for type_ in (torch.float64, dtype):
         leaf = torch.zeros(shape, dtype=type_, requires_grad=True)
         out = spread(case, leaf)
@@ -271,6 +272,17 @@ def test_both_layouts_give_the_same_bits(library: ctypes.CDLL) -> None:
     x, weight, bias, addend = draw(case, torch.float32)
     z = products(x, weight)
     outs = [forward(library, case, z, bias, addend, True, last) for last in (False, True)]
+    assert torch.equal(*outs)
+
+
+def test_an_addend_that_is_a_window(library: ctypes.CDLL) -> None:
+    """Channels side by side, but on no multiple of 16 bytes."""
+    case = CASES["paper"]
+    x, weight, bias, addend = draw(case, torch.float32)
+    z, rows, columns = products(x, weight), *outputs_of(case)
+    window = torch.empty(case.batch, rows, columns, case.outs + 3)[..., 1:-2].permute(0, 3, 1, 2)
+    window.copy_(addend)
+    outs = [forward(library, case, z, bias, each, True, True) for each in (addend, window)]
     assert torch.equal(*outs)
 
 

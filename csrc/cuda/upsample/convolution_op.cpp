@@ -5,8 +5,6 @@
 
 #include <array>
 #include <cstdint>
-#include <optional>
-#include <tuple>
 #include <vector>
 
 #include "cuda/common/glue.h"
@@ -129,12 +127,12 @@ Tensor upsample_conv2d(const Tensor& x, const Tensor& weight, const OptionalTens
 
 // What "map" passes back: the vendor's gradients of the convolution; that of the upsampling by the
 // gather of one tap, in a fixed order, where torch adds with atomics.
-void map_backward(const Pass& pass, const Tensor& grad, const Tensor& x, const Tensor& weight,
-                  at::IntArrayRef size, at::IntArrayRef padding, bool align_corners,
+void map_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, at::IntArrayRef size,
+                  at::IntArrayRef padding, bool align_corners,
                   const std::array<Tensor, 4>& found) {
   auto [dlarge, dweight, dbias] = at::convolution_backward(
-      grad, resized(x, size, align_corners), weight, at::OptionalIntArrayRef({pass.raw.channels}),
-      {1, 1}, padding, {1, 1}, false, {0, 0}, 1,
+      grad, resized(x, size, align_corners), weight,
+      at::OptionalIntArrayRef(weight.sizes().slice(0, 1)), {1, 1}, padding, {1, 1}, false, {0, 0}, 1,
       {found[0].defined(), found[1].defined(), found[2].defined()});
   if (found[1].defined()) found[1].copy_(dweight);
   if (found[2].defined()) found[2].copy_(dbias);
@@ -217,7 +215,7 @@ std::vector<Tensor> upsample_conv2d_backward(
     grad = grad.contiguous(kChannelsLast);
     taps_backward(pass, grad, x, weight, found);
   } else {
-    map_backward(pass, grad, x, weight, size, padding, align_corners, found);
+    map_backward(grad, x, weight, size, padding, align_corners, found);
   }
   return wanted;
 }
