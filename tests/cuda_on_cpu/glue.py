@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from spectralx_kernels.aomoa import ops, reference
-from spectralx_kernels.upsample import prediction
+from spectralx_kernels.upsample import convolution, prediction
 from spectralx_kernels.upsample import reference as upsample_reference
 from tests.cuda_on_cpu.build import BUILD, ROOT, compile_cuda, compiler
 from tests.cuda_on_cpu.test_aomoa import CASES, draw, upstream
@@ -60,6 +60,14 @@ def compare(name: str, found: list[Tensor], expected: list[Tensor], bound: float
             print(f"FAILED {name}, tensor {i}: {error}, {ours.shape} {ours.dtype}")
             passed = False
     return passed
+
+
+def same_strides(name: str, found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether all lie in memory alike; says where not."""
+    strides = [tensor.stride() for tensor in found], [tensor.stride() for tensor in expected]
+    if strides[0] != strides[1]:
+        print(f"FAILED {name}: strides {strides[0]}, expected {strides[1]}")
+    return strides[0] == strides[1]
 
 
 def check_layer(case: str, tokens: int | None, needed: list[bool]) -> bool:
@@ -131,6 +139,31 @@ def check_prediction(reduction: str, with_gradient: bool, batch: int) -> bool:
     return passed & torch.equal(found, upsample_reference.confusion_matrix_update(*counts))
 
 
+def check_convolution(
+    by_taps: bool, relu: bool, last: bool, kernel: int, batch: int, needed: list[bool]
+) -> bool:
+    """The convolution of an upsampled map in float64, with bias and addend; its gradients."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(batch, 3, 4, 5, dtype=torch.float64).to(memory_format=layout)
+    weight = torch.randn(6, 3, kernel, kernel, dtype=torch.float64).to(memory_format=layout)
+    bias = torch.randn(6, dtype=torch.float64)
+    addend = torch.randn(batch, 6, 9, 15, dtype=torch.float64)
+    pad = [kernel // 2, kernel // 2 + 1]
+    arguments = (x, weight, bias, addend, [9, 13], pad, not last, by_taps, relu)
+    name = f"upsample_conv2d taps {by_taps} relu {relu} last {last} kernel {kernel} batch {batch}"
+    operator = convolution.UPSAMPLE_CONV2D
+    found, expected = call("upsample_conv2d", *arguments), operator._forward_kernel(*arguments)
+    passed = compare(name, [found], [expected], 1e-12) and same_strides(name, [found], [expected])
+    mask = [*needed, *[False] * 5]
+    for grads in ([torch.randn_like(found)], [None]):
+        backward = (grads, *arguments, [found] if relu else [], mask)
+        found_grads = call("upsample_conv2d_backward", *backward)
+        expected_grads = list(operator._backward_kernel(*backward))
+        passed &= compare(f"{name} backward", found_grads, expected_grads, 1e-11)
+        passed &= same_strides(f"{name} backward", found_grads, expected_grads)
+    return passed
+
+
 def main() -> int:
     """0 if everything agrees."""
     if compiler() is None:
@@ -151,6 +184,16 @@ def main() -> int:
         for with_gradient in (False, True)
         for batch in (2, 0)
     ]
+    results += [
+        check_convolution(by_taps, relu, last, kernel, batch, everything[:4])
+        for by_taps in (False, True)
+        for relu in (False, True)
+        for last in (False, True)
+        for kernel, batch in ((1, 2), (3, 2), (5, 1), (3, 0))
+    ]
+    for only in range(4):
+        needed = [i == only for i in range(4)]
+        results += [check_convolution(taps, True, False, 3, 2, needed) for taps in (False, True)]
     print(f"{sum(results)} of {len(results)} checks of the CUDA operators passed")
     return 0 if all(results) else 1
 

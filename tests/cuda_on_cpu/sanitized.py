@@ -30,9 +30,8 @@ def main(arguments: list[str]) -> int:
         "OMP_NUM_THREADS": "1",
     }
     folder = Path(__file__).parent
-    tests = [
-        str(folder / name) for name in ("test_gating.py", "test_aomoa.py", "test_prediction.py")
-    ]
+    rooms = ("gating", "aomoa", "prediction", "convolution")
+    tests = [str(folder / f"test_{room}.py") for room in rooms]
     command = [sys.executable, "-m", "pytest", "-q", *(arguments or tests)]
     return subprocess.run(command, env=environment, check=False).returncode
 

@@ -1,6 +1,6 @@
 // The kernels of this room as torch-free functions on raw device pointers; 0 or a cudaError_t.
-// `type` is that of the logits: 0 float, 1 double, 2 bfloat16, 3 half; "wide" pointers are float,
-// double for double. Everything is contiguous.
+// `type` is that of the logits or map: 0 float, 1 double, 2 bfloat16, 3 half; "wide" pointers are
+// float, double for double. Everything is contiguous, but for maps that come with strides.
 #pragma once
 #include <cstdint>
 
@@ -36,4 +36,35 @@ int spectralx_prediction(const SpectralxPrediction* pass, void* stream);
 int spectralx_confusion(const void* prediction, int64_t prediction_type, const void* target,
                         int64_t target_type, int64_t pixels, int64_t classes, int64_t ignore_index,
                         void* confusion, void* stream);
+
+// What lies between the products of an upsampled convolution: sum and gather. H' = out_height =
+// up_height + 2 row_padding - kernel_rows + 1, W' likewise. Null: not given.
+struct SpectralxConvolution {
+  int64_t type, batch, channels;  // channels: of the output
+  int64_t height, width;          // of the small map
+  int64_t up_height, up_width;    // of the upsampled map
+  int64_t kernel_rows, kernel_columns, row_padding, column_padding;
+  int64_t align_corners, relu;
+  int64_t addend_image, addend_channel, addend_row, addend_column;  // strides in elements
+  int64_t out_image, out_channel, out_row, out_column;
+  void* places;        // spectralx_convolution_places() bytes of scratch, on 16
+  const void* z;       // [B, h, w, ky, kx, O]
+  const void* bias;    // wide [O]
+  const void* addend;  // [B, O, H', W'] by its strides
+  void* out;           // [B, O, H', W'] by its strides
+  const void* grad;    // [B, H', W', O]
+  void* dz;            // [B, h, w, ky, kx, O]
+};
+
+int64_t spectralx_convolution_places(const SpectralxConvolution* pass);
+// out = relu(sum of z + bias + addend)
+int spectralx_tap_sum(const SpectralxConvolution* pass, void* stream);
+// dz = the transpose of that sum, of grad
+int spectralx_tap_gather(const SpectralxConvolution* pass, void* stream);
+
+// total, wide [channels] = the sum over x [rows, channels]; parts: wide
+// [spectralx_channel_parts(rows), channels] of scratch.
+int64_t spectralx_channel_parts(int64_t rows);
+int spectralx_channel_sums(int64_t type, const void* x, int64_t rows, int64_t channels, void* parts,
+                           void* total, void* stream);
 }

@@ -6,6 +6,7 @@
 // adds them in order. No float atomics; counts are integers, whose order does not matter.
 #pragma once
 #include "cuda/common/scalar.cuh"
+#include "cuda/upsample/axis.cuh"
 
 namespace spectralx::cuda {
 
@@ -13,37 +14,6 @@ constexpr int kColumns = 128;  // threads of a block, output columns at a time
 constexpr int kRows = 4;       // output rows at a time
 constexpr int kClasses = 8;    // classes whose gradient is joined at a time
 constexpr int64_t kSharedCounts = 64;  // classes up to which a block counts in shared memory
-
-// An axis of a bilinear upsampling, as torch.nn.functional.interpolate; coordinates in double.
-struct AxisOf {
-  int length, size;
-  bool align_corners;
-
-  __device__ double at(int i) const {
-    if (length == size) return i;
-    if (align_corners) return size > 1 ? double(length - 1) / double(size - 1) * i : 0.0;
-    return max(double(length) / double(size) * (i + 0.5) - 0.5, 0.0);
-  }
-  __device__ int first(int i) const { return min(int(at(i)), length - 1); }
-  __device__ int second(int i) const {  // the last source again at the end
-    const int source = first(i);
-    return length == size ? source : min(source + 1, length - 1);
-  }
-  __device__ double weight(int i) const { return min(max(at(i) - first(i), 0.0), 1.0); }
-  // The first position whose first source is `source` or later.
-  __device__ int begin(int source) const {
-    int low = 0, high = size;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (first(middle) < source) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
-};
 
 __device__ __forceinline__ int64_t label_at(const void* labels, int type, int64_t i) {
   switch (type) {
