@@ -50,6 +50,8 @@ class Pass:
         self.rows = Axis.of(height, size[0], align_corners)
         self.columns = Axis.of(width, size[1], align_corners)
         self.pixels = size[0] * size[1]
+        if max(self.pixels, height * width) >= 2**31:
+            raise ValueError(f"size: got {list(size)}, expected fewer than {2**31} pixels")
         self.target: Tensor | None = None
         self.weight: Tensor | None = None
         self.ignore_index, self.smoothing, self.reduction = 0, 0.0, "sum"
@@ -76,7 +78,7 @@ class Pass:
 
     def block(self, pixels: int) -> int:
         """Of the pixels, how many a tile holds."""
-        return min(_TILE // self.tile, _MOST_PIXELS, triton.next_power_of_2(pixels))
+        return int(min(_TILE // self.tile, _MOST_PIXELS, triton.next_power_of_2(pixels)))
 
     def options(self) -> tuple[float, float]:
         """The shares of the label and, of each class, of the smoothing."""
@@ -175,12 +177,13 @@ class Pass:
                 self.logits, self.target, upstream, found.peaks, found.log_sums, parts,
                 self.ignore_index, self.pixels, *self.rows, *self.columns, *self.options(), **meta,
             )  # fmt: skip
-        grad, counts = parts.sum(0)
-        if found.sums is None or self.reduction != "mean":
-            return grad
+        grad, counts = parts.sum(0).unbind(0)
+        if found.sums is None or self.weight is None or self.reduction != "mean":
+            return grad if found.sums is None else grad / found.sums[1]
         # Where nothing weighs anything the divisor is 1, whatever the weights.
-        weighs = self.weight is not None and (counts * self.weight).sum() != 0
-        return (grad - torch.where(weighs, found.sums[0] * counts, 0.0)) / found.sums[1]
+        weighs = (counts * self.weight).sum() != 0
+        through_divisor = torch.where(weighs, found.sums[0] * counts, torch.zeros_like(counts))
+        return (grad - through_divisor) / found.sums[1]
 
 
 def _count(confusion: Tensor, prediction: Tensor, target: Tensor, ignore_index: int) -> Tensor:

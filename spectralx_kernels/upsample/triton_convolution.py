@@ -189,10 +189,14 @@ def upsample_conv2d_backward(output_grads: Sequence[Tensor | None], *values: Any
     *inputs, saved, mask = values
     given = Arguments(*inputs)
     wants_x, wants_weight, wants_bias, wants_addend = mask[:4]
-    wanted = [value for value, wants in zip(given[:4], mask, strict=False) if wants]
+    tensors = (given.x, given.weight, given.bias, given.addend)
     grad = output_grads[0]
     if grad is None or given.x.shape[0] == 0:
-        return [torch.zeros_like(value) for value in wanted]
+        return [
+            torch.zeros_like(value)
+            for value, wants in zip(tensors, mask[:4], strict=True)
+            if value is not None and wants
+        ]
     if given.relu:
         grad = torch.ops.aten.threshold_backward(grad, saved[0], 0)
     s = Sizes(given)
@@ -222,7 +226,7 @@ def upsample_conv2d_backward(output_grads: Sequence[Tensor | None], *values: Any
     # Never the incoming gradient itself, nor one of another layout than its input.
     return [
         torch.empty_like(value).copy_(each)
-        for value, each in zip(given[:4], found, strict=True)
+        for value, each in zip(tensors, found, strict=True)
         if value is not None and each is not None
     ]
 
