@@ -240,7 +240,7 @@ def test_other_instruction_sets(capability: str) -> None:
         "    ladder.check_accuracy(UPSAMPLE_ARGMAX_PROBABILITY, (args[0], args[4], True),"
         " torch.float64)\n"
     )
-    environment = {**os.environ, "SPECTRALX_CPU_CAPABILITY": capability}
+    environment = {**os.environ, "SPECTRALX_CPU_CAPABILITY": capability, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
     )
@@ -274,7 +274,7 @@ def test_any_strides(backend: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("size", [(4, 3), (4, 19), (23, 19), (2, 2)])
+@pytest.mark.parametrize("size", [(4, 3), (4, 19), (9, 19), (2, 2)])
 def test_infinities_and_nan_as_in_the_reference(
     size: tuple[int, int], value: float, backend: str
 ) -> None:
