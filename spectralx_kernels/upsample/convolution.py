@@ -19,6 +19,7 @@ UPSAMPLE_CONV2D = Operator(
     saving=Saving(reference.upsample_conv2d, 0, lambda inputs: (0,) if inputs[-1] else ()),
     keep_format=True,
 )
+UPSAMPLE_CONV2D.add_triton("spectralx_kernels.upsample.triton_convolution")
 
 
 def taps_are_cheaper(

@@ -27,6 +27,12 @@ def cast(args: Sequence[Any], dtype: torch.dtype, *, grad: bool = False) -> list
     ]
 
 
+def widest(operator: Operator, backend: str) -> torch.dtype:
+    """float64 where `backend` takes it on a CPU, else float32."""
+    takes = backend in _backends.available(operator.name, "cpu", torch.float64)
+    return torch.float64 if takes else torch.float32
+
+
 def outputs_of(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
@@ -141,7 +147,7 @@ def check_accuracy(operator: Operator, args: Sequence[Any], dtype: torch.dtype) 
 
 def check_repeats(operator: Operator, args: Sequence[Any]) -> None:
     """Same inputs, same bits, forward and backward, for every backend on this machine."""
-    for backend in _backends.available(operator.name, "cpu"):
+    for backend in _backends.available(operator.name, "cpu", torch.float32):
         first, second = (
             run_with_gradients(
                 lambda *values, backend=backend: operator(*values, backend=backend),

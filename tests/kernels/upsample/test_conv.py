@@ -109,18 +109,12 @@ def test_taps_agree_with_the_ordinary_path(
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_borders_pixel_by_pixel(align_corners: bool, backend: str) -> None:
     """Every output pixel of a one-hot input and a one-hot tap: no shift is off by one."""
-    for tap in range(9):
-        weight = torch.zeros(1, 1, 9, dtype=torch.float64)
-        weight[0, 0, tap] = 1
-        weight = weight.view(1, 1, 3, 3)
-        x = torch.eye(12, dtype=torch.float64).view(12, 1, 4, 3)
-        options: dict[str, Any] = {
-            "size": (10, 9),
-            "padding": (1, 1),
-            "align_corners": align_corners,
-        }
-        found = upsample_conv2d(x, weight, algorithm="taps", backend=backend, **options)
-        torch.testing.assert_close(found, ordinary(x, weight, None, **options))
+    dtype = ladder.widest(UPSAMPLE_CONV2D, backend)
+    weight = torch.eye(9, dtype=dtype).view(9, 1, 3, 3)
+    x = torch.eye(12, dtype=dtype).view(12, 1, 4, 3)
+    options: dict[str, Any] = {"size": (10, 9), "padding": (1, 1), "align_corners": align_corners}
+    found = upsample_conv2d(x, weight, algorithm="taps", backend=backend, **options)
+    torch.testing.assert_close(found, ordinary(x, weight, None, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -155,11 +149,12 @@ def test_taps_run_where_they_pay() -> None:
 
 @pytest.mark.parametrize("algorithm", ["map", "taps"])
 def test_nan_stays_nan(algorithm: str, backend: str) -> None:
-    x = draw(1, 2, 4, 4)
+    dtype = ladder.widest(UPSAMPLE_CONV2D, backend)
+    x, weight = draw(1, 2, 4, 4).to(dtype), draw(3, 2, 3, 3).to(dtype)
     x[0, 1, 2, 2] = torch.nan
-    out = upsample_conv2d(x, draw(3, 2, 3, 3), size=8, algorithm=algorithm, backend=backend)
+    out = upsample_conv2d(x, weight, size=8, algorithm=algorithm, backend=backend)
     surroundings = ordinary(
-        x, draw(3, 2, 3, 3), None, size=(8, 8), padding=(1, 1), align_corners=False
+        x, weight, None, size=(8, 8), padding=(1, 1), align_corners=False
     ).isnan()
     assert out.isnan()[surroundings].all()
 

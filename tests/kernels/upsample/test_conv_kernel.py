@@ -87,11 +87,12 @@ def test_sizes(
 @pytest.mark.parametrize("algorithm", ["map", "taps"])
 def test_layout_follows_the_input(algorithm: str, backend: str) -> None:
     """Channels last in, channels last out, the gradient too; the numbers are the same."""
-    weight = draw(70, 3, 3, 3, seed=1)
-    upstream = draw(2, 70, 9, 8, seed=2)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    weight = draw(70, 3, 3, 3, seed=1).to(dtype)
+    upstream = draw(2, 70, 9, 8, seed=2).to(dtype)
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        x = draw(2, 3, 5, 4).contiguous(memory_format=layout).requires_grad_()
+        x = draw(2, 3, 5, 4).to(dtype).contiguous(memory_format=layout).requires_grad_()
         kernel = weight.contiguous(memory_format=layout).requires_grad_()
         out = upsample_conv2d(x, kernel, size=(9, 8), algorithm=algorithm, backend=backend)
         assert out.is_contiguous(memory_format=layout)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spectralx_kernels import _backends
 from spectralx_kernels.upsample import (
     UpsampleCrossEntropyLoss,
     check_labels,
@@ -141,7 +142,7 @@ def test_equals_torch(
 def test_nothing_valid_is_zero_with_zero_gradient(
     reduction: str, label_smoothing: float, backend: str
 ) -> None:
-    logits = draw(2, 3, 2, 2).requires_grad_()
+    logits = draw(2, 3, 2, 2).to(ladder.widest(UPSAMPLE_CROSS_ENTROPY, backend)).requires_grad_()
     target = torch.full((2, 4, 4), 255)
     loss = upsample_cross_entropy(
         logits,
@@ -157,8 +158,8 @@ def test_nothing_valid_is_zero_with_zero_gradient(
 
 
 def test_classes_of_weight_zero_alone_are_zero(backend: str) -> None:
-    logits = draw(1, 2, 2, 2).requires_grad_()
-    weight = torch.tensor([0.0, 1.0]).double()
+    logits = draw(1, 2, 2, 2).to(ladder.widest(UPSAMPLE_CROSS_ENTROPY, backend)).requires_grad_()
+    weight = torch.tensor([0.0, 1.0]).to(logits)
     loss = upsample_cross_entropy(
         logits, torch.zeros(1, 4, 4, dtype=torch.int64), weight=weight, backend=backend
     )
@@ -189,6 +190,8 @@ def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_magnitudes_up_to_1e4_stay_finite(dtype: torch.dtype, backend: str) -> None:
+    if backend not in _backends.available(UPSAMPLE_CROSS_ENTROPY.name, "cpu", dtype):
+        pytest.skip(f"{backend} does not take {dtype} here")
     logits = (draw(2, 4, 3, 3) * 1e4).to(dtype).requires_grad_()
     loss = upsample_cross_entropy(logits, labels(4, 2, 7, 7), label_smoothing=0.1, backend=backend)
     (grad,) = torch.autograd.grad(loss, logits)
@@ -197,7 +200,7 @@ def test_magnitudes_up_to_1e4_stay_finite(dtype: torch.dtype, backend: str) -> N
 
 
 def test_nan_stays_nan(backend: str) -> None:
-    logits = draw(1, 3, 2, 2)
+    logits = draw(1, 3, 2, 2).to(ladder.widest(UPSAMPLE_CROSS_ENTROPY, backend))
     logits[0, 1, 0, 0] = torch.nan
     assert upsample_cross_entropy(logits, labels(3, 1, 8, 8), backend=backend).isnan()
 
