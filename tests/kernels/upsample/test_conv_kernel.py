@@ -100,7 +100,8 @@ def test_layout_follows_the_input(algorithm: str, backend: str) -> None:
         if backend != "eager":
             assert results[-1][1].is_contiguous(memory_format=layout)
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+        # Each may be off by its own round-off.
+        assert ladder.relative_error(one, other) <= 2 * ROUND_OFF[dtype]
 
 
 def test_weight_slices_and_strided_maps() -> None:
