@@ -110,21 +110,30 @@ def run_with_gradients(
     return [output.detach() for output in outputs], grads
 
 
-def check_accuracy(operator: Operator, args: Sequence[Any], dtype: torch.dtype) -> None:
-    """Every backend on this machine against float64, relative to the reference's own error."""
+def moved(args: Sequence[Any], device: str) -> list[Any]:
+    """`args` with their tensors on `device`, strides kept."""
+    return [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
+
+
+def check_accuracy(
+    operator: Operator, args: Sequence[Any], dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Every backend of `device` on this machine against float64, relative to the reference's own
+    error; truth and reference are evaluated on the CPU."""
     # What any implementation in this dtype is given: the rounded inputs, exactly evaluated.
     rounded = cast(cast(args, dtype), torch.float64, grad=True)
     exact = run_with_gradients(operator.reference, rounded)
     plain = run_with_gradients(operator.reference, cast(args, dtype, grad=True))
     # Triton's interpreter is left out by `available` where it does not compute as a GPU would.
-    for backend in [*_backends.available(operator.name, "cpu", dtype), "dispatcher"]:
+    for backend in [*_backends.available(operator.name, device, dtype), "dispatcher"]:
 
         def run(*values: Any, backend: str = backend) -> Any:
             if backend == "dispatcher":
                 return operator.op(*values)
             return operator(*values, backend=backend)
 
-        found = run_with_gradients(run, cast(args, dtype, grad=True))
+        outputs, grads = run_with_gradients(run, cast(moved(args, device), dtype, grad=True))
+        found = moved(outputs, "cpu"), {name: grad.cpu() for name, grad in grads.items()}
         for position, truth in enumerate(exact[0]):
             if truth.is_floating_point():
                 own = relative_error(plain[0][position], truth)
@@ -145,13 +154,13 @@ def check_accuracy(operator: Operator, args: Sequence[Any], dtype: torch.dtype) 
             assert error <= bound, (backend, f"gradient of {name}", error, bound)
 
 
-def check_repeats(operator: Operator, args: Sequence[Any]) -> None:
-    """Same inputs, same bits, forward and backward, for every backend on this machine."""
-    for backend in _backends.available(operator.name, "cpu", torch.float32):
+def check_repeats(operator: Operator, args: Sequence[Any], device: str = "cpu") -> None:
+    """Same inputs, same bits, forward and backward, for every backend of `device` here."""
+    for backend in _backends.available(operator.name, device, torch.float32):
         first, second = (
             run_with_gradients(
                 lambda *values, backend=backend: operator(*values, backend=backend),
-                cast(args, torch.float32, grad=True),
+                cast(moved(args, device), torch.float32, grad=True),
             )
             for _ in range(2)
         )
