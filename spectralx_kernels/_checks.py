@@ -43,7 +43,9 @@ def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """`tensor` has the shape `expected`; a string there names a dimension of any size."""
-    found = tuple(tensor.shape)
+    found = tensor.shape
+    if found == expected:
+        return
     wrong = len(found) != len(expected) or any(
         not isinstance(want, str) and have != want
         for have, want in zip(found, expected, strict=True)
