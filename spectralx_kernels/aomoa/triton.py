@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from spectralx_kernels._backends import INTERPRETED
-from spectralx_kernels._triton import Compilation, autotune, launch, recorded
+from spectralx_kernels._triton import Compilation, launch, recorded
 from spectralx_kernels.aomoa import triton_gradients as gradients
 from spectralx_kernels.aomoa import triton_mixture as mixture
 from spectralx_kernels.aomoa import triton_products as products
@@ -28,11 +28,6 @@ from spectralx_kernels.aomoa.triton_layer import (
     padded,
     prepare,
 )
-
-# True: the frozen product is the vendor's, and the adapter is accumulated into its output by a
-# second product. False: one launch of ours for both, which reads and writes the output once less.
-# Which is faster is unmeasured.
-VENDOR_OUTPUT = False
 
 # Columns of the rank that a tile of the down product holds at most: all of it in the paper's sizes.
 _DOWN_COLUMNS = 512
@@ -52,33 +47,9 @@ def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) 
 
 
 # The interpreter's time goes by operations, whatever their size.
-_SMALL = Tiles(64, 256, 64) if INTERPRETED else Tiles(32, 32, 32, warps=8)
+_SMALL = Tiles(64, 256, 64) if INTERPRETED else Tiles(32, 32, 32, joint=32, warps=8)
 # By `Layer.large`.
-_FORWARD = {True: Tiles(64, 64, 64), False: _SMALL}
-
-# The key leaves the token count out.
-_KEY = ("width", "out_width", "rank")
-_OUTPUT = {
-    True: autotune(
-        [
-            triton.Config({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3),
-            triton.Config({"BM": 64, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=4),
-            triton.Config({"BM": 64, "BN": 64, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=4),
-        ],
-        _KEY,
-        older=[
-            triton.Config({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3)
-        ],
-    )(products.output),
-    False: autotune(
-        [
-            *([triton.Config({"BM": 64, "BN": 128, "BK": 128, "GROUP": 8})] if INTERPRETED else []),
-            triton.Config({"BM": 64, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=2),
-            triton.Config({"BM": 128, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=8, num_stages=2),
-        ],
-        _KEY,
-    )(products.output),
-}
+_FORWARD = {True: Tiles(16, 64, 64), False: _SMALL}
 
 
 def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -86,51 +57,40 @@ def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layer = Layer(values)
     given = layer.given
     attributes, tokens, experts = layer.attributes, layer.tokens, layer.experts
-    out = layer.plain(tokens, given.weight.shape[0])
     gates = layer.wide(attributes, tokens, experts)
     load = layer.wide(attributes, experts)
     normed = layer.wide(tokens, attributes, layer.rank)
     statistics = layer.wide(3, attributes, tokens)
+    frozen = given.weight.t()
+    out = given.x @ frozen if given.bias is None else torch.addmm(given.bias, given.x, frozen)
     if tokens == 0:
         return out, gates, load.zero_(), normed, statistics
-    prepared = prepare(layer, scale=VENDOR_OUTPUT)
+    prepared = prepare(layer, counts=True)
     _down(layer, prepared, statistics, normed)
     tiles = _FORWARD[layer.large]
     grid = layer.grid(tiles.tokens)
-    load_partial = layer.wide(grid[0], attributes, experts)
     mixed = layer.plain(tokens, attributes, layer.rank)
     launch(
         mixture.mixture, grid,
         normed, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise, layer.noise,
         given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
-        gates, load_partial, layer.plain(layer.rows, experts, layer.hidden), mixed,
+        gates, layer.wide(grid[0], attributes, experts), load, prepared.counter,
+        layer.plain(layer.rows, experts, layer.hidden), mixed,
         tokens, attributes, layer.rank, layer.hidden,
         EXPERTS=experts, TOP_K=given.top_k, NOISY=given.noise is not None, **layer.tiles(tiles),
     )  # fmt: skip
-    if prepared.scaled_up is not None:
-        frozen = given.weight.t()
-        out = given.x @ frozen if given.bias is None else torch.addmm(given.bias, given.x, frozen)
-        by_attribute = out.view(tokens, attributes, layer.out).transpose(0, 1)
-        by_attribute.baddbmm_(mixed.transpose(0, 1), prepared.scaled_up.transpose(1, 2))
-        return out, gates, load_partial.sum(0), normed, statistics
-
-    def programs(meta: dict[str, int]) -> tuple[int]:
-        columns = triton.cdiv(layer.out, meta["BN"]) * attributes
-        return (1 + triton.cdiv(tokens, meta["BM"]) * columns,)
-
-    launch(
-        _OUTPUT[layer.large], programs,
-        given.x, given.weight, given.bias, mixed, given.up, given.scaler, out, load_partial, load,
-        tokens, grid[0], attributes, layer.in_width, layer.out, layer.rank, experts,
-    )  # fmt: skip
+    by_attribute = out.view(tokens, attributes, layer.out).transpose(0, 1)
+    by_attribute.baddbmm_(mixed.transpose(0, 1), prepared.scaled_up.transpose(1, 2))
     return out, gates, load, normed, statistics
 
 
 # By `Layer.large`.
-_BACKWARD = {True: Tiles(32, 64, 64, warps=8), False: _SMALL}
-_GRADIENTS = {True: Tiles(32, 64, 64), False: _SMALL}
-_SPLITS = 16  # parts of the rows whose weight gradients are summed apart
-_SPLIT_ROWS = 512  # of a part at least
+_BACKWARD = {True: Tiles(16, 64, 64, joint=128), False: _SMALL}
+_GRADIENTS = {True: Tiles(64, 64, 64), False: _SMALL}
+# Parts of the rows whose weight gradients are summed apart: enough programs to fill a GPU.
+_SPLITS = 32
+_SPLIT_ROWS = 128  # of a part at least
+_PROGRAMS = 1024
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -164,7 +124,6 @@ def _through_the_mixture(
     attributes, tokens, rank, rows = layer.attributes, layer.tokens, layer.rank, layer.rows
     tiles = _BACKWARD[layer.large]
     grid = layer.grid(tiles.tokens)
-    assert prepared.scaled_up is not None
     combined = layer.wide(tokens, attributes, rank)
     back = _Rows(
         mixed_grad=torch.bmm(by_attribute, prepared.scaled_up),
@@ -198,18 +157,26 @@ def _part_size(layer: Layer) -> int:
     return 2 * e * r * h + e * (r + h) + 2 * layer.attributes * e * r + 4 * r
 
 
+def _splits(rows: int, programs: int) -> int:
+    """Parts of the rows; a power of two, as the number is compiled in."""
+    wanted = min(_SPLITS, _PROGRAMS // programs, triton.cdiv(rows, _SPLIT_ROWS))
+    return 1 << (max(wanted, 1).bit_length() - 1)
+
+
 def _weight_parts(layer: Layer, back: _Rows, normed: Tensor, gates: Tensor) -> Tensor:
     """[splits, size]: sums over fixed parts of the rows, laid out as `weight_gradients` says."""
     given = layer.given
     meta = layer.tiles(_GRADIENTS[layer.large])
-    splits = min(_SPLITS, triton.cdiv(layer.rows, _SPLIT_ROWS))
+    chunks = triton.cdiv(layer.rank, meta["BC"])
+    groups = layer.experts * triton.cdiv(layer.hidden, meta["BH"]) + layer.attributes + 1
+    splits = _splits(layer.rows, chunks * groups)
     parts = layer.wide(splits, _part_size(layer))
     tiles = back.norm_partial.shape[0] * layer.attributes
-    groups = layer.experts * triton.cdiv(layer.hidden, meta["BH"]) + layer.attributes + 1
     meta["EP2"] = padded(2 * layer.experts)
-    del meta["EP"]
+    for name in ("EP", "BN", "DENSE"):
+        del meta[name]
     launch(
-        gradients.weight_gradients, (triton.cdiv(layer.rank, meta["BC"]), groups, splits),
+        gradients.weight_gradients, (chunks, groups, splits),
         normed, given.norm2_weight, given.norm2_bias, gates, given.fc2_weight, given.fc2_bias,
         back.combined, back.mixed_grad, back.hidden_rows, back.hidden_grad, back.router_grad,
         back.norm_partial, parts,
@@ -251,7 +218,7 @@ def aomoa_backward(output_grads: Sequence[Tensor | None], *values: Any) -> list[
     if "bias" in names:
         grads["bias"] = out_grad.sum(0)
 
-    prepared = prepare(layer, scale=True)
+    prepared = prepare(layer, counts=False)
     by_attribute = out_grad.view(tokens, attributes, layer.out).transpose(0, 1)  # [A, T, o]
     back = _through_the_mixture(
         layer, prepared, saved, by_attribute, gates_grad, load_grad, "noise" in names

@@ -44,6 +44,61 @@ def output_grad(
     return tl.where(full, grad * tl.exp(y + log_gate[:, None] - total), 0.0)
 
 
+@triton.jit
+def _expert_backward(
+    shares, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows, hidden_grad, e, row, place,
+    here, rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """Gradient of expert e's hidden layer, to hidden_grad [R, E, h]; its gate times the gate's
+    gradient, into `shares` [BM, EP]."""
+    gate = gate_of(gates, place, here, e, EXPERTS)
+    taken = gate != 0
+    for n0 in range(0, hidden, BH):
+        n = n0 + tl.arange(0, BH)
+        acc = tl.zeros([BM, BH], tl.float32)
+        share = tl.zeros([BM], tl.float32)
+        for c0 in range(0, rank, BC):
+            c = c0 + tl.arange(0, BC)
+            grad = output_grad(
+                hidden_rows, fc2, fc2_bias, combined, mixed_grad, e, gate, taken, row, place, c,
+                rank, hidden, EXPERTS, BM, BC, BH,
+            )  # fmt: skip
+            share += tl.sum(grad, 1)
+            weight_at = (e * rank + c)[:, None] * hidden + n[None, :]
+            right = tl.load(fc2 + weight_at, (c < rank)[:, None] & (n < hidden)[None, :], 0.0)
+            acc = tl.dot(grad.to(fc2.dtype.element_ty), right, acc, input_precision="ieee")
+        shares = tl.where(tl.arange(0, EP)[None, :] == e, share[:, None], shares)
+        hidden_at = (row[:, None] * EXPERTS + e) * hidden + n[None, :]
+        full = here[:, None] & (n < hidden)[None, :]
+        value = tl.load(hidden_rows + hidden_at, full, 0.0)
+        acc = tl.where(value <= 0, 0.0, acc)
+        tl.store(hidden_grad + hidden_at, acc.to(hidden_grad.dtype.element_ty), full)
+    return shares
+
+
+@triton.jit
+def _through_fc1(
+    acc, hidden_grad, fc1, row, taken, first, columns: tl.constexpr, c,
+    rank: tl.constexpr, all_columns: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """acc [BM, BC] + hidden_grad fc1 at `columns` hidden columns from `first` on, at columns c."""
+    for n0 in range(0, columns, BN):
+        n = n0 + tl.arange(0, BN)
+        known = n < columns
+        n += first
+        left = tl.load(
+            hidden_grad + row[:, None] * all_columns + n[None, :],
+            taken[:, None] & known[None, :],
+            0.0,
+        )
+        right = tl.load(
+            fc1 + n[:, None] * rank + c[None, :], known[:, None] & (c < rank)[None, :], 0.0
+        )
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def mixture_backward(
     gates, normed, statistics, gamma, beta, gate, gate_noise, noise, fc1, fc1_bias, fc2, fc2_bias,
@@ -52,7 +107,8 @@ def mixture_backward(
     row_terms, norm_partial,
     tokens, attributes: tl.constexpr, width: tl.constexpr, rank: tl.constexpr,
     hidden: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NOISY: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, EP: tl.constexpr,
+    DENSE: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of `mixed` back to the down product, routing done again.
 
@@ -81,61 +137,35 @@ def mixture_backward(
     chosen, weight, last, following = route(logits, EXPERTS, TOP_K, BM, EP)
     hidden_layer(
         normed, gamma, beta, fc1, fc1_bias, hidden_rows, gates, row, place, here, rank, hidden,
-        EXPERTS, BM, BC, BH,
+        EXPERTS, DENSE, BM, BC, BH, BN,
     )  # fmt: skip
     tl.debug_barrier()
     for c0 in range(0, rank, BC):
         c = c0 + tl.arange(0, BC)
         total = combine(
-            hidden_rows,
-            fc2,
-            fc2_bias,
-            gates,
-            row,
-            place,
-            here,
-            c,
-            rank,
-            hidden,
-            EXPERTS,
-            BM,
-            BC,
-            BH,
-        )
+            hidden_rows, fc2, fc2_bias, gates, row, place, here, c, rank, hidden, EXPERTS, DENSE,
+            BM, BC, BH,
+        )  # fmt: skip
         to = row[:, None] * rank + c[None, :]
         inside = here[:, None] & (c < rank)[None, :]
         tl.store(combined + to, total, inside)
         tl.store(mixed + to, total.to(mixed.dtype.element_ty), inside)
     tl.debug_barrier()
 
-    # Experts: gate times its gradient, and the hidden layer's gradient.
     shares = tl.zeros([BM, EP], tl.float32)
-    for e in range(EXPERTS):
-        gate_e = gate_of(gates, place, here, e, EXPERTS)
-        taken = gate_e != 0
-        if any_row(taken):
-            for n0 in range(0, hidden, BH):
-                n = n0 + tl.arange(0, BH)
-                acc = tl.zeros([BM, BH], tl.float32)
-                share = tl.zeros([BM], tl.float32)
-                for c0 in range(0, rank, BC):
-                    c = c0 + tl.arange(0, BC)
-                    grad = output_grad(
-                        hidden_rows, fc2, fc2_bias, combined, mixed_grad, e, gate_e, taken, row,
-                        place, c, rank, hidden, EXPERTS, BM, BC, BH,
-                    )  # fmt: skip
-                    share += tl.sum(grad, 1)
-                    weight_at = (e * rank + c)[:, None] * hidden + n[None, :]
-                    right = tl.load(
-                        fc2 + weight_at, (c < rank)[:, None] & (n < hidden)[None, :], 0.0
-                    )
-                    acc = tl.dot(grad.to(fc2.dtype.element_ty), right, acc, input_precision="ieee")
-                shares = tl.where(e_all[None, :] == e, share[:, None], shares)
-                hidden_at = (row[:, None] * EXPERTS + e) * hidden + n[None, :]
-                full_n = here[:, None] & (n < hidden)[None, :]
-                value = tl.load(hidden_rows + hidden_at, full_n, 0.0)
-                acc = tl.where(value <= 0, 0.0, acc)
-                tl.store(hidden_grad + hidden_at, acc.to(hidden_grad.dtype.element_ty), full_n)
+    if DENSE:
+        for e in tl.static_range(EXPERTS):
+            shares = _expert_backward(
+                shares, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows, hidden_grad, e,
+                row, place, here, rank, hidden, EXPERTS, BM, BC, BH, EP,
+            )  # fmt: skip
+    else:
+        for e in range(EXPERTS):
+            if any_row(gate_of(gates, place, here, e, EXPERTS) != 0):
+                shares = _expert_backward(
+                    shares, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows, hidden_grad,
+                    e, row, place, here, rank, hidden, EXPERTS, BM, BC, BH, EP,
+                )  # fmt: skip
 
     # Router.
     if gates_grad is not None:
@@ -183,21 +213,19 @@ def mixture_backward(
                 raw_grad, tl.load(gate_noise + gate_at, gate_known, 0.0), z_acc,
                 input_precision="ieee",
             )  # fmt: skip
-        for e in range(EXPERTS):
-            taken = gate_of(gates, place, here, e, EXPERTS) != 0
-            if any_row(taken):
-                for n0 in range(0, hidden, BH):
-                    n = n0 + tl.arange(0, BH)
-                    left = tl.load(
-                        hidden_grad + (row[:, None] * EXPERTS + e) * hidden + n[None, :],
-                        taken[:, None] & (n < hidden)[None, :],
-                        0.0,
-                    )
-                    weight_at = (e * hidden + n)[:, None] * rank + c[None, :]
-                    right = tl.load(
-                        fc1 + weight_at, (n < hidden)[:, None] & (c < rank)[None, :], 0.0
-                    )
-                    z_acc = tl.dot(left, right, z_acc, input_precision="ieee")
+        if DENSE:
+            z_acc = _through_fc1(
+                z_acc, hidden_grad, fc1, row, here, 0, EXPERTS * hidden, c, rank,
+                EXPERTS * hidden, BN,
+            )  # fmt: skip
+        else:
+            for e in range(EXPERTS):
+                taken = gate_of(gates, place, here, e, EXPERTS) != 0
+                if any_row(taken):
+                    z_acc = _through_fc1(
+                        z_acc, hidden_grad, fc1, row, taken, e * hidden, hidden, c, rank,
+                        EXPERTS * hidden, BH,
+                    )  # fmt: skip
         to = row[:, None] * rank + c[None, :]
         tl.store(z_grad + to, z_acc, inside)
         scale = tl.load(gamma + c, c < rank, 0.0).to(tl.float32)

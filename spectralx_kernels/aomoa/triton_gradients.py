@@ -37,7 +37,7 @@ def _expert(
         gate = tl.load(gates + place * EXPERTS + e, row < end, 0.0)
         taken = gate != 0
         if any_row(taken):
-            z = z_chunk(normed, gamma, beta, row, taken, c, rank, hidden_grad)
+            z = z_chunk(normed, gamma, beta, row, taken, c, rank).to(hidden_grad.dtype.element_ty)
             to = (row[:, None] * EXPERTS + e) * hidden + n[None, :]
             full = taken[:, None] & inside[None, :]
             inner = tl.load(hidden_grad + to, full, 0.0)
@@ -75,7 +75,7 @@ def _router(
     while first < end:
         t = first + tl.arange(0, BM)
         row = t * attributes + a
-        z = z_chunk(normed, gamma, beta, row, t < end, c, rank, router_grad)
+        z = z_chunk(normed, gamma, beta, row, t < end, c, rank).to(router_grad.dtype.element_ty)
         full = (t < end)[:, None] & (j < 2 * EXPERTS)[None, :]
         inner = tl.load(router_grad + row[:, None] * (2 * EXPERTS) + j[None, :], full, 0.0)
         acc = tl.dot(tl.trans(inner), z, acc, input_precision="ieee")
@@ -143,12 +143,11 @@ def weight_gradients(
 
 
 @triton.jit
-def _sum_parts(parts, at, inside, splits, SIZE: tl.constexpr):
+def _sum_parts(parts, at, inside, splits: tl.constexpr, SIZE: tl.constexpr):
+    # Unrolled, so that the loads are under way at once; added up in order all the same.
     acc = tl.load(parts + at, inside, 0.0)
-    split = splits * 0 + 1
-    while split < splits:
-        acc += tl.load(parts + split.to(tl.int64) * SIZE + at, inside, 0.0)
-        split += 1
+    for split in tl.static_range(1, splits):
+        acc += tl.load(parts + split * SIZE + at, inside, 0.0)
     return acc
 
 
@@ -174,7 +173,7 @@ def _finish_x(x, row_terms, x_grad, pid, rows, width: tl.constexpr, BLOCK: tl.co
 @triton.jit
 def _finish_parts(
     parts, norm2_weight_grad, norm2_bias_grad, gate_grad, gate_noise_grad, fc1_weight_grad,
-    fc1_bias_grad, fc2_weight_grad, fc2_bias_grad, pid, splits,
+    fc1_bias_grad, fc2_weight_grad, fc2_bias_grad, pid, splits: tl.constexpr,
     attributes: tl.constexpr, rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +204,7 @@ def _finish_parts(
 
 @triton.jit
 def _finish_down(
-    parts, norm1_weight, norm1_bias, down_products, down_grad, j, splits,
+    parts, norm1_weight, norm1_bias, down_products, down_grad, j, splits: tl.constexpr,
     norms: tl.constexpr, width: tl.constexpr, rank: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +222,7 @@ def _finish_down(
 
 @triton.jit
 def _finish_norm(
-    parts, down, down_products, norm1_weight_grad, norm1_bias_grad, pid, splits,
+    parts, down, down_products, norm1_weight_grad, norm1_bias_grad, pid, splits: tl.constexpr,
     norms: tl.constexpr, width: tl.constexpr, rank: tl.constexpr,
     SIZE: tl.constexpr, BJ: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
@@ -270,13 +269,13 @@ def _finish_up(
             tl.store(up_grad + row + j, acc.to(up_grad.dtype.element_ty), j < rank)
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "x_programs"])
+@triton.jit(do_not_specialize=["rows", "x_programs"])
 def finish(
     x, scaler, norm1_weight, norm1_bias, down, up, row_terms, parts, up_products, down_products,
     x_grad, scaler_grad, norm1_weight_grad, norm1_bias_grad, down_grad, norm2_weight_grad,
     norm2_bias_grad, gate_grad, gate_noise_grad, fc1_weight_grad, fc1_bias_grad, fc2_weight_grad,
     fc2_bias_grad, up_grad,
-    rows, splits, x_programs,
+    rows, splits: tl.constexpr, x_programs,
     part_programs: tl.constexpr, down_programs: tl.constexpr, norm_programs: tl.constexpr,
     attributes: tl.constexpr, width: tl.constexpr, out: tl.constexpr, rank: tl.constexpr,
     hidden: tl.constexpr, EXPERTS: tl.constexpr, SIZE: tl.constexpr,

@@ -9,19 +9,23 @@ import torch
 import triton
 from torch import Tensor
 
+from spectralx_kernels._backends import INTERPRETED
 from spectralx_kernels._triton import launch
 from spectralx_kernels.aomoa import triton_products as products
 
 MOST_EXPERTS = 256  # a tile's logits stay in registers
+MOST_UNROLLED = 8  # experts whose code stands one after the other
 FLAT = 1024  # elements of a program that takes a tensor as a flat one
 
 
 class Tiles(NamedTuple):
-    """Sizes of a kernel's tiles: tokens, columns of the rank, columns of the hidden layer."""
+    """Sizes of a kernel's tiles: tokens, columns of the rank, columns of an expert's hidden layer
+    and of all experts' side by side."""
 
     tokens: int
     columns: int
     hidden: int
+    joint: int = 256
     warps: int = 4
     stages: int = 2
 
@@ -96,12 +100,16 @@ class Layer:
     def grid(self, tile: int) -> tuple[int, int]:
         return triton.cdiv(self.tokens, tile), self.attributes
 
-    def tiles(self, given: Tiles) -> dict[str, int]:
+    def tiles(self, given: Tiles) -> dict[str, Any]:
         """Meta-parameters of a kernel that goes through the mixture."""
         return {
             "BM": given.tokens,
             "BC": min(padded(self.rank), given.columns),
             "BH": min(padded(self.hidden), given.hidden),
+            "BN": min(padded(self.experts * self.hidden), given.joint),
+            "DENSE": (self.large or INTERPRETED)
+            and self.experts < 4 * self.given.top_k
+            and self.experts <= MOST_UNROLLED,
             "EP": self.padded_experts,
             "num_warps": given.warps,
             "num_stages": given.stages,
@@ -119,21 +127,20 @@ class Prepared(NamedTuple):
     folded: Tensor  # [r, d]
     column_sums: Tensor  # [r], of folded as it was rounded
     shift: Tensor  # [r]
-    scaled_up: Tensor | None  # [A, out / A, r]
+    scaled_up: Tensor  # [A, out / A, r]
+    counter: Tensor | None  # [1], 0
 
 
-def prepare(layer: Layer, *, scale: bool) -> Prepared:
+def prepare(layer: Layer, *, counts: bool) -> Prepared:
     given = layer.given
-    scaled_up = layer.plain(layer.attributes, layer.out, layer.rank) if scale else None
+    scaled_up = layer.plain(layer.attributes, layer.out, layer.rank)
     prepared = Prepared(
         layer.plain(layer.rank, layer.width), layer.wide(layer.rank), layer.wide(layer.rank),
-        scaled_up,
+        scaled_up, given.x.new_empty(1, dtype=torch.int32) if counts else None,
     )  # fmt: skip
-    flat = 0 if scaled_up is None else triton.cdiv(scaled_up.numel(), FLAT)
     launch(
-        products.prepare, (layer.rank + flat,),
+        products.prepare, (layer.rank + triton.cdiv(scaled_up.numel(), FLAT),),
         given.norm1_weight, given.norm1_bias, given.down, given.up, given.scaler, *prepared,
-        layer.width, layer.rank, layer.out, layer.attributes,
-        SCALE=scale, BLOCK=FLAT,
+        layer.width, layer.rank, layer.out, layer.attributes, BLOCK=FLAT,
     )  # fmt: skip
     return prepared

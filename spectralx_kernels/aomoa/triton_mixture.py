@@ -19,15 +19,14 @@ _MOST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def z_chunk(normed, gamma, beta, row, here, c, rank: tl.constexpr, like):
-    """norm2's output at columns c [BC], in the type of `like`; 0 outside."""
+def z_chunk(normed, gamma, beta, row, here, c, rank: tl.constexpr):
+    """norm2's output [BM, BC] at columns c; 0 outside."""
     known = c < rank
     full = here[:, None] & known[None, :]
     value = tl.load(normed + row[:, None] * rank + c[None, :], full, 0.0)
     scale = tl.load(gamma + c, known, 0.0).to(tl.float32)
     offset = tl.load(beta + c, known, 0.0).to(tl.float32)
-    value = tl.where(full, value * scale[None, :] + offset[None, :], 0.0)
-    return value.to(like.dtype.element_ty)
+    return tl.where(full, value * scale[None, :] + offset[None, :], 0.0)
 
 
 @triton.jit
@@ -36,18 +35,31 @@ def score(
     EXPERTS: tl.constexpr, NOISY: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    """Clean logits and raw deviations [BM, EP] of attribute a."""
+    """Clean logits and raw deviations [BM, EP] of attribute a.
+
+    z goes in as it is rounded and as what that leaves: rounded alone it would give tokens to other
+    experts than float32 does.
+    """
     e = tl.arange(0, EP)
     clean = tl.zeros([BM, EP], tl.float32)
     raw = tl.zeros([BM, EP], tl.float32)
+    narrow: tl.constexpr = gate.dtype.element_ty != tl.float32
     for c0 in range(0, rank, BC):
         c = c0 + tl.arange(0, BC)
-        z = z_chunk(normed, gamma, beta, row, here, c, rank, gate)
+        z = z_chunk(normed, gamma, beta, row, here, c, rank)
+        high = z.to(gate.dtype.element_ty)
         at = (a * rank + c)[:, None] * EXPERTS + e[None, :]
         known = (c < rank)[:, None] & (e < EXPERTS)[None, :]
-        clean = tl.dot(z, tl.load(gate + at, known, 0.0), clean, input_precision="ieee")
+        weight = tl.load(gate + at, known, 0.0)
+        clean = tl.dot(high, weight, clean, input_precision="ieee")
+        if narrow:
+            low = (z - high.to(tl.float32)).to(gate.dtype.element_ty)
+            clean = tl.dot(low, weight, clean)
         if NOISY:
-            raw = tl.dot(z, tl.load(gate_noise + at, known, 0.0), raw, input_precision="ieee")
+            weight = tl.load(gate_noise + at, known, 0.0)
+            raw = tl.dot(high, weight, raw, input_precision="ieee")
+            if narrow:
+                raw = tl.dot(low, weight, raw)
     return clean, raw
 
 
@@ -111,31 +123,53 @@ def any_row(condition):
 
 
 @triton.jit
-def hidden_layer(
-    normed, gamma, beta, fc1, fc1_bias, hidden_rows, gates, row, place, here,
-    rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr,
+def _hidden_columns(
+    normed, gamma, beta, fc1, fc1_bias, hidden_rows, row, here, first, columns: tl.constexpr,
+    rank: tl.constexpr, all_columns: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """relu(z fc1^T + bias) to hidden_rows [R, E, h], of the experts a row of the tile takes."""
-    for e in range(EXPERTS):
-        if any_row(gate_of(gates, place, here, e, EXPERTS) != 0):
-            for n0 in range(0, hidden, BH):
-                n = n0 + tl.arange(0, BH)
-                known = n < hidden
-                acc = tl.zeros([BM, BH], tl.float32)
-                for c0 in range(0, rank, BC):
-                    c = c0 + tl.arange(0, BC)
-                    z = z_chunk(normed, gamma, beta, row, here, c, rank, fc1)
-                    at = (e * hidden + n)[None, :] * rank + c[:, None]
-                    weight = tl.load(fc1 + at, (c < rank)[:, None] & known[None, :], 0.0)
-                    acc = tl.dot(z, weight, acc, input_precision="ieee")
-                acc += tl.load(fc1_bias + e * hidden + n, known, 0.0).to(tl.float32)[None, :]
-                acc = tl.where(acc < 0, 0.0, acc)  # NaN stays
-                tl.store(
-                    hidden_rows + (row[:, None] * EXPERTS + e) * hidden + n[None, :],
-                    acc.to(hidden_rows.dtype.element_ty),
-                    here[:, None] & known[None, :],
-                )
+    """relu(z fc1^T + bias) to hidden_rows [R, E h] at `columns` columns from `first` on."""
+    for n0 in range(0, columns, BH):
+        n = n0 + tl.arange(0, BH)
+        known = n < columns
+        n += first
+        acc = tl.zeros([BM, BH], tl.float32)
+        for c0 in range(0, rank, BC):
+            c = c0 + tl.arange(0, BC)
+            z = z_chunk(normed, gamma, beta, row, here, c, rank).to(fc1.dtype.element_ty)
+            at = n[None, :] * rank + c[:, None]
+            weight = tl.load(fc1 + at, (c < rank)[:, None] & known[None, :], 0.0)
+            acc = tl.dot(z, weight, acc, input_precision="ieee")
+        acc += tl.load(fc1_bias + n, known, 0.0).to(tl.float32)[None, :]
+        acc = tl.where(acc < 0, 0.0, acc)  # NaN stays
+        tl.store(
+            hidden_rows + row[:, None] * all_columns + n[None, :],
+            acc.to(hidden_rows.dtype.element_ty),
+            here[:, None] & known[None, :],
+        )
+
+
+@triton.jit
+def hidden_layer(
+    normed, gamma, beta, fc1, fc1_bias, hidden_rows, gates, row, place, here,
+    rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr, DENSE: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Hidden layers to hidden_rows [R, E, h]: DENSE, of all experts in products of BN columns;
+    else of those that a row of the tile takes, one by one."""
+    columns: tl.constexpr = EXPERTS * hidden
+    if DENSE:
+        _hidden_columns(
+            normed, gamma, beta, fc1, fc1_bias, hidden_rows, row, here, 0, columns, rank, columns,
+            BM, BC, BN,
+        )  # fmt: skip
+    else:
+        for e in range(EXPERTS):
+            if any_row(gate_of(gates, place, here, e, EXPERTS) != 0):
+                _hidden_columns(
+                    normed, gamma, beta, fc1, fc1_bias, hidden_rows, row, here, e * hidden, hidden,
+                    rank, columns, BM, BC, BH,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -161,40 +195,76 @@ def output_layer(
 
 
 @triton.jit
+def _add_expert(
+    peak, total, hidden_rows, fc2, fc2_bias, gate, e, row, here, c,
+    rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """One more term of a running log-sum-exp [BM, BC]: peak + log(total)."""
+    taken = gate != 0
+    y = output_layer(hidden_rows, fc2, fc2_bias, e, row, here, c, rank, hidden, EXPERTS, BM, BC, BH)
+    term = tl.where(
+        taken[:, None], y + tl.log(tl.where(taken, gate, 1.0))[:, None], float("-inf")
+    )
+    higher = tl.where(term > peak, term, peak)  # a NaN comes in through the total
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * tl.exp(peak - base) + tl.exp(term - base)
+
+
+@triton.jit
 def combine(
     hidden_rows, fc2, fc2_bias, gates, row, place, here, c,
-    rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr,
+    rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr, DENSE: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """log(sum of gate exp(output)) [BM, BC] at columns c."""
     peak = tl.full([BM, BC], float("-inf"), tl.float32)
     total = tl.zeros([BM, BC], tl.float32)
-    for e in range(EXPERTS):
-        gate = gate_of(gates, place, here, e, EXPERTS)
-        taken = gate != 0
-        if any_row(taken):
-            y = output_layer(
-                hidden_rows, fc2, fc2_bias, e, row, here, c, rank, hidden, EXPERTS, BM, BC, BH
-            )
-            term = tl.where(
-                taken[:, None], y + tl.log(tl.where(taken, gate, 1.0))[:, None], float("-inf")
-            )
-            higher = tl.where(term > peak, term, peak)  # a NaN comes in through the total
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(peak - base) + tl.exp(term - base)
-            peak = higher
+    if DENSE:
+        # Unrolled: what the experts read is under way at once.
+        for e in tl.static_range(EXPERTS):
+            gate = gate_of(gates, place, here, e, EXPERTS)
+            peak, total = _add_expert(
+                peak, total, hidden_rows, fc2, fc2_bias, gate, e, row, here, c, rank, hidden,
+                EXPERTS, BM, BC, BH,
+            )  # fmt: skip
+    else:
+        for e in range(EXPERTS):
+            gate = gate_of(gates, place, here, e, EXPERTS)
+            if any_row(gate != 0):
+                peak, total = _add_expert(
+                    peak, total, hidden_rows, fc2, fc2_bias, gate, e, row, here, c, rank, hidden,
+                    EXPERTS, BM, BC, BH,
+                )  # fmt: skip
     return tl.where(total == 0, _LOG_EPSILON, peak + tl.log(tl.where(total == 0, 1.0, total)))
+
+
+@triton.jit
+def _sum_load(load_partial, load, tiles, slots: tl.constexpr):
+    """load [A E] from the tiles' [tiles, A E], in their order; past the L1 cache, as other
+    multiprocessors wrote them."""
+    for s0 in range(0, slots, 64):
+        s = s0 + tl.arange(0, 64)
+        sums = tl.zeros([32, 64], tl.float32)
+        i = tl.arange(0, 32)
+        while tl.max(tiles - i, 0) > 0:
+            inside = (i < tiles)[:, None] & (s < slots)[None, :]
+            at = load_partial + i[:, None] * slots + s[None, :]
+            sums += tl.load(at, inside, 0.0, cache_modifier=".cg")
+            i += 32
+        tl.store(load + s, tl.sum(sums, 0), s < slots)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def mixture(
     normed, gamma, beta, gate, gate_noise, noise, fc1, fc1_bias, fc2, fc2_bias,
-    gates, load_partial, hidden_rows, mixed,
+    gates, load_partial, load, counter, hidden_rows, mixed,
     tokens, attributes: tl.constexpr, rank: tl.constexpr, hidden: tl.constexpr,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NOISY: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, EP: tl.constexpr,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NOISY: tl.constexpr, DENSE: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    """Router, gates [A, T, E], the tile's load [tiles, A, E], experts, their log-sum-exp [R, r]."""
+    """Router, gates [A, T, E], experts, their log-sum-exp [R, r]; the tiles' loads [tiles, A, E],
+    and their sum by the program that comes last, told by `counter`, 0 before."""
     a = tl.program_id(1)
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     here = t < tokens
@@ -224,29 +294,20 @@ def mixture(
     tl.debug_barrier()
     hidden_layer(
         normed, gamma, beta, fc1, fc1_bias, hidden_rows, gates, row, place, here, rank, hidden,
-        EXPERTS, BM, BC, BH,
+        EXPERTS, DENSE, BM, BC, BH, BN,
     )  # fmt: skip
     tl.debug_barrier()
     for c0 in range(0, rank, BC):
         c = c0 + tl.arange(0, BC)
         total = combine(
-            hidden_rows,
-            fc2,
-            fc2_bias,
-            gates,
-            row,
-            place,
-            here,
-            c,
-            rank,
-            hidden,
-            EXPERTS,
-            BM,
-            BC,
-            BH,
-        )
+            hidden_rows, fc2, fc2_bias, gates, row, place, here, c, rank, hidden, EXPERTS, DENSE,
+            BM, BC, BH,
+        )  # fmt: skip
         tl.store(
             mixed + row[:, None] * rank + c[None, :],
             total.to(mixed.dtype.element_ty),
             here[:, None] & (c < rank)[None, :],
         )
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    if before == tl.num_programs(0) * tl.num_programs(1) - 1:
+        _sum_load(load_partial, load, tl.num_programs(0), attributes * EXPERTS)

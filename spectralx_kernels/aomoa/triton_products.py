@@ -1,4 +1,4 @@
-"""Triton kernels of AoMoA's forward before and after the mixture: products and what is fused in.
+"""Triton kernels of AoMoA's forward before the mixture: folded weights, the down product, norms.
 
 Programs take tiles of tokens of one attribute: row = token * attributes + attribute. Where a
 program reads what it wrote to global memory itself, a barrier stands between; no program reads
@@ -15,13 +15,16 @@ import triton.language as tl
 
 @triton.jit
 def prepare(
-    gamma, beta, down, up, scaler, folded, column_sums, shift, scaled_up,
+    gamma, beta, down, up, scaler, folded, column_sums, shift, scaled_up, counter,
     width: tl.constexpr, rank: tl.constexpr, out: tl.constexpr, attributes: tl.constexpr,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program to a row of `down`: gamma folded in, its sum after rounding, beta down^T. With
-    SCALE the programs after them fold `scaler` into `up`: [A, out, r]."""
+    """A program to a row of `down`: gamma folded in, its sum after rounding, beta down^T. The
+    programs after them fold `scaler` into `up`: [A, out, r]. `counter` is set to 0."""
     pid = tl.program_id(0)
+    if counter is not None:
+        if pid == 0:
+            tl.store(counter, 0)
     if pid < rank:
         sums = tl.zeros([BLOCK], tl.float32)
         moved = tl.zeros([BLOCK], tl.float32)
@@ -36,7 +39,7 @@ def prepare(
             moved += tl.load(beta + k, k < width, 0.0).to(tl.float32) * weight
         tl.store(column_sums + pid, tl.sum(sums, 0))
         tl.store(shift + pid, tl.sum(moved, 0))
-    elif SCALE:
+    else:
         at = (pid - rank) * BLOCK + tl.arange(0, BLOCK)
         plane = out * rank
         inside = at < plane * attributes
@@ -139,82 +142,3 @@ def _norm_in_place(
         at = normed + row[:, None] * rank + n[None, :]
         tl.store(at, (tl.load(at, full, 0.0) - mean[:, None]) * rstd[:, None], full)
     tl.store(statistics + (2 * attributes + a).to(tl.int64) * tokens + t, rstd, here)
-
-
-@triton.jit
-def _sum_load(load_partial, load, tiles, slots: tl.constexpr):
-    for s0 in range(0, slots, 64):
-        s = s0 + tl.arange(0, 64)
-        sums = tl.zeros([64, 64], tl.float32)
-        i = tl.arange(0, 64)
-        while tl.max(tiles - i, 0) > 0:
-            inside = (i < tiles)[:, None] & (s < slots)[None, :]
-            sums += tl.load(load_partial + i[:, None] * slots + s[None, :], inside, 0.0)
-            i += 64
-        tl.store(load + s, tl.sum(sums, 0), s < slots)
-
-
-@triton.jit(do_not_specialize=["tokens", "tiles"])
-def output(
-    x, weight, bias, mixed, up, scaler, out, load_partial, load,
-    tokens, tiles,
-    attributes: tl.constexpr, width: tl.constexpr, out_width: tl.constexpr, rank: tl.constexpr,
-    experts: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """scaler (mixed up^T) + x W^T + bias in one accumulator; the first program adds the loads up.
-
-    width: in; out_width: out / A. A tile of columns lies within one attribute.
-    """
-    pid = tl.program_id(0)
-    if pid == 0:
-        _sum_load(load_partial, load, tiles, attributes * experts)
-    else:
-        pid -= 1
-        per_attribute = tl.cdiv(out_width, BN)
-        columns = per_attribute * attributes
-        height = tl.cdiv(tokens, BM)
-        band = pid // (GROUP * columns)
-        rows_here = tl.minimum(height - band * GROUP, GROUP)
-        tile_m = band * GROUP + pid % (GROUP * columns) % rows_here
-        tile_n = pid % (GROUP * columns) // rows_here
-        a = tile_n // per_attribute
-        t = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
-        n = tile_n % per_attribute * BN + tl.arange(0, BN)
-        here = t < tokens
-        known = n < out_width
-        o = a * out_width + n
-        k = tl.arange(0, BK)
-        acc = tl.zeros([BM, BN], tl.float32)
-        for k0 in range(0, rank, BK):
-            inside = (k0 + k) < rank
-            left = tl.load(
-                mixed + (t[:, None] * attributes + a) * rank + (k0 + k)[None, :],
-                here[:, None] & inside[None, :],
-                0.0,
-            )
-            right = tl.load(
-                up + n[None, :] * rank + (k0 + k)[:, None],
-                inside[:, None] & known[None, :],
-                0.0,
-            )
-            acc = tl.dot(left, right, acc, input_precision="ieee")
-        acc *= tl.load(scaler + o, known, 0.0).to(tl.float32)[None, :]
-        for k0 in range(0, width, BK):
-            inside = (k0 + k) < width
-            left = tl.load(
-                x + t[:, None] * width + (k0 + k)[None, :], here[:, None] & inside[None, :], 0.0
-            )
-            right = tl.load(
-                weight + o[None, :] * width + (k0 + k)[:, None],
-                inside[:, None] & known[None, :],
-                0.0,
-            )
-            acc = tl.dot(left, right, acc, input_precision="ieee")
-        if bias is not None:
-            acc += tl.load(bias + o, known, 0.0).to(tl.float32)[None, :]
-        tl.store(
-            out + t[:, None] * (out_width * attributes) + o[None, :],
-            acc.to(out.dtype.element_ty),
-            here[:, None] & known[None, :],
-        )

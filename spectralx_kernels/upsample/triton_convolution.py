@@ -72,7 +72,7 @@ def _tiles(positions: int, inner: int) -> tuple[int, dict[str, int]]:
 
 def _pixels(x: Tensor) -> Tensor:
     """[B, C, h, w] as [B * h * w, C]: without a copy where channels are side by side."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int, int]:

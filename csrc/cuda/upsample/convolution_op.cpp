@@ -73,9 +73,10 @@ Pass pass_of(const Tensor& x, const Tensor& weight, at::IntArrayRef size, at::In
   return pass;
 }
 
-// [pixels, channels] of a map.
+// [pixels, channels] of a map, channels side by side: of the transpose, the rows of few pixels begin
+// where the vendor's product reads two bytes at a time.
 Tensor as_rows(const Tensor& map) {
-  return map.permute({0, 2, 3, 1}).reshape({-1, map.size(1)});
+  return map.permute({0, 2, 3, 1}).reshape({-1, map.size(1)}).contiguous();
 }
 
 // [ky * kx * O, C], as Z has its columns.

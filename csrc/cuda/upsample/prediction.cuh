@@ -13,6 +13,7 @@ namespace spectralx::cuda {
 constexpr int kColumns = 128;  // threads of a block, output columns at a time
 constexpr int kRows = 4;       // output rows at a time
 constexpr int kClasses = 8;    // classes whose gradient is joined at a time
+constexpr int kTail = 2 + kColumns / 32;  // ints behind `Segments::starts`
 constexpr int64_t kSharedCounts = 64;  // classes up to which a block counts in shared memory
 
 __device__ __forceinline__ int64_t label_at(const void* labels, int type, int64_t i) {
@@ -51,7 +52,7 @@ struct PredictionTensors {
 
 // Elements of W of the block's shared memory before the counts.
 __host__ __device__ constexpr int64_t prediction_shared(bool gradient) {
-  return 2 * (kColumns / 32) + (gradient ? 3 * kColumns + kClasses * 2 * kColumns : 0);
+  return 2 * (kColumns / 32) + (gradient ? (4 + 2 * kClasses) * kColumns + kTail : 0);
 }
 
 // What a thread knows of its pixels, one a row.
@@ -131,20 +132,49 @@ struct Factors {
   int hot[kRows];
 };
 
-// Adds the gradient of the thread's columns to the block's parts. `source`, `first`, `second`: in
-// shared memory, of the tile's columns, the weights as the gradient is shared out.
+// The columns of a tile in segments of one source column each; in shared memory.
+struct Segments {
+  int *source, *starts;  // [kColumns], of a column; [count + 1], first columns
+  int count;
+
+  // From `source`. By the whole block; `starts` takes kColumns + kTail ints.
+  __device__ void find(int filled) {
+    const int t = threadIdx.x, warp = t / 32, lane = t % 32;
+    const bool opens = t < filled && (t == 0 || source[t - 1] != source[t]);
+    const unsigned votes = __ballot_sync(0xffffffffu, opens);
+    int* totals = starts + kColumns + 2;  // of the warps
+    if (lane == 0) totals[warp] = __popc(votes);
+    __syncthreads();
+    int place = __popc(votes & ((1u << lane) - 1u));
+    for (int other = 0; other < warp; ++other) place += totals[other];
+    if (opens) starts[place] = t;
+    count = 0;
+    for (int other = 0; other < kColumns / 32; ++other) count += totals[other];
+    if (t == 0) starts[count] = filled;
+    __syncthreads();
+  }
+  __device__ int of(int segment) const { return source[starts[segment]]; }
+};
+
+template <typename W>
+__device__ __forceinline__ W weighted(const W* weight, const W* value, int begin, int end) {
+  W sum = 0;
+  for (int x = begin; x < end; ++x) sum += weight[x] * value[x];
+  return sum;
+}
+
+// Adds the gradient of the thread's columns to the block's parts. `first`, `second`: in shared
+// memory, of the tile's columns, the weights as the gradient is shared out.
 template <typename S>
 __device__ void add_gradient(const Sources<S>& from, const PredictionSizes<Wide<S>>& s,
                              const Wide<S>* weight, const Pixels<Wide<S>>& p,
-                             const Factors<Wide<S>>& f, bool bottom_is_top, bool live, int filled,
-                             const int* source, const Wide<S>* first, const Wide<S>* second,
-                             Wide<S>* values, Wide<S>* parts) {
+                             const Factors<Wide<S>>& f, bool bottom_is_top, bool live,
+                             const Segments& segments, const Wide<S>* first,
+                             const Wide<S>* second, Wide<S>* values, Wide<S>* parts) {
   using W = Wide<S>;
-  const int t = threadIdx.x, width = s.columns.length;
-  const bool opens = live && (t == 0 || source[t - 1] != source[t]);
-  const bool closes = live && (t == filled - 1 || source[t + 1] != source[t]);
+  const int t = threadIdx.x, width = s.columns.length, count = segments.count;
   const bool spreads = s.columns.length != s.columns.size;  // to a second source column
-  const bool alone = spreads && closes && (t == filled - 1 || source[t + 1] != source[t] + 1);
+  const int* starts = segments.starts;
   for (int begin = 0; begin < s.classes; begin += kClasses) {
     const int end = min(begin + kClasses, s.classes);
     for (int k = begin; live && k < end; ++k) {
@@ -164,30 +194,19 @@ __device__ void add_gradient(const Sources<S>& from, const PredictionSizes<Wide<
       values[((k - begin) * 2 + 1) * kColumns + t] = to_bottom;
     }
     __syncthreads();
-    // The thread of the first column of a source column adds what falls on it: from its own columns
-    // and from those of the source column before; the last one what falls on the next, if no thread
-    // opens that.
-    for (int k = begin; (opens || alone) && k < end; ++k) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const W* value = values + ((k - begin) * 2 + row) * kColumns;
-        W* part = parts + (int64_t(row) * s.classes + k) * width;
-        if (opens) {
-          W sum = 0;
-          int from_ = t;
-          while (spreads && from_ > 0 && source[from_ - 1] == source[t] - 1) --from_;
-          for (int x = from_; x < t; ++x) sum += second[x] * value[x];
-          for (int x = t; x < filled && source[x] == source[t]; ++x) sum += first[x] * value[x];
-          part[source[t]] += sum;
-        }
-        if (alone && source[t] + 1 < width) {
-          W sum = 0;
-          int from_ = t;
-          while (from_ > 0 && source[from_ - 1] == source[t]) --from_;
-          for (int x = from_; x <= t; ++x) sum += second[x] * value[x];
-          part[source[t] + 1] += sum;
-        }
-      }
+    // To every segment's source column what falls on it: from its own columns and from those of the
+    // source column before; and to the next source column, if that has no segment, from its own.
+    for (int i = t; i < (end - begin) * 2 * count; i += kColumns) {
+      const int segment = i % count, plane = i / count, column = segments.of(segment);
+      const int open = starts[segment], close = starts[segment + 1];
+      const W* value = values + plane * kColumns;
+      W* part = parts + (int64_t(plane % 2) * s.classes + begin + plane / 2) * width + column;
+      W sum = 0;
+      if (spreads && segment > 0 && segments.of(segment - 1) == column - 1)
+        sum = weighted(second, value, starts[segment - 1], open);
+      part[0] += sum + weighted(first, value, open, close);
+      const bool last = segment == count - 1 || segments.of(segment + 1) != column + 1;
+      if (spreads && last && column + 1 < width) part[1] += weighted(second, value, open, close);
     }
     __syncthreads();
   }
@@ -202,7 +221,9 @@ __global__ void __launch_bounds__(kColumns, sizeof(S) == 8 ? 2 : 3)
   const int64_t plane = int64_t(height) * width, block = int64_t(image) * height + source_row;
   W* sums = reinterpret_cast<W*>(dynamic_shared());  // [2, warps]
   W *first = sums + 2 * (kColumns / 32), *second = first + kColumns, *values = second + kColumns;
-  int* source = reinterpret_cast<int*>(values + kClasses * 2 * kColumns);
+  Segments segments;
+  segments.source = reinterpret_cast<int*>(values + kClasses * 2 * kColumns);
+  segments.starts = segments.source + kColumns;
   int* counts = reinterpret_cast<int*>(sums + prediction_shared(kGradient));  // [K, K]
   const bool counts_here = t.confusion != nullptr && s.classes <= kSharedCounts;
   W* parts = kGradient ? t.gradient_parts + block * 2 * s.classes * width : nullptr;
@@ -236,10 +257,11 @@ __global__ void __launch_bounds__(kColumns, sizeof(S) == 8 ? 2 : 3)
     from.second_weight = W(weight);
     if (kGradient) {
       const bool folded = from.first == from.second;
-      source[tid] = from.first;
+      segments.source[tid] = from.first;
       first[tid] = folded ? W(1) : from.first_weight;
       second[tid] = folded ? W(0) : from.second_weight;
       __syncthreads();
+      segments.find(filled);
     }
     for (int y = begin; y < end; y += kRows) {
       Pixels<W> p;
@@ -300,7 +322,7 @@ __global__ void __launch_bounds__(kColumns, sizeof(S) == 8 ? 2 : 3)
         }
       }
       if (kGradient) {
-        add_gradient<S>(from, s, t.weight, p, f, below == source_row, live, filled, source, first,
+        add_gradient<S>(from, s, t.weight, p, f, below == source_row, live, segments, first,
                         second, values, parts);
       }
     }

@@ -18,6 +18,7 @@ if "triton" not in _backends.available("aomoa", "cpu"):
     pytest.skip("Triton's interpreter is not on", allow_module_level=True)
 
 from spectralx_kernels.aomoa import triton as kernels
+from spectralx_kernels.aomoa import triton_layer as layers
 from spectralx_kernels.aomoa.triton_layer import Tiles
 
 # More than one tile of tokens, chunk of the rank, chunk of the hidden layer and split of the rows.
@@ -34,12 +35,11 @@ def test_sizes_beyond_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     ladder.check_accuracy(AOMOA, arguments(**CHUNKED), torch.float32)
 
 
-def test_vendor_output_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ladder.cast(arguments(), torch.float32)
-    ours = kernels.aomoa(*args)
-    monkeypatch.setattr(kernels, "VENDOR_OUTPUT", True)
-    for one, other in zip(ours, kernels.aomoa(*args), strict=True):
-        torch.testing.assert_close(one, other)
+def test_experts_unrolled_or_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tokens=19)
+    for unrolled in (layers.MOST_UNROLLED, 0):
+        monkeypatch.setattr(layers, "MOST_UNROLLED", unrolled)
+        ladder.check_accuracy(AOMOA, args, torch.float32)
 
 
 Backward = Callable[[list[bool]], list[torch.Tensor]]
