@@ -17,13 +17,16 @@ from spectralx_kernels._operator import Operator
 from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, ROUND_OFF
 
 
-def cast(args: Sequence[Any], dtype: torch.dtype, *, grad: bool = False) -> list[Any]:
-    """Copies of `args` with floating-point tensors in `dtype`, as leaves if `grad`."""
+def cast(
+    args: Sequence[Any], dtype: torch.dtype, *, grad: bool = False, constants: Sequence[int] = ()
+) -> list[Any]:
+    """Copies of `args` with floating-point tensors in `dtype`, as leaves if `grad`, but for those
+    at the places `constants`."""
     return [
-        arg.detach().to(dtype).clone().requires_grad_(grad)
+        arg.detach().to(dtype).clone().requires_grad_(grad and place not in constants)
         if isinstance(arg, Tensor) and arg.is_floating_point()
         else arg
-        for arg in args
+        for place, arg in enumerate(args)
     ]
 
 
@@ -116,14 +119,22 @@ def moved(args: Sequence[Any], device: str) -> list[Any]:
 
 
 def check_accuracy(
-    operator: Operator, args: Sequence[Any], dtype: torch.dtype, device: str = "cpu"
+    operator: Operator,
+    args: Sequence[Any],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    constants: Sequence[int] = (),
 ) -> None:
     """Every backend of `device` on this machine against float64, relative to the reference's own
-    error; truth and reference are evaluated on the CPU."""
+    error; truth and reference are evaluated on the CPU. Arguments at the places `constants` are not
+    differentiated."""
+
+    def leaves(values: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        return cast(values, dtype, grad=True, constants=constants)
+
     # What any implementation in this dtype is given: the rounded inputs, exactly evaluated.
-    rounded = cast(cast(args, dtype), torch.float64, grad=True)
-    exact = run_with_gradients(operator.reference, rounded)
-    plain = run_with_gradients(operator.reference, cast(args, dtype, grad=True))
+    exact = run_with_gradients(operator.reference, leaves(cast(args, dtype), torch.float64))
+    plain = run_with_gradients(operator.reference, leaves(args, dtype))
     # Triton's interpreter is left out by `available` where it does not compute as a GPU would.
     for backend in [*_backends.available(operator.name, device, dtype), "dispatcher"]:
 
@@ -132,7 +143,7 @@ def check_accuracy(
                 return operator.op(*values)
             return operator(*values, backend=backend)
 
-        outputs, grads = run_with_gradients(run, cast(moved(args, device), dtype, grad=True))
+        outputs, grads = run_with_gradients(run, leaves(moved(args, device), dtype))
         found = moved(outputs, "cpu"), {name: grad.cpu() for name, grad in grads.items()}
         for position, truth in enumerate(exact[0]):
             if truth.is_floating_point():
@@ -154,13 +165,15 @@ def check_accuracy(
             assert error <= bound, (backend, f"gradient of {name}", error, bound)
 
 
-def check_repeats(operator: Operator, args: Sequence[Any], device: str = "cpu") -> None:
+def check_repeats(
+    operator: Operator, args: Sequence[Any], device: str = "cpu", constants: Sequence[int] = ()
+) -> None:
     """Same inputs, same bits, forward and backward, for every backend of `device` here."""
     for backend in _backends.available(operator.name, device, torch.float32):
         first, second = (
             run_with_gradients(
                 lambda *values, backend=backend: operator(*values, backend=backend),
-                cast(moved(args, device), torch.float32, grad=True),
+                cast(moved(args, device), torch.float32, grad=True, constants=constants),
             )
             for _ in range(2)
         )

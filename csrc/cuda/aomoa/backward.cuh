@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
   const Backward<S> b(m, t, own, overlay);
   b.load_z();
   __syncthreads();
-  m.score();
+  m.score(t.normed, t.gamma, t.beta);
   __syncthreads();
   b.gate_rows();
   __syncthreads();

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
   const Mixture<S> m(s, weights, dynamic_shared());
   second_norm(m, t, W(eps));
   __syncthreads();
-  m.score();
+  m.score(t.normed, t.gamma, t.beta);
   __syncthreads();
   if (int(threadIdx.x) < m.rows) {
     const int at = threadIdx.x * s.stride();

@@ -97,16 +97,18 @@ struct Mixture {
   __device__ int count(int expert) const { return offsets[expert + 1] - offsets[expert]; }
   __device__ int listed(int expert, int place) const { return list[offsets[expert] + place]; }
 
-  // Fills logits, clean and, with noise, deviation and raw from z. A barrier on either side is the
+  // Fills logits, clean and, with noise, deviation and raw from z = normed gamma + beta, which is not
+  // rounded here: rounded, it would give rows to other experts. A barrier on either side is the
   // caller's.
-  __device__ void score() const {
+  __device__ void score(const W* normed, const S* gamma, const S* beta) const {
     const int lane = threadIdx.x % 32;
     for (int row = threadIdx.x / 32; row < rows; row += kWarps) {
       const int64_t weight = int64_t(attribute(row)) * s.rank * s.experts;
       for (int e0 = 0; e0 < s.experts; e0 += 4) {
         W sums[4] = {}, noise_sums[4] = {};
         for (int j = lane; j < s.rank; j += 32) {
-          const W value = wide(z[row * z_stride() + j]);
+          const W value =
+              normed[(first + row) * s.rank + j] * wide(gamma[j]) + wide(beta[j]);
           const int64_t at = weight + int64_t(j) * s.experts + e0;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
