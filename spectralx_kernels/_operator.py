@@ -107,6 +107,8 @@ class Operator:
     saving : what kernels keep for their backward; nothing but the inputs by default.
     fake : shapes and dtypes of the outputs; the reference traced without data by default, which
         is slow for long references.
+    prefer : from the operator's arguments and the dtype they will have, the backend that is faster
+        for them than the device's default, or None.
     keep_format : outputs that the reference makes channels_last stay so, and gradients have the
         strides of ``torch.empty_like`` of their inputs. Contiguous otherwise.
     """
@@ -122,8 +124,10 @@ class Operator:
         saving: Saving | None = None,
         fake: Callable[..., Any] | None = None,
         keep_format: bool = False,
+        prefer: Callable[[Sequence[Any], torch.dtype | None], str | None] | None = None,
     ) -> None:
         self.name = name
+        self._prefer = prefer
         self.reference = reference
         self._saving = saving or Saving(reference, 0, ())
         self._autocast_to = autocast_to
@@ -245,7 +249,8 @@ class Operator:
         dtype = _backends.dtype_of(args)
         if autocast and dtype is not None and dtype != torch.float64:
             dtype = self._autocast_to or torch.get_autocast_dtype(device)
-        chosen = _backends.choose(self.name, device, backend, dtype)
+        prefer = self._prefer(args, dtype) if self._prefer else None
+        chosen = _backends.choose(self.name, device, backend, dtype, prefer)
         run = self.reference if chosen == "eager" else self._dispatch
         if chosen == "triton":
             run = self._dispatch_triton

@@ -59,6 +59,7 @@ class Usage(NamedTuple):
 
 
 _recording: list[Compilation] | None = None
+_assumed: int | None = None
 
 
 def autotune(
@@ -100,14 +101,25 @@ def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Compilation]]:
-    """Launches inside the block are appended to the list it gives, every config of each."""
-    global _recording
-    _recording = []
+def recorded(assumed: int = ARCHITECTURES[-1]) -> Iterator[list[Compilation]]:
+    """Launches inside the block are appended to the list it gives, every config of each, as they
+    are on a GPU of the architecture `assumed`."""
+    global _recording, _assumed
+    _recording, _assumed = [], assumed
     try:
         yield _recording
     finally:
-        _recording = None
+        _recording = _assumed = None
+
+
+def architecture() -> int:
+    """Of the current GPU: 80, 90, ...; without one, the latest."""
+    if _assumed is not None:
+        return _assumed
+    if INTERPRETED:
+        return ARCHITECTURES[-1]
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def _source(compilation: Compilation) -> ASTSource:

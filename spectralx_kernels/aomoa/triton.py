@@ -6,6 +6,7 @@ waits for the GPU.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import triton
 from torch import Tensor
 
 from spectralx_kernels._backends import INTERPRETED
-from spectralx_kernels._triton import Compilation, launch, recorded
+from spectralx_kernels._triton import ARCHITECTURES, Compilation, architecture, launch, recorded
 from spectralx_kernels.aomoa import triton_gradients as gradients
 from spectralx_kernels.aomoa import triton_mixture as mixture
 from spectralx_kernels.aomoa import triton_products as products
@@ -29,12 +30,13 @@ from spectralx_kernels.aomoa.triton_layer import (
     prepare,
 )
 
-# Columns of the rank that a tile of the down product holds at most: all of it in the paper's sizes.
+# Columns of the rank that a tile of the down product holds at most: all of it in the paper's sizes,
+# where that does not spill.
 _DOWN_COLUMNS = 512
 
 
 def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) -> None:
-    columns = min(padded(layer.rank), _DOWN_COLUMNS)
+    columns = min(padded(layer.rank), _DOWN_COLUMNS, 512 if architecture() >= 90 else 256)
     tile = 64 if layer.large or INTERPRETED else 16
     launch(
         products.down_norm, layer.grid(tile),
@@ -42,14 +44,21 @@ def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) 
         layer.tokens, layer.attributes, layer.width, layer.rank, layer.given.norm_eps,
         SHIFTED=not layer.narrow, WHOLE=columns >= layer.rank, BM=tile, BN=columns,
         BK=64 if layer.large and columns <= 128 else 32,
-        num_warps=16 if columns > 256 else 8, num_stages=3 if layer.large else 2,
+        num_warps=16 if columns > 256 else 8,
+        num_stages=3 if layer.large else 2,
     )  # fmt: skip
 
 
 # The interpreter's time goes by operations, whatever their size.
 _SMALL = Tiles(64, 256, 64) if INTERPRETED else Tiles(32, 32, 32, joint=32, warps=8)
-# By `Layer.large`.
-_FORWARD = {True: Tiles(16, 64, 64), False: _SMALL}
+_MANY = 2048  # tokens from which on tiles of 16 are more than a GPU runs at once
+
+
+def _forward_tiles(layer: Layer) -> Tiles:
+    if not layer.large:
+        return _SMALL
+    # Longer tiles read less of the experts' weights, which are few where the rank is small.
+    return Tiles(32 if layer.tokens >= _MANY and layer.rank > 128 else 16, 64, 64)
 
 
 def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -67,7 +76,7 @@ def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return out, gates, load.zero_(), normed, statistics
     prepared = prepare(layer, counts=True)
     _down(layer, prepared, statistics, normed)
-    tiles = _FORWARD[layer.large]
+    tiles = _forward_tiles(layer)
     grid = layer.grid(tiles.tokens)
     mixed = layer.plain(tokens, attributes, layer.rank)
     launch(
@@ -84,9 +93,15 @@ def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return out, gates, load, normed, statistics
 
 
-# By `Layer.large`.
-_BACKWARD = {True: Tiles(16, 64, 64, joint=128), False: _SMALL}
-_GRADIENTS = {True: Tiles(64, 64, 64), False: _SMALL}
+def _backward_tiles(layer: Layer) -> Tiles:
+    return Tiles(16, 128 if layer.rank <= 128 else 64, 64, joint=128) if layer.large else _SMALL
+
+
+def _gradient_tiles(layer: Layer) -> Tiles:
+    # Longer tiles spill before sm_90.
+    return Tiles(64 if architecture() >= 90 else 32, 64, 64) if layer.large else _SMALL
+
+
 # Parts of the rows whose weight gradients are summed apart: enough programs to fill a GPU.
 _SPLITS = 32
 _SPLIT_ROWS = 128  # of a part at least
@@ -122,7 +137,7 @@ def _through_the_mixture(
 ) -> _Rows:  # fmt: skip
     given = layer.given
     attributes, tokens, rank, rows = layer.attributes, layer.tokens, layer.rank, layer.rows
-    tiles = _BACKWARD[layer.large]
+    tiles = _backward_tiles(layer)
     grid = layer.grid(tiles.tokens)
     combined = layer.wide(tokens, attributes, rank)
     back = _Rows(
@@ -166,7 +181,7 @@ def _splits(rows: int, programs: int) -> int:
 def _weight_parts(layer: Layer, back: _Rows, normed: Tensor, gates: Tensor) -> Tensor:
     """[splits, size]: sums over fixed parts of the rows, laid out as `weight_gradients` says."""
     given = layer.given
-    meta = layer.tiles(_GRADIENTS[layer.large])
+    meta = layer.tiles(_gradient_tiles(layer))
     chunks = triton.cdiv(layer.rank, meta["BC"])
     groups = layer.experts * triton.cdiv(layer.hidden, meta["BH"]) + layer.attributes + 1
     splits = _splits(layer.rows, chunks * groups)
@@ -248,7 +263,7 @@ def _finish(
     down_products: Tensor | None, grads: dict[str, Tensor | None],
 ) -> None:  # fmt: skip
     given = layer.given
-    columns = 64  # of a program of norm1's gradients
+    columns = 16  # of a program of norm1's gradients
     x_programs = 0 if grads["x"] is None else triton.cdiv(given.x.numel(), FLAT)
     part_programs = 0 if parts is None else triton.cdiv(_part_size(layer), FLAT)
     down_programs = 0 if grads["down"] is None else layer.rank
@@ -264,12 +279,11 @@ def _finish(
         layer.rows, 1 if parts is None else parts.shape[0], x_programs,
         part_programs, down_programs, norm_programs,
         layer.attributes, layer.width, layer.out, layer.rank, layer.hidden,
-        EXPERTS=layer.experts, SIZE=_part_size(layer), BLOCK=FLAT, BJ=16, BW=columns,
+        EXPERTS=layer.experts, SIZE=_part_size(layer), BLOCK=FLAT, BJ=128, BW=columns,
     )  # fmt: skip
 
 
-# The paper's two layers, and one of no round size with a hidden layer of one. Tokens do not matter:
-# no kernel is compiled for their number.
+# The paper's two layers, and one of no round size with a hidden layer of one.
 _SHAPES = {
     "fc1": {"width": 1024, "out": 4096, "rank": 128, "hidden": 16, "experts": 4, "attributes": 2},
     "fc2": {"width": 4096, "out": 1024, "rank": 512, "hidden": 64, "experts": 4, "attributes": 2},
@@ -278,9 +292,10 @@ _SHAPES = {
 
 
 def _example(
-    dtype: torch.dtype, width: int, out: int, rank: int, hidden: int, experts: int, attributes: int
-) -> Arguments:
-    tokens, d = 394, width // attributes
+    dtype: torch.dtype, tokens: int, width: int, out: int, rank: int, hidden: int, experts: int,
+    attributes: int,
+) -> Arguments:  # fmt: skip
+    d = width // attributes
     shapes = (
         (tokens, width), (out, width), (out,), (out,), (d,), (d,), (rank, d), (rank,), (rank,),
         (attributes, rank, experts), (attributes, rank, experts), (attributes, tokens, experts),
@@ -292,14 +307,32 @@ def _example(
 
 
 def compilations() -> Iterator[Compilation]:
-    """What both passes compile: every type at fc2 and, in bfloat16, at the other shapes."""
+    """What both passes compile, for few and for many tokens: every type at fc2 and, in bfloat16, at
+    the other shapes."""
     cases = [("bfloat16", name) for name in _SHAPES] + [("float32", "fc2"), ("float16", "fc2")]
-    for dtype, name in cases:
-        given = _example(getattr(torch, dtype), **_SHAPES[name])
-        with recorded() as launches:
-            out, gates, load, normed, statistics = aomoa(*given)
-            mask = [name not in ("weight", "bias") for name in Arguments._fields[:-2]]
-            saved = [gates, normed, statistics]
-            aomoa_backward([out, gates, load], *given, saved, [*mask, False, False])
-        for compiled in launches:
-            yield compiled._replace(dtype=dtype, shape=name)
+    for (dtype, name), assumed in itertools.product(cases, ARCHITECTURES):
+        seen = set()
+        for tokens in (394, _MANY):
+            given = _example(getattr(torch, dtype), tokens, **_SHAPES[name])
+            for found in _launches(given, assumed):
+                # Numbers of tokens are no part of what is compiled.
+                sizes = [
+                    found.arguments[parameter.name]
+                    for parameter in found.kernel.params
+                    if parameter.is_constexpr and parameter.name in found.arguments
+                ]
+                given_none = [name for name, value in found.arguments.items() if value is None]
+                key = (found.kernel.__name__, *sizes, *given_none, *found.options.values())
+                if key not in seen:
+                    seen.add(key)
+                    yield found._replace(dtype=dtype, shape=name, architectures=(assumed,))
+
+
+def _launches(given: Arguments, assumed: int) -> list[Compilation]:
+    """Of both passes, with every gradient but the frozen layer's."""
+    with recorded(assumed) as launches:
+        out, gates, load, normed, statistics = aomoa(*given)
+        mask = [name not in ("weight", "bias") for name in Arguments._fields[:-2]]
+        saved = [gates, normed, statistics]
+        aomoa_backward([out, gates, load], *given, saved, [*mask, False, False])
+    return launches

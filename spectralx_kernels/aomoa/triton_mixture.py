@@ -203,9 +203,7 @@ def _add_expert(
     """One more term of a running log-sum-exp [BM, BC]: peak + log(total)."""
     taken = gate != 0
     y = output_layer(hidden_rows, fc2, fc2_bias, e, row, here, c, rank, hidden, EXPERTS, BM, BC, BH)
-    term = tl.where(
-        taken[:, None], y + tl.log(tl.where(taken, gate, 1.0))[:, None], float("-inf")
-    )
+    term = tl.where(taken[:, None], y + tl.log(tl.where(taken, gate, 1.0))[:, None], float("-inf"))
     higher = tl.where(term > peak, term, peak)  # a NaN comes in through the total
     base = tl.where(higher == float("-inf"), 0.0, higher)
     return higher, total * tl.exp(peak - base) + tl.exp(term - base)

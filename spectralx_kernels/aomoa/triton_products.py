@@ -22,7 +22,7 @@ def prepare(
     """A program to a row of `down`: gamma folded in, its sum after rounding, beta down^T. The
     programs after them fold `scaler` into `up`: [A, out, r]. `counter` is set to 0."""
     pid = tl.program_id(0)
-    if counter is not None:
+    if counter is not None:  # noqa: SIM102 (decided when compiling, the inner one is not)
         if pid == 0:
             tl.store(counter, 0)
     if pid < rank:

@@ -30,8 +30,7 @@ CHUNKED: dict[str, Any] = {
 def test_sizes_beyond_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_DOWN_COLUMNS", 16)
     monkeypatch.setattr(kernels, "_SPLIT_ROWS", 32)
-    for tiles in (kernels._FORWARD, kernels._BACKWARD, kernels._GRADIENTS):
-        monkeypatch.setitem(tiles, False, Tiles(32, 32, 32))
+    monkeypatch.setattr(kernels, "_SMALL", Tiles(32, 32, 32, joint=64))
     ladder.check_accuracy(AOMOA, arguments(**CHUNKED), torch.float32)
 
 
