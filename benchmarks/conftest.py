@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from benchmarks.case import Setting
 from benchmarks.clock import Replay
 from benchmarks.harness import Budget, Build, GroupKey, Row, measure
 from benchmarks.shapes import Shape, find, implementations, selected
+from spectralx_kernels import use_backend
+from spectralx_kernels._backends import BACKENDS
 
 DTYPES = {
     "float32": torch.float32,
@@ -42,6 +45,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="float32",
         help=f"one or more of {', '.join(DTYPES)}, separated by commas (default: float32)",
     )
+    group.addoption(
+        "--backend", choices=BACKENDS, help="of the fused rows (default: each operator's own)"
+    )
+    group.addoption(
+        "--graphs",
+        action="store_true",
+        help="time replays of CUDA graphs: the GPU's time without the host's",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,6 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"--dtype: got {', '.join(unknown)}, expected one of {', '.join(DTYPES)}"
         )
+    if config.getoption("--graphs") and config.getoption("--device") != "cuda":
+        raise pytest.UsageError("--graphs: got a CPU, expected --device cuda")
     if config.getoption("--device") == "cuda":
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device: got cuda, but torch sees no GPU")
@@ -123,9 +136,18 @@ class Groups:
         torch._dynamo.reset()
         try:
             setting = Setting(device, DTYPES[key.dtype])
-            return measure(build, shape, key.mode, setting, names, budget)
+            with _backend(self._config):
+                return measure(
+                    build, shape, key.mode, setting, names, budget,
+                    graphs=self._config.getoption("--graphs"),
+                )  # fmt: skip
         except Exception:  # the group cannot be built: every row of it fails with the reason
             return {name: Row(refused=traceback.format_exc()) for name in names}
+
+
+def _backend(config: pytest.Config) -> AbstractContextManager[None]:
+    chosen = config.getoption("--backend")
+    return use_backend(chosen, required=False) if chosen else nullcontext()
 
 
 def _key(params: dict[str, Any]) -> GroupKey:
@@ -140,7 +162,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     groups = Groups(session.config)
     groups.select(session.items)
     session.config.stash[_GROUPS] = groups
-    session.config.stash[_FACTS] = machine_facts(session.config.getoption("--device"))
+    facts = machine_facts(session.config.getoption("--device"))
+    if session.config.getoption("--graphs"):
+        facts["timed"] = "graphs"
+    if session.config.getoption("--backend"):
+        facts["backend"] = session.config.getoption("--backend")
+    session.config.stash[_FACTS] = facts
 
 
 def machine_facts(device: str) -> dict[str, Any]:

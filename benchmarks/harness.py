@@ -18,7 +18,10 @@ from benchmarks.accuracy import by_part, compare
 from benchmarks.case import Case, Runner, Setting
 from benchmarks.clock import Stopwatch, interleave, stopwatch_for
 from benchmarks.memory import SavedBytes, peak_bytes
-from benchmarks.shapes import FORWARD, Shape
+from benchmarks.shapes import FORWARD, STEP, Shape
+
+# Not capturable, or not to be captured twice.
+UNCAPTURED = ("dispatch", "compile")
 
 Build = Callable[[Any, str, Setting], Case]
 
@@ -64,11 +67,14 @@ def measure(
     names: Sequence[str],
     budget: Budget,
     stopwatch: Stopwatch | None = None,
+    graphs: bool = False,
 ) -> dict[str, Row]:
     """Rows of the implementations `names` of one group.
 
     An implementation that disagrees with the reference, or raises, is refused: its row has the
-    reason and no samples, and the others are measured without it.
+    reason and no samples, and the others are measured without it. With `graphs`, replays of a CUDA
+    graph of the first input set are timed, but for what waits for the host (`dispatch`) and for
+    steps; L2 is flushed all the same.
     """
     case = build(shape, mode, setting)
     runner = Runner(case, mode, setting)
@@ -88,6 +94,8 @@ def measure(
         runs.update({f"floor {part}": _ignore_turn(run) for part, run in case.floor().items()})
         if case.linear is not None:
             runs["linear"] = _ignore_turn(case.linear())
+    if graphs and mode != STEP:
+        runs = {name: run if name in UNCAPTURED else captured(run) for name, run in runs.items()}
     watch = stopwatch or stopwatch_for(setting.device)
     samples = interleave(
         runs, watch, seconds=budget.seconds, rounds=budget.rounds, warm_up=watch.warm_up
@@ -97,6 +105,24 @@ def measure(
     if "floor" in names:
         rows["floor"] = _floor_row(samples)
     return rows
+
+
+def captured(run: Callable[[int], object]) -> Callable[[int], object]:
+    """``run(0)`` as a CUDA graph that every call replays."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run(0)
+
+    def replay(turn: int, run: object = run, outputs: object = outputs) -> None:
+        graph.replay()  # what was captured, and its outputs, live as long as this function
+
+    return replay
 
 
 def _ignore_turn(run: Callable[[], object]) -> Callable[[int], object]:

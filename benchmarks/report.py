@@ -158,15 +158,18 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine_name(facts: Mapping[str, Any]) -> str:
-    """A file name for the machine: device and threads (of a GPU: device alone)."""
+    """A file name for the machine: device and threads (of a GPU: device alone), and what is not as
+    usual in the run."""
     name = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
-    return name if facts.get("device_type") == "cuda" else f"{name}-{facts['threads']}-threads"
+    if facts.get("device_type") != "cuda":
+        name += f"-{facts['threads']}-threads"
+    return "-".join([name, *(facts[fact] for fact in ("backend", "timed") if fact in facts)])
 
 
 def document(groups: Sequence[Group], facts: Mapping[str, Any]) -> str:
     """The Markdown page of a run."""
     shown = ("device", "threads", "cpu_capability", "cuda", "torch", "python",
-             "spectralx_kernels", "commit", "date")  # fmt: skip
+             "spectralx_kernels", "backend", "timed", "commit", "date")  # fmt: skip
     lines = [
         f"# {facts['device']}",
         "",

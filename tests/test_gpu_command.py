@@ -19,7 +19,7 @@ def test_dry_run_names_every_part_within_ten_minutes(capsys: pytest.CaptureFixtu
     assert run.main(["--dry-run"]) == 0
     shown = capsys.readouterr().out
     for wanted in ("FORCE_CUDA=1", "TORCH_CUDA_ARCH_LIST=9.0a", "-m gpu", "--device cuda",
-                   "bfloat16,float32", "memcheck", "racecheck"):  # fmt: skip
+                   "bfloat16", "--graphs", "memcheck", "racecheck"):  # fmt: skip
         assert wanted in shown
     everything = run.commands(Path("out"))
     assert sum(command.limit for command in everything) < 600

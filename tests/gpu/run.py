@@ -1,12 +1,13 @@
 """Everything there is to run on a GPU, in one command: build, tests, benchmarks, sanitizer.
 
     make gpu                     or    python -m tests.gpu.run [--part tests|bench|sanitize]
-                                                               [--dry-run] [--out DIR]
+                                                               [--built] [--dry-run] [--out DIR]
 
 Builds the extension for ``TORCH_CUDA_ARCH_LIST`` (9.0a where it is not set) in place, then runs
 the parts one after the other, each command within its own time limit (together under ten
-minutes), and goes on after one that fails. Nothing is downloaded. Results are written to
-``benchmarks/results/``: ``<device>.md/.json`` (benchmarks), ``<device>-scaling.*``, and
+minutes), and goes on after one that fails; ``--built`` takes the extension that is there. Nothing
+is downloaded. Results are written to ``benchmarks/results/``: ``<device>-graphs.md/.json`` (replays
+of CUDA graphs: the GPU's time), ``<device>.md/.json`` (with the host's), and
 ``<device>-gpu.md/.json``: what ran, at which commit, for how long, with which status.
 
 Ends with status 1, naming what failed; with 2 and one line where torch sees no GPU.
@@ -15,6 +16,7 @@ Ends with status 1, naming what failed; with 2 and one line where torch sees no 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -80,36 +82,43 @@ def commands(out: Path) -> list[Command]:
         "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0a"),
         "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
     }
-    bench = [PYTHON, "-m", "pytest", "benchmarks/bench_aomoa.py", "-q", "--device", "cuda"]
-    bench += ["--dtype", "bfloat16,float32"]
-    report = [PYTHON, "-m", "benchmarks.report", str(SCRATCH / "bench.json"), "--out", str(out)]
-    scaling = [PYTHON, "-m", "benchmarks.scaling", "--device", "cuda", "--dtype", "bfloat16"]
-    scaling += ["--full", "--seconds", "1", "--out", str(out)]
+    bench = [PYTHON, "-m", "pytest", "-q", "--device", "cuda", "--full"]
+    bench += ["--dtype", "bfloat16"]
+    graphs = ["benchmarks/bench_aomoa.py", "benchmarks/bench_upsample.py"]
+    graphs += ["benchmarks/bench_decoder.py", "--graphs", "-k"]
+    graphs += ["(b1 or b32 or decoder) and not compile and not stage1 and not -e"]
+    hosted = ["benchmarks/bench_aomoa.py", "-k", "(b1 or b32) and not stage1 and not compile"]
+    compiled = ["benchmarks/bench_aomoa.py", "-k", "b8"]
+    report = [PYTHON, "-m", "benchmarks.report"]
     watched = ["--error-exitcode", "1", PYTHON, "-m", "tests.gpu.sanitized"]
+    workers = str(min(os.cpu_count() or 1, 15))
+    parallel = ["-n", workers] if importlib.util.find_spec("xdist") is not None else []
     # Every tensor its own allocation, so that a read past its end is one past an allocation.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    files = {name: SCRATCH / f"{name}.json" for name in ("graphs", "hosted", "compiled")}
+    graphs, hosted, compiled = (
+        [*bench, *rows, f"--benchmark-json={files[name]}"]
+        for name, rows in (("graphs", graphs), ("hosted", hosted), ("compiled", compiled))
+    )
     return [
         Command(
             "build", "extension",
             [PYTHON, "setup.py", "-q", "build_ext", "--inplace"], 150, build,
         ),
-        Command("tests", "gpu", [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"], 130),
         Command(
-            "bench", "small",
-            [*bench, f"--benchmark-json={SCRATCH / 'small.json'}"], 75,
+            "tests", "gpu", [PYTHON, "-m", "pytest", *parallel, "-q", "-m", "gpu", "tests/gpu"],
+            130, {"OMP_NUM_THREADS": "1"},
         ),
-        Command(
-            "bench", "batch 32",
-            [*bench, "--full", "-k", "vitl-b32 and not compile and not eager",
-             f"--benchmark-json={SCRATCH / 'large.json'}"], 110,
-        ),
+        Command("bench", "graphs", graphs, 100),
+        Command("bench", "graphs report", [*report, str(files["graphs"]), "--out", str(out)], 10),
+        Command("bench", "hosted", hosted, 40),
+        Command("bench", "compiled", compiled, 60),
         Command("bench", "merge", [PYTHON, "-m", "tests.gpu.run", "--merge"], 10),
-        Command("bench", "report", report, 10),
-        Command("bench", "scaling", scaling, 45),
+        Command("bench", "report", [*report, str(SCRATCH / "bench.json"), "--out", str(out)], 10),
         Command("sanitize", "memcheck",
-                ["compute-sanitizer", "--tool", "memcheck", *watched], 35, uncached),
+                ["compute-sanitizer", "--tool", "memcheck", *watched], 40, uncached),
         Command("sanitize", "racecheck",
-                ["compute-sanitizer", "--tool", "racecheck", *watched], 30),
+                ["compute-sanitizer", "--tool", "racecheck", *watched], 40),
     ]  # fmt: skip
 
 
@@ -192,19 +201,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--part", choices=PARTS[1:], help="the build and this part only (default: all)"
     )
+    parser.add_argument("--built", action="store_true", help="take the extension that is there")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     parser.add_argument("--merge", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.merge:
-        sources = [SCRATCH / "small.json", SCRATCH / "large.json"]
+        sources = [SCRATCH / "hosted.json", SCRATCH / "compiled.json"]
         rows = merge(sources, SCRATCH / "bench.json")
         print(f"{rows} rows")
         return 0 if rows else 1
     chosen = [
         command
         for command in commands(options.out)
-        if options.part is None or command.part in ("build", options.part)
+        if (options.part is None or command.part in ("build", options.part))
+        and not (options.built and command.part == "build")
     ]
     if options.dry_run:
         for command in chosen:
