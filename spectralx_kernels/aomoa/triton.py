@@ -175,7 +175,7 @@ def _part_size(layer: Layer) -> int:
 def _splits(rows: int, programs: int) -> int:
     """Parts of the rows; a power of two, as the number is compiled in."""
     wanted = min(_SPLITS, _PROGRAMS // programs, triton.cdiv(rows, _SPLIT_ROWS))
-    return 2 ** (max(wanted, 1).bit_length() - 1)
+    return int(2 ** (max(wanted, 1).bit_length() - 1))
 
 
 def _weight_parts(layer: Layer, back: _Rows, normed: Tensor, gates: Tensor) -> Tensor:
