@@ -1,7 +1,6 @@
 // spectralx::window_attention on the CPU. A task is a head of a window of an image; windows are
 // addresses in the map, of which a task copies its rows into its own cache. Padded positions are one
 // key that counts as often as there are. Backward makes scores again and keeps nothing.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -11,6 +10,7 @@
 
 #include "cpu/common/accumulation.h"
 #include "cpu/hypert/attention.h"
+#include "cpu/hypert/operands.h"
 
 namespace {
 
@@ -189,24 +189,6 @@ void backward(const Sizes& s, const Tensor& dout, const Tensor& qkv, const Tenso
     }
     end_products();
   });
-}
-
-// What the products of this dtype are taken in.
-at::ScalarType operand_type(const Tensor& tensor) {
-  const auto type = tensor.scalar_type();
-  if (type == at::kDouble) return type;
-  return type == at::kBFloat16 && multiplies_bfloat16() ? type : at::kFloat;
-}
-
-template <typename Run>
-void with_operands(at::ScalarType type, const Run& run) {
-  if (type == at::kDouble) return run(double());
-  if (type == at::kFloat) return run(float());
-  run(c10::BFloat16());
-}
-
-Tensor operands(const std::optional<Tensor>& tensor, at::ScalarType type) {
-  return tensor.has_value() ? tensor->to(type).contiguous() : Tensor();
 }
 
 Tensor window_attention(const Tensor& qkv, const std::optional<Tensor>& padding, int64_t num_heads,
