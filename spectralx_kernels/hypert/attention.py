@@ -19,6 +19,8 @@ ATTRIBUTE_MATCH = Operator(
     "float norm_eps) -> Tensor",
     reference.attribute_match,
 )
+WINDOW_ATTENTION.add_triton("spectralx_kernels.hypert.triton")
+ATTRIBUTE_MATCH.add_triton("spectralx_kernels.hypert.triton")
 
 
 def window_attention(
