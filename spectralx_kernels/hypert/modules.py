@@ -6,6 +6,7 @@ Attribute names are those of the published state dict, so its files load as they
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -271,7 +272,8 @@ class SpatialSpectralTokenizer(nn.Module):
             ],
             dim=-1,
         )
-        norm, fc1, _, fc2 = self.match_ff
+        norm = cast(nn.LayerNorm, self.match_ff[0])
+        fc1, fc2 = cast(nn.Linear, self.match_ff[1]), cast(nn.Linear, self.match_ff[3])
         return _feed_forward(tokens, norm, fc1, fc2, residual=False), spatial, spectral
 
     def extra_repr(self) -> str:

@@ -37,7 +37,8 @@ class Geometry(NamedTuple):
 
     @property
     def windows(self) -> int:
-        return triton.cdiv(self.HEIGHT, self.ROWS) * triton.cdiv(self.WIDTH, self.COLUMNS)
+        down, across = -(-self.HEIGHT // self.ROWS), -(-self.WIDTH // self.COLUMNS)
+        return down * across
 
     @property
     def keys(self) -> int:
@@ -133,8 +134,7 @@ def _windows(
     images, height, width, channels = qkv.shape
     third = channels // 3
     q, k, v = qkv.split(third, -1)
-    # A window never reaches beyond the map where the map is smaller than it.
-    geometry = Geometry(num_heads, third // num_heads, 0, *window, height, width)
+    geometry = Geometry(num_heads, third // num_heads, 0, window[0], window[1], height, width)
     pad_k = pad_v = None
     if padding is not None and (height % window[0] or width % window[1]):
         _, pad_k, pad_v = padding.contiguous().split(third)
