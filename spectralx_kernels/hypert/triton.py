@@ -219,7 +219,8 @@ class _Match(NamedTuple):
         """Weighted sums of normed features: [B, M, F]."""
         geometry = self.attention.geometry
         out = self.normed.new_empty(self.attention.images, geometry.QUERIES, geometry.DIM)
-        self.attention.forward(out)
+        if geometry.QUERIES > 0:
+            self.attention.forward(out)
         return out
 
 
@@ -249,7 +250,7 @@ def attribute_match_backward(
 ) -> list[Tensor]:
     """The wanted gradients, in order; three launches beside the vendor's."""
     (dout,) = output_grads
-    if dout is None:
+    if dout is None or len(queries) == 0:
         inputs = [features, queries, norm_weight, norm_bias, kv_weight]
         return [torch.zeros_like(t) for t, wanted in zip(inputs, mask, strict=False) if wanted]
     match = _Match.of(features, queries, norm_weight, norm_bias, kv_weight, norm_eps)

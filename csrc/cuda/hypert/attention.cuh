@@ -225,8 +225,9 @@ struct AttentionBlock {
   }
 };
 
+// Two blocks a multiprocessor: for three, ptxas would spill.
 template <typename S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     attention_forward(AttentionSizes s, AttentionTensors<S> t) {
   using W = Wide<S>;
   const AttentionBlock<S> b(s);

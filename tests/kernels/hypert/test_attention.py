@@ -90,6 +90,18 @@ def test_large_scores_and_infinities(backend: str) -> None:
     )
 
 
+def test_no_queries_and_no_images(backend: str) -> None:
+    args = ladder.cast(match_args("odd"), torch.float32)
+    for images, queries in ((2, 0), (0, 3)):
+        leaves = ladder.cast([args[0][:images], args[1][:queries], *args[2:]], torch.float32)
+        for leaf in leaves[:5]:
+            leaf.requires_grad_()
+        out = ATTRIBUTE_MATCH(*leaves, backend=backend)
+        assert out.shape == (images, queries, 3)
+        out.sum().backward()
+        assert not any(leaf.grad.any() for leaf in leaves[:5])
+
+
 def test_nan_in_padding_reaches_padded_windows_alone(backend: str) -> None:
     qkv, padding = draw(1, 5, 4, 12).float(), torch.full((12,), torch.nan)
     out = window_attention(qkv, padding, num_heads=2, window=(4, 4), backend=backend)
