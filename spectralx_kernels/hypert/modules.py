@@ -6,12 +6,15 @@ Attribute names are those of the published state dict, so its files load as they
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from spectralx_kernels._checks import check_range, check_shape
-from spectralx_kernels.hypert.ops import attribute_match, lift_convolution, window_attention
+from spectralx_kernels.hypert.attention import attribute_match, window_attention
+from spectralx_kernels.hypert.dense import feed_forward, linear_add, norm_linear
+from spectralx_kernels.hypert.ops import lift_convolution
 from spectralx_kernels.hypert.positions import (
     spatial_positions,
     spectral_positions,
@@ -61,7 +64,7 @@ class _Stem(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention within windows of a map [B, H, W, D], with its projections."""
+    """The weights of self-attention and its projections; `_Block` runs them."""
 
     def __init__(self, width: int, num_heads: int, window: tuple[int, int]) -> None:
         super().__init__()
@@ -70,29 +73,19 @@ class _Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The map is padded with zeros before `qkv`, whose value there is its bias.
-        attended = window_attention(
-            self.qkv(x), self.qkv.bias, num_heads=self.num_heads, window=self.window
-        )
-        out: Tensor = self.proj(attended)
-        return out
-
 
 class _Mlp(nn.Module):
+    """The weights of a feed-forward layer; `_Block` runs them."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
-
 
 class _Block(nn.Module):
-    """Pre-norm transformer block over a map [B, H, W, D]."""
+    """Pre-norm transformer block over a map [B, H, W, D], attention within windows of it."""
 
     def __init__(self, width: int, num_heads: int, window: tuple[int, int]) -> None:
         super().__init__()
@@ -102,9 +95,32 @@ class _Block(nn.Module):
         self.mlp = _Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+        norm, attn = self.norm1, self.attn
+        qkv = norm_linear(
+            x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, norm_eps=norm.eps
+        )
+        # The map is padded with zeros before `qkv`, whose value there is its bias.
+        attended = window_attention(
+            qkv, attn.qkv.bias, num_heads=attn.num_heads, window=attn.window
+        )
+        x = linear_add(attended, attn.proj.weight, attn.proj.bias, x)
+        return _feed_forward(x, self.norm2, self.mlp.fc1, self.mlp.fc2, residual=True)
+
+
+def _feed_forward(
+    x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, *, residual: bool
+) -> Tensor:
+    return feed_forward(
+        x,
+        norm.weight,
+        norm.bias,
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        residual=residual,
+        norm_eps=norm.eps,
+    )
 
 
 class _AttributeMatch(nn.Module):
@@ -129,8 +145,7 @@ class _AttributeMatch(nn.Module):
             self.to_kv.weight,
             norm_eps=self.norm_media.eps,
         )
-        out: Tensor = self.to_out(matched) + queries
-        return out
+        return linear_add(matched, self.to_out.weight, None, queries.expand(len(matched), -1, -1))
 
 
 def _pair(name: str, size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -257,7 +272,9 @@ class SpatialSpectralTokenizer(nn.Module):
             ],
             dim=-1,
         )
-        return self.match_ff(tokens), spatial, spectral
+        norm = cast(nn.LayerNorm, self.match_ff[0])
+        fc1, fc2 = cast(nn.Linear, self.match_ff[1]), cast(nn.Linear, self.match_ff[3])
+        return _feed_forward(tokens, norm, fc1, fc2, residual=False), spatial, spectral
 
     def extra_repr(self) -> str:
         height, width = self.image_size

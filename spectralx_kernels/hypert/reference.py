@@ -43,6 +43,42 @@ def window_attention(
     return out[:, :height, :width]
 
 
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_eps: float,
+) -> Tensor:
+    """A linear layer of layer-normed rows x [.., D]: [.., O]."""
+    return F.linear(
+        F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, norm_eps), weight, bias
+    )
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
+    """A linear layer of x [.., D], added to addend [.., O]."""
+    return addend + F.linear(x, weight, bias)
+
+
+def feed_forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: bool,
+    norm_eps: float,
+) -> Tensor:
+    """Norm, linear, GELU, linear of rows x [.., D], added to x where `residual`."""
+    hidden = F.gelu(norm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, norm_eps))
+    out = F.linear(hidden, fc2_weight, fc2_bias)
+    return x + out if residual else out
+
+
 def attribute_match(
     features: Tensor,
     queries: Tensor,

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from spectralx_kernels._operator import Operator
 from spectralx_kernels.aomoa import ops, reference
+from spectralx_kernels.hypert import attention
 from spectralx_kernels.upsample import convolution, prediction
 from spectralx_kernels.upsample import reference as upsample_reference
 from tests.cuda_on_cpu.build import BUILD, ROOT, compile_cuda, compiler
@@ -164,6 +166,37 @@ def check_convolution(
     return passed
 
 
+def check_attention(images: int, window: tuple[int, int], needed: list[bool]) -> bool:
+    """window_attention and attribute_match in float64, and their gradients."""
+    kind = torch.float64
+    qkv, padding = torch.randn(images, 5, 4, 24, dtype=kind), torch.randn(24, dtype=kind)
+    given: dict[str, tuple[Operator, tuple[Any, ...]]] = {
+        "window_attention": (attention.WINDOW_ATTENTION, (qkv, padding, 2, [*window])),
+        "attribute_match": (
+            attention.ATTRIBUTE_MATCH,
+            (
+                torch.randn(images, 7, 6, dtype=kind), torch.randn(5, 3, dtype=kind),
+                torch.randn(6, dtype=kind), torch.randn(6, dtype=kind),
+                torch.randn(6, 6, dtype=kind), 1e-5,
+            ),
+        ),
+    }  # fmt: skip
+    passed = True
+    for name, (operator, arguments) in given.items():
+        found, expected = call(name, *arguments), operator._forward_kernel(*arguments)
+        passed &= compare(name, [found], [expected], 1e-12)
+        mask = [isinstance(a, Tensor) and n for a, n in zip(arguments, needed, strict=False)] + [
+            False
+        ] * (len(arguments) - len(needed))
+        for grads in ([torch.randn_like(found)], [None]):
+            backward = (grads, *arguments, [], mask)
+            passed &= compare(
+                f"{name} backward", call(f"{name}_backward", *backward),
+                list(operator._backward_kernel(*backward)), 1e-11,
+            )  # fmt: skip
+    return passed
+
+
 def main() -> int:
     """0 if everything agrees."""
     if compiler() is None:
@@ -194,6 +227,11 @@ def main() -> int:
     for only in range(4):
         needed = [i == only for i in range(4)]
         results += [check_convolution(taps, True, False, 3, 2, needed) for taps in (False, True)]
+    results += [
+        check_attention(images, window, [True] * 5)
+        for images, window in ((2, (3, 3)), (1, (5, 2)), (0, (3, 3)))
+    ]
+    results += [check_attention(2, (3, 3), [i == only for i in range(5)]) for only in range(5)]
     print(f"{sum(results)} of {len(results)} checks of the CUDA operators passed")
     return 0 if all(results) else 1
 

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectralx_kernels.hypert import attribute_match, lift_convolution, ops, window_attention
+from spectralx_kernels.hypert import (
+    attention,
+    attribute_match,
+    lift_convolution,
+    ops,
+    window_attention,
+)
 from tests.kernels import ladder
 
 
@@ -36,9 +42,9 @@ def match_args() -> list[Any]:
 CASES = [
     pytest.param(ops.LIFT, lift_args(), id="lift_convolution"),
     pytest.param(ops.LIFT, lift_args(bands=1), id="lift_convolution-one-band"),
-    pytest.param(ops.WINDOW_ATTENTION, window_args(), id="window_attention-padded"),
-    pytest.param(ops.WINDOW_ATTENTION, window_args(padded=False), id="window_attention"),
-    pytest.param(ops.ATTRIBUTE_MATCH, match_args(), id="attribute_match"),
+    pytest.param(attention.WINDOW_ATTENTION, window_args(), id="window_attention-padded"),
+    pytest.param(attention.WINDOW_ATTENTION, window_args(padded=False), id="window_attention"),
+    pytest.param(attention.ATTRIBUTE_MATCH, match_args(), id="attribute_match"),
 ]
 
 

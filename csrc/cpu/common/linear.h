@@ -1,0 +1,59 @@
+// Linear layers by oneDNN where it is faster than what ATen reaches by itself.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <string_view>
+
+#include "cpu/instruction_sets.h"
+
+namespace spectralx::cpu {
+
+// What the products of this dtype are taken in: itself where the processor multiplies it, else
+// float.
+inline at::ScalarType product_type(at::ScalarType type) {
+  if (type == at::kDouble) return at::kDouble;
+#if SPECTRALX_X86_TARGETS
+  static const bool bfloat16 = __builtin_cpu_supports("avx512bf16");
+#else
+  constexpr bool bfloat16 = true;
+#endif
+  return type == at::kBFloat16 && bfloat16 ? at::kBFloat16 : at::kFloat;
+}
+
+// x [m, k] times the transpose of weight [n, k], plus bias [n], then GELU if `gelu`, or plus addend
+// [m, n]: [m, n]. oneDNN has a fast kernel for plainly laid out weights only.
+inline at::Tensor linear_layer(const at::Tensor& x, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias = std::nullopt, bool gelu = false,
+                               const std::optional<at::Tensor>& addend = std::nullopt) {
+  using Pointwise = at::Tensor(const at::Tensor&, const at::Tensor&,
+                               const std::optional<at::Tensor>&, std::string_view,
+                               c10::List<std::optional<at::Scalar>>,
+                               std::optional<std::string_view>);
+  using Binary = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                            const std::optional<at::Tensor>&, std::string_view);
+  static const std::optional<c10::OperatorHandle> pointwise =
+      c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  static const std::optional<c10::OperatorHandle> binary =
+      c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", "binary"});
+  const auto type = x.scalar_type();
+  const bool taken = type == at::kFloat || (type == at::kBFloat16 && product_type(type) == type);
+  if (taken && pointwise.has_value() && binary.has_value() && x.numel() > 0 &&
+      weight.is_contiguous() && at::globalContext().userEnabledMkldnn()) {
+    if (addend.has_value()) {
+      return binary->typed<Binary>().call(x, *addend, weight, bias, "add");
+    }
+    return pointwise->typed<Pointwise>().call(x, weight, bias, gelu ? "gelu" : "none",
+                                              c10::List<std::optional<at::Scalar>>(),
+                                              gelu ? std::optional<std::string_view>("none")
+                                                   : std::nullopt);
+  }
+  at::Tensor out = at::linear(x, weight, bias);
+  if (gelu) return at::gelu(out);
+  return addend.has_value() ? out.add_(*addend) : out;
+}
+
+}  // namespace spectralx::cpu
