@@ -39,6 +39,8 @@ ADD_WEIGHTED = Operator(
     reference.add_weighted_halves,
     autocast_to=torch.float32,
 )
+for _operator in (MATCH, GATHER_NORM, GATHER_NORM_MIX, ADD_WEIGHTED):
+    _operator.add_triton("spectralx_kernels.refine.triton")
 
 
 def match_argmax(

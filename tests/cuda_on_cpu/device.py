@@ -34,7 +34,7 @@ class Device:
         for length in shape:
             size *= length
         whole = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype)
-        inside = whole[GUARD : GUARD + size].view(*shape)
+        inside = whole[GUARD : GUARD + size].view(torch.Size(shape))
         self._buffers.append((whole, inside, None))
         return inside
 

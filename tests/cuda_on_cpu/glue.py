@@ -18,7 +18,11 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.aomoa import ops, reference
+<<<<<<< HEAD
 from spectralx_kernels.hypert import attention
+=======
+from spectralx_kernels.refine import ops as refine
+>>>>>>> refine
 from spectralx_kernels.upsample import convolution, prediction
 from spectralx_kernels.upsample import reference as upsample_reference
 from tests.cuda_on_cpu.build import BUILD, ROOT, compile_cuda, compiler
@@ -166,6 +170,7 @@ def check_convolution(
     return passed
 
 
+<<<<<<< HEAD
 def check_attention(images: int, window: tuple[int, int], needed: list[bool]) -> bool:
     """window_attention and attribute_match in float64, and their gradients."""
     kind = torch.float64
@@ -197,6 +202,52 @@ def check_attention(images: int, window: tuple[int, int], needed: list[bool]) ->
     return passed
 
 
+=======
+def check_operator(operator: Operator, arguments: tuple[Any, ...], needed: list[bool]) -> bool:
+    """An operator of one output in float64 and its gradients, with an incoming one and without."""
+    name = operator.name
+    found, expected = call(name, *arguments), operator._forward_kernel(*arguments)
+    passed = compare(name, [found], [expected], 1e-12)
+    leaves = [isinstance(a, Tensor) and a.is_floating_point() for a in arguments]
+    mask = [leaf and need for leaf, need in zip(leaves, needed, strict=True)]
+    for grads in ([torch.randn_like(found)], [None]):
+        backward = (grads, *arguments, [], mask)
+        found_grads = call(f"{name}_backward", *backward)
+        expected_grads = list(operator._backward_kernel(*backward))
+        passed &= compare(f"{name} backward", found_grads, expected_grads, 1e-11)
+        if grads[0] is not None:
+            passed &= same_strides(f"{name} backward", found_grads, expected_grads)
+    return passed
+
+
+def check_refine() -> list[bool]:
+    """The Are-adapter's operators."""
+    results = []
+    for batch in (2, 0):
+        queries = torch.randn(batch, 37, 19, dtype=torch.float64)
+        keys = torch.randn(batch, 70, 19, dtype=torch.float64)
+        found = call("match_argmax", queries, keys, 0.3)
+        results.append(torch.equal(found, refine.MATCH._forward_kernel(queries, keys, 0.3)))
+        tokens = torch.randn(batch, 5, 24, dtype=torch.float64)[..., 12:]
+        match = torch.randint(5, (batch, 33)).int()
+        norm = torch.rand(12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+        mixing = torch.randn(7, 33, dtype=torch.float64)
+        weights = torch.randn(2, batch, 5, dtype=torch.float64).unbind(0)
+        scale = torch.randn((), dtype=torch.float64)
+        for operator, arguments in (
+            (refine.GATHER_NORM, (tokens, match, *norm, 1e-5)),
+            (refine.GATHER_NORM_MIX, (tokens, match, *norm, mixing, 1e-5)),
+            (refine.ADD_WEIGHTED, (tokens, *weights, scale)),
+        ):
+            count = len(arguments)
+            results.append(check_operator(operator, arguments, [True] * count))
+            for only in range(count):
+                needed = [i == only for i in range(count)]
+                results.append(check_operator(operator, arguments, needed))
+    return results
+
+
+>>>>>>> refine
 def main() -> int:
     """0 if everything agrees."""
     if compiler() is None:
@@ -227,11 +278,15 @@ def main() -> int:
     for only in range(4):
         needed = [i == only for i in range(4)]
         results += [check_convolution(taps, True, False, 3, 2, needed) for taps in (False, True)]
+<<<<<<< HEAD
     results += [
         check_attention(images, window, [True] * 5)
         for images, window in ((2, (3, 3)), (1, (5, 2)), (0, (3, 3)))
     ]
     results += [check_attention(2, (3, 3), [i == only for i in range(5)]) for only in range(5)]
+=======
+    results += check_refine()
+>>>>>>> refine
     print(f"{sum(results)} of {len(results)} checks of the CUDA operators passed")
     return 0 if all(results) else 1
 

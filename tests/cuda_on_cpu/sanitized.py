@@ -30,7 +30,11 @@ def main(arguments: list[str]) -> int:
         "OMP_NUM_THREADS": "1",
     }
     folder = Path(__file__).parent
+<<<<<<< HEAD
     rooms = ("gating", "aomoa", "prediction", "convolution", "attention")
+=======
+    rooms = ("gating", "aomoa", "prediction", "convolution", "refine")
+>>>>>>> refine
     tests = [str(folder / f"test_{room}.py") for room in rooms]
     command = [sys.executable, "-m", "pytest", "-q", *(arguments or tests)]
     return subprocess.run(command, env=environment, check=False).returncode

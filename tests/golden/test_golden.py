@@ -35,7 +35,7 @@ def test_folder_holds_golden_files() -> None:
 
 
 # Interpreted kernels take minutes for a whole model: files of one layer, of rooms that have some.
-INTERPRETED = {"triton": ("aomoa_", "hypert_small_train")}
+INTERPRETED = {"triton": ("aomoa_", "are_train", "hypert_small_train")}
 
 
 def cases() -> list[tuple[Path, str]]:

@@ -16,6 +16,7 @@
 SPECTRALX_BEGIN_TARGET
 
 #include "cpu/common/exponential.h"
+#include "cpu/common/operands.h"
 
 namespace {
 
@@ -26,97 +27,6 @@ using spectralx::cpu::PanelKernels;
 using spectralx::cpu::Wide;
 
 #define SPECTRALX_LANES _Pragma("omp simd") for (int64_t n = 0; n < kPanel; ++n)
-
-// To the nearest even bfloat16; NaN stays one.
-inline uint32_t bfloat16_bits(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return x == x ? rounded : 0x7fc0u;
-}
-
-inline float from_bits(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
-
-// An element of Op and back, for loops over its 16-bit words too.
-template <typename Op>
-using Element = std::conditional_t<sizeof(Op) == 2, uint16_t, Op>;
-template <typename Op>
-const Element<Op>* elements(const Op* values) {
-  return reinterpret_cast<const Element<Op>*>(values);
-}
-template <typename Op>
-Element<Op>* elements(Op* values) {
-  return reinterpret_cast<Element<Op>*>(values);
-}
-inline float value_of(uint16_t bits) { return from_bits(bits); }
-inline float value_of(float value) { return value; }
-inline double value_of(double value) { return value; }
-template <typename Op>
-inline Element<Op> rounded(Wide<Op> value) {
-  if constexpr (sizeof(Op) == 2) {
-    return static_cast<uint16_t>(bfloat16_bits(value));
-  } else {
-    return value;
-  }
-}
-
-typedef uint32_t Lanes __attribute__((vector_size(64)));  // sixteen 32-bit values
-
-// One step of a transposition of 16 x 16: rows kStep apart exchange lanes kStep apart.
-template <int kStep, int... n>
-inline void exchange(Lanes (&rows)[16], std::integer_sequence<int, n...>) {
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (i & kStep) continue;
-    const Lanes a = rows[i], b = rows[i + kStep];
-    rows[i] = __builtin_shufflevector(a, b, (n & kStep ? 16 + n - kStep : n)...);
-    rows[i + kStep] = __builtin_shufflevector(a, b, (n & kStep ? 16 + n : n + kStep)...);
-  }
-}
-
-// target[c * ld + r] = source[r * stride + c]
-template <typename T>
-void transpose_words(const T* source, int64_t rows, int64_t stride, int64_t columns, T* target,
-                     int64_t ld) {
-  int64_t c = 0;
-  if constexpr (sizeof(T) == 4) {
-    for (; c + 16 <= columns; c += 16) {
-      int64_t r = 0;
-      for (; r + 16 <= rows; r += 16) {
-        Lanes block[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) std::memcpy(&block[i], source + (r + i) * stride + c, 64);
-        exchange<8>(block, std::make_integer_sequence<int, 16>());
-        exchange<4>(block, std::make_integer_sequence<int, 16>());
-        exchange<2>(block, std::make_integer_sequence<int, 16>());
-        exchange<1>(block, std::make_integer_sequence<int, 16>());
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) std::memcpy(target + (c + i) * ld + r, &block[i], 64);
-      }
-      for (; r < rows; ++r) {
-        for (int64_t i = c; i < c + 16; ++i) target[i * ld + r] = source[r * stride + i];
-      }
-    }
-  }
-  for (; c < columns; ++c) {
-    for (int64_t r = 0; r < rows; ++r) target[c * ld + r] = source[r * stride + c];
-  }
-}
-
-// Lanes from n on to zero.
-template <typename T>
-void clear_lanes(T* panel, int64_t features, int64_t n) {
-  if (n == kPanel) return;
-  for (int64_t f = 0; f < features; ++f) std::fill(panel + f * kPanel + n, panel + (f + 1) * kPanel, T(0));
-}
-
-template <typename T>
-const uint32_t* words(const T* values) {
-  return reinterpret_cast<const uint32_t*>(values);
-}
-template <typename T>
-uint32_t* words(T* values) {
-  return reinterpret_cast<uint32_t*>(values);
-}
 
 // Feature f of an operand panel, and back. For bfloat16 f and f + 1 share words.
 template <typename Op, typename Use>
@@ -135,17 +45,6 @@ inline void for_features(const Op* panel, int64_t features, Use use) {
     }
   } else {
     for (int64_t f = 0; f < features; ++f) use(f, panel + f * kPanel);
-  }
-}
-
-template <typename Op>
-void pack(const Op* rows, int64_t n, int64_t stride, int64_t features, Op* panel) {
-  if constexpr (sizeof(Op) == 2) {
-    transpose_words(words(rows), n, stride / 2, features / 2, words(panel), kPanel);
-    clear_lanes(words(panel), features / 2, n);
-  } else {
-    transpose_words(rows, n, stride, features, panel, kPanel);
-    clear_lanes(panel, features, n);
   }
 }
 
