@@ -109,6 +109,7 @@ class Operator:
         is slow for long references.
     keep_format : outputs that the reference makes channels_last stay so, and gradients have the
         strides of ``torch.empty_like`` of their inputs. Contiguous otherwise.
+    constant : positions of floating-point outputs that have no gradient.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Operator:
         saving: Saving | None = None,
         fake: Callable[..., Any] | None = None,
         keep_format: bool = False,
+        constant: tuple[int, ...] = (),
     ) -> None:
         self.name = name
         self.reference = reference
@@ -132,6 +134,7 @@ class Operator:
         self._differentiable = differentiable
         self.triton_module: str | None = None  # where `add_triton` finds its functions
         self._keep_format = keep_format
+        self._constant = constant
         qualified = define(name, schema)
         self.op = getattr(torch.ops.spectralx, name).default
         register_default(name, self._forward_kernel)
@@ -278,6 +281,8 @@ class Operator:
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         if self._saving.hidden:
             ctx.mark_non_differentiable(*output[-self._saving.hidden :])
+        if self._constant:
+            ctx.mark_non_differentiable(*(output[position] for position in self._constant))
         outputs = (output,) if isinstance(output, Tensor) else output
         saved = [outputs[position] for position in self._saving.positions(inputs)]
         ctx.kept = len(saved)
