@@ -157,8 +157,8 @@ def batch_norm_relu(
     they depend on. Kernels read `moments` and know it.
     """
     wide = accumulation_dtype(x.dtype)
-    mean, variance = (_moments(x) if batch else moments).to(wide).reshape(2, -1, 1, 1)
-    out = (x.to(wide) - mean) * (variance + eps).rsqrt()
+    taken = (_moments(x) if batch else moments).to(wide).reshape(2, -1, 1, 1)
+    out = (x.to(wide) - taken[0]) * (taken[1] + eps).rsqrt()
     if weight is not None:
         out = out * weight.to(wide).reshape(-1, 1, 1)
     if bias is not None:
