@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import floors
 from benchmarks.case import Case, Draw, Setting, Tensors, rotating
@@ -27,9 +27,8 @@ from benchmarks.variants import (
 from spectralx.segmentation import Segmentation
 
 
-def build(shape: StepShape, mode: str, setting: Setting) -> Case:
-    # Weights stay in float32; autocast rounds where the timed dtype is narrower.
-    draw = Draw(Setting(setting.device, rotate=setting.rotate), seed=0)
+def model_of(shape: StepShape, draw: Draw) -> Segmentation:
+    """The model of a step, in training mode."""
     model = Segmentation(
         shape.family,
         shape.bands,
@@ -45,16 +44,36 @@ def build(shape: StepShape, mode: str, setting: Setting) -> Case:
     )
     draw.fill(model).train()
     use_running_statistics(model.head)
+    return model
+
+
+def input_set(shape: StepShape, draw: Draw) -> Tensors:
+    """Images and labels of a step."""
+    size = (shape.batch, shape.bands, shape.image_size, shape.image_size)
+    images = draw.normal(*size, scale=0.1) + draw.normal(*size[:2], 1, 1, scale=0.3, offset=0.5)
+    labels = draw.integers(shape.classes, shape.batch, shape.image_size, shape.image_size)
+    return images, labels
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW as stage 2 runs it, on what trains."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4)
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether a step timed in this dtype runs under autocast."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def build(shape: StepShape, mode: str, setting: Setting) -> Case:
+    # Weights stay in float32; autocast rounds where the timed dtype is narrower.
+    draw = Draw(Setting(setting.device, rotate=setting.rotate), seed=0)
+    model = model_of(shape, draw)
     plain = with_plain_decoder(model)
     dispatched = with_dispatch(plain)
 
-    def input_set() -> Tensors:
-        size = (shape.batch, shape.bands, shape.image_size, shape.image_size)
-        images = draw.normal(*size, scale=0.1) + draw.normal(*size[:2], 1, 1, scale=0.3, offset=0.5)
-        labels = draw.integers(shape.classes, shape.batch, shape.image_size, shape.image_size)
-        return images, labels
-
-    narrow = setting.dtype in (torch.bfloat16, torch.float16)
+    narrow = is_narrow(setting.dtype)
 
     def step_of(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         def run(images: Tensor, labels: Tensor) -> Tensor:
@@ -66,7 +85,7 @@ def build(shape: StepShape, mode: str, setting: Setting) -> Case:
         return run
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4)
+    optimizer = optimizer_of(model)
 
     def finish() -> None:
         optimizer.step()
@@ -98,7 +117,7 @@ def build(shape: StepShape, mode: str, setting: Setting) -> Case:
             # Gate noise from PyTorch's generator, as in the other implementations.
             "compile": step_of(compiled(plain.loss, fallback_random=True)),
         },
-        inputs=rotating(draw.setting, input_set),
+        inputs=rotating(draw.setting, lambda: input_set(shape, draw)),
         parameters=trained,
         constants=[*model.parameters(), *model.buffers()],
         floor=lambda: floors.floor_of(floors.step(shape, tokenizer, decoder), elements, setting),

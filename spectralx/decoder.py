@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectralx_kernels import concat_conv2d, upsample_conv2d
+from spectralx_kernels import concat_conv2d, fold_batch_norm, upsample_conv2d
 
 NECK_SCALES = (4.0, 2.0, 1.0, 0.5)
 POOL_SCALES = (1, 2, 3, 6)
@@ -85,11 +85,12 @@ class ConvUnit(nn.Module):
         if self.plain:
             x = self.conv(torch.cat([_resize(each, size) for each in maps], dim=1))
             return x if self.bn is None else F.relu(self.bn(x))
-        if len(maps) == 1 and maps[0].shape[-2:] == size:
-            x = self.conv(maps[0])
-        else:
-            x = concat_conv2d(maps, self.conv.weight, self.conv.bias, size=size)
-        return x if self.bn is None else F.relu(self.bn(x), inplace=True)
+        weight, bias = self.conv.weight, self.conv.bias
+        if self.bn is None:
+            return concat_conv2d(maps, weight, bias, size=size)
+        if type(self.bn) is not nn.BatchNorm2d:  # one that averages over processes, say
+            return F.relu(self.bn(concat_conv2d(maps, weight, bias, size=size)), inplace=True)
+        return concat_conv2d(maps, weight, bias, size=size, norm=self.bn, relu=True)
 
     def of_unformed(self, level: Unformed) -> Tensor:
         """The unit, a 1x1 convolution, of a map that need not be formed.
@@ -98,7 +99,7 @@ class ConvUnit(nn.Module):
         It is taken where it saves more than it costs; in evaluation without gradients it is kept,
         with the batch norm in it, until a weight changes.
         """
-        if self.bn is None or level.conv.bn is not None:
+        if type(self.bn) is not nn.BatchNorm2d or level.conv.bn is not None:
             return self(level.formed())  # type: ignore[no-any-return]
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             weight, bias = self._kept_product(level.conv, self.bn)
@@ -107,8 +108,7 @@ class ConvUnit(nn.Module):
         if not _product_pays(level, self.conv.weight):
             return self(level.formed())  # type: ignore[no-any-return]
         weight, bias = _product(self.conv.weight, level.conv)
-        x = upsample_conv2d(level.x, weight, bias, size=level.size)
-        return F.relu(self.bn(x), inplace=True)
+        return upsample_conv2d(level.x, weight, bias, size=level.size, norm=self.bn, relu=True)
 
     def _kept_product(self, inner: ConvUnit, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         """Weight and bias of this unit's convolution and batch norm after `inner`'s convolution."""
@@ -124,12 +124,9 @@ class ConvUnit(nn.Module):
         if self._kept is not None and state is not None and self._kept[0] == state:
             return self._kept[1]
         # Scaled before the product: one rounding of the large weight.
-        wide = torch.promote_types(outer.dtype, torch.float32)
-        scale = bn.weight.to(wide) * (variance.to(wide) + bn.eps).rsqrt()
-        scaled = (outer * scale.reshape(-1, 1, 1, 1)).to(outer.dtype)
+        scaled, shift = fold_batch_norm(outer, None, bn)
         weight, bias = _product(scaled, inner)
-        shift = bn.bias.to(wide) - mean.to(wide) * scale
-        made = weight, (bias.to(wide) + shift).to(outer.dtype)
+        made = weight, bias + shift
         self._kept = (state, made)
         return made
 

@@ -111,6 +111,7 @@ class Operator:
         for them than the device's default, or None.
     keep_format : outputs that the reference makes channels_last stay so, and gradients have the
         strides of ``torch.empty_like`` of their inputs. Contiguous otherwise.
+    constant : positions of floating-point outputs that have no gradient.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Operator:
         fake: Callable[..., Any] | None = None,
         keep_format: bool = False,
         prefer: Callable[[Sequence[Any], torch.dtype | None], str | None] | None = None,
+        constant: tuple[int, ...] = (),
     ) -> None:
         self.name = name
         self._prefer = prefer
@@ -136,6 +138,7 @@ class Operator:
         self._differentiable = differentiable
         self.triton_module: str | None = None  # where `add_triton` finds its functions
         self._keep_format = keep_format
+        self._constant = constant
         qualified = define(name, schema)
         self.op = getattr(torch.ops.spectralx, name).default
         register_default(name, self._forward_kernel)
@@ -305,6 +308,8 @@ class Operator:
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         if self._saving.hidden:
             ctx.mark_non_differentiable(*output[-self._saving.hidden :])
+        if self._constant:
+            ctx.mark_non_differentiable(*(output[position] for position in self._constant))
         outputs = (output,) if isinstance(output, Tensor) else output
         saved = [outputs[position] for position in self._saving.positions(inputs)]
         ctx.kept = len(saved)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectralx_kernels._checks import check_like, check_map, check_shape, pair
 from spectralx_kernels._operator import Operator, Saving
 from spectralx_kernels.upsample import reference
+from spectralx_kernels.upsample.norm import batch_norm_relu
 
 UPSAMPLE_CONV2D = Operator(
     "upsample_conv2d",
@@ -20,6 +21,16 @@ UPSAMPLE_CONV2D = Operator(
     keep_format=True,
 )
 UPSAMPLE_CONV2D.add_triton("spectralx_kernels.upsample.triton_convolution")
+
+UPSAMPLE_CONV2D_MOMENTS = Operator(
+    "upsample_conv2d_moments",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, SymInt[2] size, SymInt[2] padding, "
+    "bool align_corners, bool by_taps) -> (Tensor, Tensor)",
+    reference.upsample_conv2d_moments,
+    keep_format=True,
+    constant=(1,),
+)
+UPSAMPLE_CONV2D_MOMENTS.add_triton("spectralx_kernels.upsample.triton_convolution")
 
 
 def taps_are_cheaper(
@@ -40,6 +51,17 @@ def taps_are_cheaper(
     by_taps += lines * kernel_columns * width * out_columns  # columns
     by_taps += out_rows * lines * out_columns  # rows
     return 2 * by_taps <= by_map
+
+
+def _few_pixels_on_a_cpu(x: Tensor, weight: Tensor, size: Sequence[int]) -> bool:
+    """Whether the map is not resized and has fewer pixels than channels, on a CPU.
+
+    The library's convolution lays the weight out anew in every pass, which takes longer there than
+    the products: "taps" needs as many of those and reads the weight as it is.
+    """
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    same = list(x.shape[2:]) == list(size) and weight[0, 0].numel() > 1
+    return x.device.type == "cpu" and same and pixels <= x.shape[1]
 
 
 def _size_of(
@@ -76,6 +98,7 @@ def upsample_conv2d(
     padding: int | Sequence[int] | None = None,
     align_corners: bool = False,
     addend: Tensor | None = None,
+    norm: nn.BatchNorm2d | None = None,
     relu: bool = False,
     algorithm: str = "auto",
     backend: str | None = None,
@@ -83,7 +106,7 @@ def upsample_conv2d(
     """Convolution of the bilinearly upsampled map, stride 1, zero padding.
 
     Equal to ``conv2d(interpolate(x, size, mode="bilinear"), weight, bias, padding)``, then plus
-    `addend` and a ReLU if asked for.
+    `addend`, batch norm and a ReLU if asked for.
 
     Parameters
     ----------
@@ -97,7 +120,10 @@ def upsample_conv2d(
         the output has the size `size`.
     align_corners : as in ``torch.nn.functional.interpolate``.
     addend : [B, O, H', W'], added to the convolution, or None.
-    relu : the larger of the sum and 0.
+    norm : a plain batch norm of O channels to follow, see `batch_norm_relu`. In training its
+        statistics are gathered in the pass that writes the convolution. Who has them fixed folds
+        them into the weight once (`fold_batch_norm`).
+    relu : the larger of the result and 0.
     algorithm : "map" forms the upsampled map; "taps" takes one 1x1 product a tap on the small
         map, then upsamples, shifts and sums those, never forming the upsampled map; "auto" takes
         "taps" where it needs at most half the multiplications. With "taps" a non-finite value of
@@ -145,12 +171,23 @@ def upsample_conv2d(
     if algorithm not in ("auto", "taps", "map"):
         raise ValueError(f"algorithm: got {algorithm!r}, expected 'auto', 'taps' or 'map'")
     by_taps = algorithm == "taps" or (
-        algorithm == "auto" and taps_are_cheaper(x.shape, weight.shape, out_size, pads)
+        algorithm == "auto"
+        and (
+            taps_are_cheaper(x.shape, weight.shape, out_size, pads)
+            or _few_pixels_on_a_cpu(x, weight, out_size)
+        )
     )
-    out: Tensor = UPSAMPLE_CONV2D(
-        x, weight, bias, addend, out_size, pads, align_corners, by_taps, relu, backend=backend
-    )
-    return out
+    given = (x, weight, bias, addend, out_size, pads, align_corners, by_taps)
+    out: Tensor
+    if norm is None:
+        out = UPSAMPLE_CONV2D(*given, relu, backend=backend)
+        return out
+    moments = None
+    if norm.training or norm.running_mean is None:
+        out, moments = UPSAMPLE_CONV2D_MOMENTS(*given, backend=backend)
+    else:
+        out = UPSAMPLE_CONV2D(*given, False, backend=backend)
+    return batch_norm_relu(out, norm, relu=relu, moments=moments, backend=backend)
 
 
 def concat_conv2d(
@@ -162,6 +199,7 @@ def concat_conv2d(
     padding: int | Sequence[int] | None = None,
     align_corners: bool = False,
     addend: Tensor | None = None,
+    norm: nn.BatchNorm2d | None = None,
     relu: bool = False,
     algorithm: str = "auto",
     backend: str | None = None,
@@ -176,7 +214,7 @@ def concat_conv2d(
     maps : at least one, each [B, C_i, h_i, w_i].
     weight : [O, sum of C_i, ky, kx], ky and kx odd.
     size : height and width of the resized maps; those of the first map if None.
-    bias, padding, align_corners, addend, relu, algorithm, backend : see `upsample_conv2d`.
+    bias, padding, align_corners, addend, norm, relu, algorithm, backend : see `upsample_conv2d`.
 
     Returns
     -------
@@ -196,11 +234,13 @@ def concat_conv2d(
     check_shape("weight", weight, ("out", sum(widths), "rows", "columns"))
     out_size = pair("size", tuple(maps[0].shape[2:]) if size is None else size, 1)
     # Maps that are not resized first: an ordinary convolution takes no addend in its pass.
+    slices = weight.split(widths, dim=1) if len(maps) > 1 else [weight]
     parts = sorted(
-        zip(maps, weight.split(widths, dim=1), strict=True),
+        zip(maps, slices, strict=True),
         key=lambda part: list(part[0].shape[2:]) != out_size,
     )
     for position, (each, slice_) in enumerate(parts):
+        last = position == len(parts) - 1
         addend = upsample_conv2d(
             each,
             slice_,
@@ -209,7 +249,8 @@ def concat_conv2d(
             padding=padding,
             align_corners=align_corners,
             addend=addend,
-            relu=relu and position == len(parts) - 1,
+            norm=norm if last else None,
+            relu=relu and last,
             algorithm=algorithm,
             backend=backend,
         )

@@ -111,6 +111,65 @@ def upsample_conv2d(
     return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+def _moments(x: Tensor) -> Tensor:
+    wide = x.to(accumulation_dtype(x.dtype))
+    count = max(x.shape[0] * x.shape[2] * x.shape[3], 1)
+    mean = wide.sum((0, 2, 3)) / count
+    variance = (wide - mean.reshape(-1, 1, 1)).square().sum((0, 2, 3)) / count
+    return torch.stack([mean, variance])
+
+
+def channel_moments(x: Tensor) -> Tensor:
+    """Mean and biased variance of each channel of [B, C, H, W]: [2, C], at least float32.
+
+    Without a gradient: `batch_norm_relu` knows what its moments depend on.
+    """
+    return _moments(x.detach())
+
+
+def upsample_conv2d_moments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    size: list[int],
+    padding: list[int],
+    align_corners: bool,
+    by_taps: bool,
+) -> tuple[Tensor, Tensor]:
+    """`upsample_conv2d` without the ReLU, and the moments of what it returns."""
+    out = upsample_conv2d(x, weight, bias, addend, size, padding, align_corners, by_taps, False)
+    return out, channel_moments(out)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    batch: bool,
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias by channel, then ReLU if asked.
+
+    With `batch` the moments are those of `x`: they are formed again, so that autograd sees what
+    they depend on. Kernels read `moments` and know it.
+    """
+    wide = accumulation_dtype(x.dtype)
+    taken = (_moments(x) if batch else moments).to(wide).reshape(2, -1, 1, 1)
+    out = (x.to(wide) - taken[0]) * (taken[1] + eps).rsqrt()
+    if weight is not None:
+        out = out * weight.to(wide).reshape(-1, 1, 1)
+    if bias is not None:
+        out = out + bias.to(wide).reshape(-1, 1, 1)
+    if relu:
+        out = torch.relu(out)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    return out.to(x.dtype).contiguous(memory_format=layout)
+
+
 def cross_entropy(
     upsampled: Tensor,
     target: Tensor,

@@ -59,17 +59,26 @@ def begin(source, a, b, d, size):
     return tl.where(source <= 0, 0, tl.minimum(found, size))
 
 
+@triton.jit
+def moments_of_tile(value, inside, count):
+    """Mean over the rows of a tile, `count` of them inside, and squared deviations from it."""
+    mean = tl.sum(tl.where(inside, value, 0.0), 0) / count
+    off = tl.where(inside, value - mean[None, :], 0.0)
+    return mean, tl.sum(off * off, 0)
+
+
 @triton.jit(do_not_specialize=[*_AXIS, "inner_n", "inner", "outs", "pad"])
 def interpolate(
     source, bias, addend, out,
     inner_n, inner, outs, pad, a, b, d, length, step, size,
     source_n, source_n2, source_t, source_p, source_m,
-    out_n, out_n2, out_p, out_m, addend_n, addend_n2, addend_p, addend_m,
+    out_n, out_n2, out_p, out_m, addend_n, addend_n2, addend_p, addend_m, parts, counts,
     TAPS: tl.constexpr, RELU: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """out[n, p, m] = sum over taps t of source[n, t] at position p + t - pad, at m; zeros outside.
 
     Then plus bias[m] and addend[n, p, m], and ReLU. n is two indices, the second below inner_n.
+    Where parts are given, what a tile has stored leaves its moments there, see `moments_of_tile`.
     """
     tiles_p, tiles_m = tl.cdiv(outs, BP), tl.cdiv(inner, BM)
     tile = tl.program_id(0) % (tiles_p * tiles_m)
@@ -98,7 +107,16 @@ def interpolate(
         acc = tl.where(acc < 0, 0.0, acc)  # NaN stays
     at = out + n1 * out_n + n2 * out_n2
     at += (wide * out_p)[:, None] + (m.to(tl.int64) * out_m)[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), full)
+    stored = acc.to(out.dtype.element_ty)
+    tl.store(at, stored, full)
+    if parts is not None:
+        count = tl.minimum(outs - (tile // tiles_m) * BP, BP).to(tl.float32)
+        mean, squares = moments_of_tile(stored.to(tl.float32), full, count)
+        row = n.to(tl.int64) * tiles_p + tile // tiles_m
+        tl.store(parts + row * 2 * inner + m, mean, m < inner)
+        tl.store(parts + (row * 2 + 1) * inner + m, squares, m < inner)
+        if tile % tiles_m == 0:
+            tl.store(counts + row, count)
 
 
 @triton.jit(do_not_specialize=[*_AXIS, "inner_n", "inner", "outs", "pad"])

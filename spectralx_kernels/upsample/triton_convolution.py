@@ -18,6 +18,7 @@ from spectralx_kernels._operator import is_channels_last
 from spectralx_kernels._triton import Compilation, launch, recorded
 from spectralx_kernels.upsample.reference import resize, upsample_conv2d_by_map
 from spectralx_kernels.upsample.triton_axis import Axis, interpolate, spread
+from spectralx_kernels.upsample.triton_norm import Parts, channel_moments, joined_moments
 
 # Positions and channels of a tile. The interpreter's time goes by operations, whatever their size.
 _POSITIONS, _CHANNELS = (64, 256) if INTERPRETED else (16, 64)
@@ -34,7 +35,7 @@ class Arguments(NamedTuple):
     padding: list[int]
     align_corners: bool
     by_taps: bool
-    relu: bool
+    relu: bool = False
 
 
 class Sizes:
@@ -82,7 +83,8 @@ def _strides(x: Tensor | None) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(2), x.stride(3), x.stride(1)
 
 
-def _by_taps(given: Arguments, out: Tensor) -> None:
+def _by_taps(given: Arguments, out: Tensor, with_moments: bool) -> Tensor | None:
+    """Fills `out`; its moments where asked."""
     s = Sizes(given)
     products = s.products(given.x)
     torch.mm(
@@ -96,23 +98,27 @@ def _by_taps(given: Arguments, out: Tensor) -> None:
         products, None, None, lines,
         s.width, inner, s.out_height, s.padding[0], *s.rows,
         s.height * s.width * s.ky * inner, s.ky * inner, inner, s.width * s.ky * inner, 1,
-        s.out_height * s.width * inner, inner, s.width * inner, 1, *_strides(None),
+        s.out_height * s.width * inner, inner, s.width * inner, 1, *_strides(None), None, None,
         TAPS=s.ky, RELU=False, **tile,
     )  # fmt: skip
     programs, tile = _tiles(s.out_width, s.outs)
+    parts = None
+    if with_moments:
+        tiles = triton.cdiv(s.out_width, tile["BP"])
+        parts = Parts.empty(given.x, s.batch * s.out_height * tiles, s.outs)
     launch(
         interpolate, (s.batch * s.out_height * programs,),
         lines, given.bias, given.addend, out,
         s.out_height, s.outs, s.out_width, s.padding[1], *s.columns,
         s.out_height * s.width * inner, s.width * inner, s.outs, inner, 1,
-        *_strides(out), *_strides(given.addend),
+        *_strides(out), *_strides(given.addend), *(parts or (None, None)),
         TAPS=s.kx, RELU=given.relu, **tile,
     )  # fmt: skip
+    return None if parts is None else joined_moments(parts)
 
 
-def upsample_conv2d(*values: Any) -> Tensor:
-    """As ``reference.upsample_conv2d``."""
-    given = Arguments(*values)
+def _convolved(given: Arguments, with_moments: bool) -> tuple[Tensor, Tensor | None]:
+    """The output and, where asked, its moments."""
     x, weight = given.x, given.weight
     last = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     if not given.by_taps:
@@ -121,13 +127,26 @@ def upsample_conv2d(*values: Any) -> Tensor:
         )
         if given.addend is not None:
             out = out + given.addend
-        return (torch.relu(out) if given.relu else out).contiguous(memory_format=last)
+        out = (torch.relu(out) if given.relu else out).contiguous(memory_format=last)
+        return out, channel_moments(out) if with_moments else None
     s = Sizes(given)
     shape = (s.batch, s.outs, s.out_height, s.out_width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
-    if s.batch:
-        _by_taps(given, out)
-    return out
+    if s.batch == 0:
+        return out, channel_moments(out) if with_moments else None
+    return out, _by_taps(given, out, with_moments)
+
+
+def upsample_conv2d(*values: Any) -> Tensor:
+    """As ``reference.upsample_conv2d``."""
+    return _convolved(Arguments(*values), False)[0]
+
+
+def upsample_conv2d_moments(*values: Any) -> tuple[Tensor, Tensor]:
+    """As ``reference.upsample_conv2d_moments``."""
+    out, moments = _convolved(Arguments(*values), True)
+    assert moments is not None
+    return out, moments
 
 
 def _products_gradient(given: Arguments, s: Sizes, grad: Tensor) -> Tensor:
@@ -231,6 +250,14 @@ def upsample_conv2d_backward(output_grads: Sequence[Tensor | None], *values: Any
     ]
 
 
+def upsample_conv2d_moments_backward(
+    output_grads: Sequence[Tensor | None], *values: Any
+) -> list[Tensor]:
+    """As `upsample_conv2d_backward`; the moments have no gradient."""
+    *inputs, saved, mask = values
+    return upsample_conv2d_backward(output_grads[:1], *inputs, False, saved, [*mask, False])
+
+
 # Channels, sides: UPerNet's bottleneck on a plain map, and no round number.
 _SHAPES = {
     "512, 14 to 56": (512, 512, 14, 56, True),
@@ -255,5 +282,7 @@ def compilations() -> Iterator[Compilation]:
             upsample_conv2d_backward(
                 [out], *given, [upsample_conv2d(*given)], [True] * 4 + [False] * 5
             )
+            if by_taps:
+                upsample_conv2d_moments(*given[:-1])
         for compiled in launches:
             yield compiled._replace(dtype=dtype, shape=shape)

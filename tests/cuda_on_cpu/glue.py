@@ -18,12 +18,9 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.aomoa import ops, reference
-<<<<<<< HEAD
 from spectralx_kernels.hypert import attention
-=======
 from spectralx_kernels.refine import ops as refine
->>>>>>> refine
-from spectralx_kernels.upsample import convolution, prediction
+from spectralx_kernels.upsample import convolution, norm, prediction
 from spectralx_kernels.upsample import reference as upsample_reference
 from tests.cuda_on_cpu.build import BUILD, ROOT, compile_cuda, compiler
 from tests.cuda_on_cpu.test_aomoa import CASES, draw, upstream
@@ -170,7 +167,6 @@ def check_convolution(
     return passed
 
 
-<<<<<<< HEAD
 def check_attention(images: int, window: tuple[int, int], needed: list[bool]) -> bool:
     """window_attention and attribute_match in float64, and their gradients."""
     kind = torch.float64
@@ -202,7 +198,6 @@ def check_attention(images: int, window: tuple[int, int], needed: list[bool]) ->
     return passed
 
 
-=======
 def check_operator(operator: Operator, arguments: tuple[Any, ...], needed: list[bool]) -> bool:
     """An operator of one output in float64 and its gradients, with an incoming one and without."""
     name = operator.name
@@ -247,7 +242,50 @@ def check_refine() -> list[bool]:
     return results
 
 
->>>>>>> refine
+def check_moments(by_taps: bool, last: bool, batch: int) -> bool:
+    """The convolution with the moments of its output in float64, and its gradients."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(batch, 3, 4, 5, dtype=torch.float64).to(memory_format=layout)
+    weight, bias = torch.randn(6, 3, 3, 3, dtype=torch.float64), torch.randn(6).double()
+    addend = torch.randn(batch, 6, 9, 13, dtype=torch.float64)
+    arguments = (x, weight, bias, addend, [9, 13], [1, 1], False, by_taps)
+    name, operator = f"moments taps {by_taps} last {last}", convolution.UPSAMPLE_CONV2D_MOMENTS
+    found, expected = call(operator.name, *arguments), operator._forward_kernel(*arguments)
+    passed = compare(name, list(found), list(expected), 1e-12)
+    passed &= same_strides(name, list(found), list(expected))
+    backward: tuple[Any, ...] = (
+        [torch.randn_like(found[0]), None],
+        *arguments,
+        [],
+        [True] * 4 + [False] * 4,
+    )
+    found_grads = call(f"{operator.name}_backward", *backward)
+    return passed & compare(name, found_grads, list(operator._backward_kernel(*backward)), 1e-11)
+
+
+def check_norm(last: bool, affine: bool, relu: bool, own: bool, needed: list[bool]) -> bool:
+    """Batch norm and ReLU in float64, and the gradients needed."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, 6, 9, 13, dtype=torch.float64).to(memory_format=layout)
+    moments = call("channel_moments", x)
+    passed = compare("channel_moments", [moments], [norm.reference.channel_moments(x)], 1e-12)
+    moments = moments if own else torch.rand(2, 6).double() + 0.5
+    weight, bias = torch.randn(2, 6, dtype=torch.float64) if affine else (None, None)
+    arguments = (x, moments, weight, bias, 1e-5, relu, own)
+    name, operator = f"norm last {last} affine {affine} relu {relu}", norm.BATCH_NORM_RELU
+    found, expected = call(operator.name, *arguments), operator._forward_kernel(*arguments)
+    passed &= compare(name, [found], [expected], 1e-12) and same_strides(name, [found], [expected])
+    mask = [n and isinstance(a, Tensor) for n, a in zip(needed, arguments, strict=False)]
+    mask += [False] * 3
+    for grads in ([torch.randn_like(found)], [None]):
+        backward: tuple[Any, ...] = (grads, *arguments, [], mask)
+        found_grads = call(f"{operator.name}_backward", *backward)
+        expected_grads = list(operator._backward_kernel(*backward))
+        passed &= compare(f"{name} backward", found_grads, expected_grads, 1e-11)
+        passed &= same_strides(f"{name} backward", found_grads, expected_grads)
+    return passed
+
+
 def main() -> int:
     """0 if everything agrees."""
     if compiler() is None:
@@ -278,15 +316,27 @@ def main() -> int:
     for only in range(4):
         needed = [i == only for i in range(4)]
         results += [check_convolution(taps, True, False, 3, 2, needed) for taps in (False, True)]
-<<<<<<< HEAD
     results += [
         check_attention(images, window, [True] * 5)
         for images, window in ((2, (3, 3)), (1, (5, 2)), (0, (3, 3)))
     ]
     results += [check_attention(2, (3, 3), [i == only for i in range(5)]) for only in range(5)]
-=======
     results += check_refine()
->>>>>>> refine
+    results += [
+        check_moments(by_taps, last, batch)
+        for by_taps in (False, True)
+        for last in (False, True)
+        for batch in (2, 0)
+    ]
+    results += [
+        check_norm(last, affine, relu, own, [True, False, True, True])
+        for last in (False, True)
+        for affine in (False, True)
+        for relu in (False, True)
+        for own in (False, True)
+    ]
+    for only in (0, 2, 3):
+        results.append(check_norm(True, True, True, True, [i == only for i in range(4)]))
     print(f"{sum(results)} of {len(results)} checks of the CUDA operators passed")
     return 0 if all(results) else 1
 

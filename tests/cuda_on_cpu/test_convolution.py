@@ -59,9 +59,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    loaded = load(compile_cuda([FOLDER / "convolution.cu"], "-O1", "-shared"))
+    loaded = load(compile_cuda([FOLDER / "convolution.cu", FOLDER / "norm.cu"], "-O1", "-shared"))
     loaded.spectralx_convolution_places.restype = ctypes.c_int64
-    loaded.spectralx_channel_parts.restype = ctypes.c_int64
+    for name in ("channel_parts", "tap_sum_parts", "moment_groups"):
+        getattr(loaded, f"spectralx_{name}").restype = ctypes.c_int64
     return loaded
 
 
@@ -114,9 +115,12 @@ def products(x: Tensor, weight: Tensor) -> Tensor:
 
 def forward(
     library: ctypes.CDLL, case: Case, z: Tensor, bias: Tensor | None, addend: Tensor | None,
-    relu: bool, last: bool,
+    relu: bool, last: bool, moments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The sum of Z [B, O, H', W'] in channels-last memory or not; addend as it lies."""
+    """The sum of Z [B, O, H', W'] in channels-last memory or not; addend as it lies.
+
+    `moments` [2, O] is filled with those of the sum.
+    """
     device, dtype = Device(library), z.dtype
     arguments = arguments_of(library, device, case, dtype)
     rows, columns = outputs_of(case)
@@ -141,7 +145,18 @@ def forward(
             ):
                 setattr(arguments, f"{name}_{axis}", stride)
     arguments.relu = int(relu)
+    if moments is None:
+        device.run("spectralx_tap_sum", ctypes.byref(arguments))
+        return out
+    count = library.spectralx_tap_sum_parts(ctypes.byref(arguments))
+    every = count + library.spectralx_moment_groups(ctypes.c_int64(count))
+    parts = device.empty((every, 2, case.outs), moments.dtype)
+    counts = device.empty((every,), moments.dtype)
+    bind(arguments, "parts", parts)
+    bind(arguments, "counts", counts)
     device.run("spectralx_tap_sum", ctypes.byref(arguments))
+    given = (parts, counts, count, case.outs, moments)
+    device.run("spectralx_join_moments", TYPE_CODES[dtype], *given)
     return out
 
 
@@ -194,6 +209,23 @@ def test_forward_against_the_reference(library: ctypes.CDLL, name: str, dtype: t
         bound = FORWARD_FACTOR * relative_error(plain, exact) + ROUND_OFF[dtype]
         assert found.shape == exact.shape
         assert relative_error(found, exact) <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", CASES)
+def test_moments_of_the_sum(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> None:
+    """Of what is stored, and the sum is the same with them, in both layouts."""
+    case = CASES[name]
+    x, weight, bias, addend = draw(case, dtype)
+    z = products(x, weight)
+    for last in (True, False):
+        plain = forward(library, case, z, bias, addend, False, last)
+        moments = plain.new_full((2, case.outs), torch.nan, dtype=wide_of(dtype))
+        found = forward(library, case, z, bias, addend, False, last, moments)
+        assert torch.equal(found, plain)
+        exact = reference.channel_moments(found.double())
+        own = relative_error(reference.channel_moments(found), exact)
+        assert relative_error(moments, exact) <= FORWARD_FACTOR * own + ROUND_OFF[moments.dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -151,9 +151,7 @@ class Gather:
             "spectralx_sum_by_token", TYPE_CODES[self.dtype], device.put(grad), keys * width,
             self.match, batch, count, keys, width, 1, summed,
         )  # fmt: skip
-        blocks = self.device.library.spectralx_norm_blocks(
-            ctypes.byref(self.arguments)
-        )
+        blocks = self.device.library.spectralx_norm_blocks(ctypes.byref(self.arguments))
         parts = device.empty((blocks, 2, width), type_)
         found = device.empty((batch, count, width), self.dtype)
         bind(self.arguments, grad=summed, parts=parts)

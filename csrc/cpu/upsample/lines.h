@@ -34,6 +34,24 @@ struct LineKernels {
   // totals [channels] += the sum of x over the pixels, `stride` apart.
   void (*add_pixels)(const S* x, int64_t pixels, int64_t channels, int64_t stride, A* totals);
 
+  // Mean of x over the pixels, `stride` apart, and the sum of squared deviations from it.
+  void (*moments)(const S* x, int64_t pixels, int64_t channels, int64_t stride, A* mean,
+                  A* squares);
+
+  // out = (x - mean) * scale + bias, then max(., 0) if `relu`; NaN kept. Dense pixels.
+  void (*normalize)(const S* x, int64_t pixels, int64_t channels, const A* mean, const A* scale,
+                    const A* bias, bool relu, S* out);
+
+  // With dz = grad where that output is above 0, or without `relu` grad: the sums of dz and of
+  // dz * (x - mean) over the pixels.
+  void (*norm_sums)(const S* grad, const S* x, int64_t pixels, int64_t channels, const A* mean,
+                    const A* scale, const A* bias, bool relu, A* sums, A* dots);
+
+  // out = dz * scale - off - (x - mean) * slope.
+  void (*norm_gradient)(const S* grad, const S* x, int64_t pixels, int64_t channels, const A* mean,
+                        const A* scale, const A* bias, const A* off, const A* slope, bool relu,
+                        S* out);
+
   // to[t * to_tap + r * to_row + c] = from[taps[t] + r * row + c * column], t < n, r < rows and
   // c < columns.
   void (*pack)(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t columns,

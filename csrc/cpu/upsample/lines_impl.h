@@ -140,6 +140,66 @@ void add_pixels(const S* x, int64_t pixels, int64_t channels, int64_t stride, A*
   }
 }
 
+template <typename S, typename A>
+void moments(const S* x, int64_t pixels, int64_t channels, int64_t stride, A* mean, A* squares) {
+  std::fill(mean, mean + channels, A(0));
+  std::fill(squares, squares + channels, A(0));
+  add_pixels<S, A>(x, pixels, channels, stride, mean);
+  const A share = A(1) / static_cast<A>(pixels);
+#pragma omp simd
+  for (int64_t k = 0; k < channels; ++k) mean[k] *= share;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const S* from = x + pixel * stride;
+#pragma omp simd
+    for (int64_t k = 0; k < channels; ++k) {
+      const A off = widen(from[k]) - mean[k];
+      squares[k] += off * off;
+    }
+  }
+}
+
+template <typename S, typename A>
+void normalize(const S* x, int64_t pixels, int64_t channels, const A* mean, const A* scale,
+               const A* bias, bool relu, S* out) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, out += channels) {
+#pragma omp simd
+    for (int64_t k = 0; k < channels; ++k) {
+      const A value = (widen(x[k]) - mean[k]) * scale[k] + bias[k];
+      store(relu && value < A(0) ? A(0) : value, out[k]);
+    }
+  }
+}
+
+template <typename S, typename A>
+void norm_sums(const S* grad, const S* x, int64_t pixels, int64_t channels, const A* mean,
+               const A* scale, const A* bias, bool relu, A* sums, A* dots) {
+  std::fill(sums, sums + channels, A(0));
+  std::fill(dots, dots + channels, A(0));
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, grad += channels) {
+#pragma omp simd
+    for (int64_t k = 0; k < channels; ++k) {
+      const A off = widen(x[k]) - mean[k];
+      const A dz = relu && off * scale[k] + bias[k] <= A(0) ? A(0) : widen(grad[k]);
+      sums[k] += dz;
+      dots[k] += dz * off;
+    }
+  }
+}
+
+template <typename S, typename A>
+void norm_gradient(const S* grad, const S* x, int64_t pixels, int64_t channels, const A* mean,
+                   const A* scale, const A* bias, const A* off, const A* slope, bool relu, S* out) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+#pragma omp simd
+    for (int64_t k = 0; k < channels; ++k) {
+      const A from = widen(x[k]) - mean[k];
+      const A dz = relu && from * scale[k] + bias[k] <= A(0) ? A(0) : widen(grad[k]);
+      store(dz * scale[k] - off[k] - from * slope[k], out[k]);
+    }
+    x += channels, grad += channels, out += channels;
+  }
+}
+
 template <typename S>
 void pack(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t columns, int64_t row,
           int64_t column, int64_t to_tap, int64_t to_row, S* to) {
@@ -225,8 +285,9 @@ void transpose(const S* from, int64_t rows, int64_t columns, int64_t row, int64_
 
 template <typename S, typename A>
 constexpr LineKernels<S, A> table(const char* name) {
-  return {name,      weighted_sum<S, A>, weighted_sum_stored<S, A>, weighted_sum_of_sums<A>,
-          finish<S, A>, add_pixels<S, A>, pack<S>, unpack<S>, transpose<S>};
+  return {name, weighted_sum<S, A>, weighted_sum_stored<S, A>, weighted_sum_of_sums<A>,
+          finish<S, A>, add_pixels<S, A>, moments<S, A>, normalize<S, A>, norm_sums<S, A>,
+          norm_gradient<S, A>, pack<S>, unpack<S>, transpose<S>};
 }
 
 }  // namespace

@@ -68,6 +68,14 @@ Tiling tiling_of(bool channels_last, int64_t lines, int64_t columns, int64_t pac
   return t;
 }
 
+// Of the sum, N channels a thread.
+Tiling sum_tiling(const SpectralxConvolution& p, int64_t n) {
+  const int64_t rows = p.up_height + 2 * p.row_padding - p.kernel_rows + 1;
+  const int64_t columns = p.up_width + 2 * p.column_padding - p.kernel_columns + 1;
+  return tiling_of(p.out_channel == 1, ceil_div(rows, kOutRows), columns, ceil_div(p.channels, n),
+                   1);
+}
+
 bool on_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename S>
@@ -76,6 +84,11 @@ Map<S> map_of(S* data, int64_t image, int64_t channel, int64_t row, int64_t colu
   return {data, image, channel, row, column,
           on_16(data) && channel == 1 && image % kSize == 0 && row % kSize == 0 &&
               column % kSize == 0};
+}
+
+template <typename S>
+bool takes_packs(const SpectralxConvolution& p) {
+  return p.channels % Pack<S>::kSize == 0 && on_16(p.z);
 }
 
 template <typename S, int N>
@@ -88,14 +101,18 @@ int sum(const SpectralxConvolution& p, cudaStream_t on) {
                              map_of(static_cast<const S*>(p.addend), p.addend_image,
                                     p.addend_channel, p.addend_row, p.addend_column),
                              p.relu != 0};
-  const Tiling tiling = tiling_of(p.out_channel == 1, ceil_div(axes.rows.outs, kOutRows),
-                                  axes.columns.outs, ceil_div(p.channels, N), 1);
+  const Tiling tiling = sum_tiling(p, N);
   const int64_t blocks = tiling.blocks(p.batch);
   if (blocks > kMostBlocks) return kInvalidValue;
   if (const int error = axes.fill(on)) return error;
-  return SPECTRALX_LAUNCH((tap_sum<S, N>), static_cast<unsigned>(blocks), kTile, 0, on, tiling,
-                          axes.rows, axes.columns, static_cast<int>(p.channels),
-                          static_cast<const S*>(p.z), epilogue, out);
+  const MomentParts<W> parts{static_cast<W*>(p.parts), static_cast<W*>(p.counts)};
+  const auto launched = [&](auto kernel, size_t shared) {
+    return SPECTRALX_LAUNCH(kernel, static_cast<unsigned>(blocks), kTile, shared, on, tiling,
+                            axes.rows, axes.columns, static_cast<int>(p.channels),
+                            static_cast<const S*>(p.z), epilogue, out, parts);
+  };
+  return p.parts ? launched((tap_sum<S, N, true>), 2 * kTile * N * sizeof(W))
+                 : launched((tap_sum<S, N, false>), 0);
 }
 
 template <typename S, int N, int G>
@@ -148,7 +165,15 @@ int spectralx_tap_sum(const SpectralxConvolution* p, void* stream) {
   return with_type(static_cast<int>(p->type), [&](auto tag) {
     using S = decltype(tag);
     constexpr int kSize = Pack<S>::kSize;
-    return p->channels % kSize == 0 && on_16(p->z) ? sum<S, kSize>(*p, on) : sum<S, 1>(*p, on);
+    return takes_packs<S>(*p) ? sum<S, kSize>(*p, on) : sum<S, 1>(*p, on);
+  });
+}
+
+int64_t spectralx_tap_sum_parts(const SpectralxConvolution* p) {
+  return with_type(static_cast<int>(p->type), [&](auto tag) {
+    using S = decltype(tag);
+    const Tiling tiling = sum_tiling(*p, takes_packs<S>(*p) ? Pack<S>::kSize : 1);
+    return p->batch * tiling.lines * tiling.column_tiles;
   });
 }
 

@@ -7,10 +7,10 @@
 #pragma once
 #include "cuda/common/scalar.cuh"
 #include "cuda/upsample/axis.cuh"
+#include "cuda/upsample/norm.cuh"
 
 namespace spectralx::cuda {
 
-constexpr int kTile = 128;    // threads of a block: columns times packs of channels
 constexpr int kOutRows = 8;   // output rows whose sums a thread holds
 constexpr int kTapGroup = 3;  // taps of either axis whose sums a thread holds backward
 
@@ -86,30 +86,6 @@ struct Task {
   }
 };
 
-template <typename S, int N>
-__device__ __forceinline__ void load(const S* at, Wide<S> (&values)[N]) {
-  if constexpr (N == 1) {
-    values[0] = wide(*at);
-  } else {
-    static_assert(N == Pack<S>::kSize);
-    const Pack<S> pack = *reinterpret_cast<const Pack<S>*>(at);
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = wide(pack.values[i]);
-  }
-}
-
-template <typename S, int N>
-__device__ __forceinline__ void store(S* at, const Wide<S> (&values)[N]) {
-  if constexpr (N == 1) {
-    *at = narrow<S>(values[0]);
-  } else {
-    Pack<S> pack;
-#pragma unroll
-    for (int i = 0; i < N; ++i) pack.values[i] = narrow<S>(values[i]);
-    *reinterpret_cast<Pack<S>*>(at) = pack;
-  }
-}
-
 // A map in any layout. packs: 16 bytes of channels can be taken at once.
 template <typename S>
 struct Map {
@@ -125,19 +101,17 @@ struct Epilogue {
   bool relu;
 };
 
-// out = the sum of Z, + bias + addend, the larger of that and 0; NaN kept.
+// A thread's eight rows, of what tap_sum says: left in sums as they are stored.
 template <typename S, int N>
-__global__ void __launch_bounds__(kTile, 2)
-    tap_sum(Tiling tiling, TapAxis<Wide<S>> rows, TapAxis<Wide<S>> columns, int channels, const S* z,
-            Epilogue<S> epilogue, Map<S> out) {
+__device__ __forceinline__ void sum_rows(const Task& task, const TapAxis<Wide<S>>& rows,
+                                         const TapAxis<Wide<S>>& columns, int channels, const S* z,
+                                         const Epilogue<S>& epilogue, const Map<S>& out,
+                                         Wide<S> (&sums)[kOutRows][N]) {
   using W = Wide<S>;
-  const Task task(tiling);
   const int x = task.column, c = task.pack * N, y0 = task.line * kOutRows;
-  if (x >= columns.outs || c >= channels) return;
   const int end = min(kOutRows, rows.outs - y0), width = columns.axis.length;
   const int64_t pixel = int64_t(rows.taps) * columns.taps * channels;
   const S* image = z + task.image * rows.axis.length * width * pixel + c;
-  W sums[kOutRows][N] = {};
   for (int s = 0; s < rows.taps; ++s) {
     const int at = y0 + s - rows.padding;  // of the first row
     const int low = max(at, 0), high = min(at + end, rows.axis.size) - 1;
@@ -211,6 +185,61 @@ __global__ void __launch_bounds__(kTile, 2)
 #pragma unroll
       for (int i = 0; i < N; ++i) to[i * out.channel] = narrow<S>(sums[r][i]);
     }
+  }
+}
+
+// out = the sum of Z, + bias + addend, the larger of that and 0; NaN kept. With kMoments also the
+// mean of what a block has stored and the squared deviations from it, by channel: a part of `parts`.
+template <typename S, int N, bool kMoments>
+__global__ void __launch_bounds__(kTile, 2)
+    tap_sum(Tiling tiling, TapAxis<Wide<S>> rows, TapAxis<Wide<S>> columns, int channels, const S* z,
+            Epilogue<S> epilogue, Map<S> out, MomentParts<Wide<S>> parts) {
+  using W = Wide<S>;
+  const Task task(tiling);
+  const int c = task.pack * N;
+  const bool here = task.column < columns.outs && c < channels;
+  W sums[kOutRows][N] = {};
+  if (here) sum_rows(task, rows, columns, channels, z, epilogue, out, sums);
+  if constexpr (kMoments) {
+    const int tid = threadIdx.x, end = min(kOutRows, rows.outs - task.line * kOutRows);
+    W* means = reinterpret_cast<W*>(dynamic_shared());  // [kTile, N], and as many squares
+    W* squares = means + kTile * N;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      W mean = 0, square = 0;
+#pragma unroll
+      for (int r = 0; r < kOutRows; ++r) {
+        sums[r][i] = wide(narrow<S>(sums[r][i]));
+        if (r < end) mean += sums[r][i];
+      }
+      mean /= W(end);
+#pragma unroll
+      for (int r = 0; r < kOutRows; ++r)
+        if (r < end) square += (sums[r][i] - mean) * (sums[r][i] - mean);
+      means[tid * N + i] = mean;
+      squares[tid * N + i] = square;
+    }
+    __syncthreads();
+    // The first column's threads go through the others, all of which have `end` values.
+    const int first = tiling.channels_last ? tid / tiling.packs : tid % tiling.columns;
+    if (first != 0 || !here) return;
+    const int step = tiling.channels_last ? tiling.packs : 1;
+    const int count = min(tiling.columns, columns.outs - task.column);
+    const int64_t part = (task.image * tiling.lines + task.line) * tiling.column_tiles +
+                         task.column / tiling.columns;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      W mean = 0, square = 0;
+      for (int k = 0; k < count; ++k) mean += means[(tid + k * step) * N + i];
+      mean /= W(count);
+      for (int k = 0; k < count; ++k) {
+        const W off = means[(tid + k * step) * N + i] - mean;
+        square += squares[(tid + k * step) * N + i] + W(end) * off * off;
+      }
+      parts.values[part * 2 * channels + c + i] = mean;
+      parts.values[(part * 2 + 1) * channels + c + i] = square;
+    }
+    if (task.pack == 0) parts.counts[part] = W(end * count);
   }
 }
 
@@ -327,16 +356,6 @@ __global__ void __launch_bounds__(kTile)
     for (int i = 0; i < lanes; ++i) sum += shared[(i * packs + tid) * N + j];
     parts[int64_t(blockIdx.y) * channels + c + j] = sum;
   }
-}
-
-// total [channels]: the parts in order.
-template <typename W>
-__global__ void channel_total(const W* parts, int count, int channels, W* total) {
-  const int c = blockIdx.x * blockDim.x + threadIdx.x;
-  if (c >= channels) return;
-  W sum = 0;
-  for (int i = 0; i < count; ++i) sum += parts[int64_t(i) * channels + c];
-  total[c] = sum;
 }
 
 }  // namespace spectralx::cuda

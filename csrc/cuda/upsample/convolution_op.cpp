@@ -5,10 +5,12 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "cuda/common/glue.h"
 #include "cuda/upsample/kernels.h"
+#include "cuda/upsample/moments.h"
 
 namespace {
 
@@ -89,9 +91,12 @@ Tensor resized(const Tensor& x, at::IntArrayRef size, bool align_corners) {
   return at::upsample_bilinear2d(x, size, align_corners);
 }
 
-Tensor upsample_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& addend, at::IntArrayRef size, at::IntArrayRef padding,
-                       bool align_corners, bool by_taps, bool relu) {
+// The output and, where asked, its moments [2, O].
+std::tuple<Tensor, Tensor> convolved(const char* name, const Tensor& x, const Tensor& weight,
+                                     const OptionalTensor& bias, const OptionalTensor& addend,
+                                     at::IntArrayRef size, at::IntArrayRef padding,
+                                     bool align_corners, bool by_taps, bool relu,
+                                     bool with_moments) {
   const c10::cuda::CUDAGuard guard(x.device());
   Pass pass = pass_of(x, weight, size, padding, align_corners);
   auto& raw = pass.raw;
@@ -108,7 +113,8 @@ Tensor upsample_conv2d(const Tensor& x, const Tensor& weight, const OptionalTens
     Tensor out = at::conv2d(resized(x, size, align_corners), weight, bias, 1, padding);
     if (addend.has_value()) out.add_(*addend);
     if (relu) out.relu_();
-    return out.contiguous(format);
+    out = out.contiguous(format);
+    return {out, with_moments ? moments_of(name, out) : Tensor()};
   }
   const Tensor z = at::mm(as_rows(x), filters_of(weight).t());
   const Tensor wide = prepared(bias, wide_type(x)), more = addend.value_or(Tensor());
@@ -122,8 +128,24 @@ Tensor upsample_conv2d(const Tensor& x, const Tensor& weight, const OptionalTens
   }
   raw.out_image = out.stride(0), raw.out_channel = out.stride(1);
   raw.out_row = out.stride(2), raw.out_column = out.stride(3);
-  check_launch("upsample_conv2d", spectralx_tap_sum(&raw, current_stream()));
-  return out;
+  const Parts parts(x, with_moments ? spectralx_tap_sum_parts(&raw) : 0, raw.channels);
+  if (with_moments) raw.parts = pointer(parts.values), raw.counts = pointer(parts.counts);
+  check_launch(name, spectralx_tap_sum(&raw, current_stream()));
+  return {out, with_moments ? parts.joined(name, raw.type) : Tensor()};
+}
+
+Tensor upsample_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& addend, at::IntArrayRef size, at::IntArrayRef padding,
+                       bool align_corners, bool by_taps, bool relu) {
+  return std::get<0>(convolved("upsample_conv2d", x, weight, bias, addend, size, padding,
+                               align_corners, by_taps, relu, false));
+}
+
+std::tuple<Tensor, Tensor> upsample_conv2d_moments(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& addend,
+    at::IntArrayRef size, at::IntArrayRef padding, bool align_corners, bool by_taps) {
+  return convolved("upsample_conv2d_moments", x, weight, bias, addend, size, padding, align_corners,
+                   by_taps, false, true);
 }
 
 // What "map" passes back: the vendor's gradients of the convolution; that of the upsampling by the
@@ -221,9 +243,26 @@ std::vector<Tensor> upsample_conv2d_backward(
   return wanted;
 }
 
+std::vector<Tensor> upsample_conv2d_moments_backward(
+    const c10::List<OptionalTensor>& output_grads, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& addend, at::IntArrayRef size,
+    at::IntArrayRef padding, bool align_corners, bool by_taps, at::TensorList saved,
+    const c10::List<bool>& output_mask) {
+  TORCH_CHECK(output_grads.size() == 2 && output_mask.size() == 8,
+              "output_grads, output_mask: expected 2 and 8 entries");
+  c10::List<OptionalTensor> grads;
+  grads.push_back(output_grads[0]);
+  c10::List<bool> mask = output_mask.copy();
+  mask.push_back(false);
+  return upsample_conv2d_backward(grads, x, weight, bias, addend, size, padding, align_corners,
+                                  by_taps, false, saved, mask);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(spectralx, CUDA, m) {
   m.impl("upsample_conv2d", &upsample_conv2d);
   m.impl("upsample_conv2d_backward", &upsample_conv2d_backward);
+  m.impl("upsample_conv2d_moments", &upsample_conv2d_moments);
+  m.impl("upsample_conv2d_moments_backward", &upsample_conv2d_moments_backward);
 }

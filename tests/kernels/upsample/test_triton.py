@@ -14,16 +14,18 @@ from spectralx_kernels._operator import is_channels_last
 from spectralx_kernels.upsample import confusion_matrix_update, upsample_cross_entropy
 from spectralx_kernels.upsample import triton as kernels
 from spectralx_kernels.upsample import triton_convolution as convolution
-from spectralx_kernels.upsample.convolution import UPSAMPLE_CONV2D
+from spectralx_kernels.upsample import triton_norm as norm
+from spectralx_kernels.upsample.convolution import UPSAMPLE_CONV2D, UPSAMPLE_CONV2D_MOMENTS
 from spectralx_kernels.upsample.prediction import (
     UPSAMPLE_ARGMAX_PROBABILITY,
     UPSAMPLE_CROSS_ENTROPY,
     UPSAMPLE_CROSS_ENTROPY_ARGMAX,
 )
-from spectralx_kernels.upsample.reference import REDUCTIONS, resize
+from spectralx_kernels.upsample.reference import REDUCTIONS, channel_moments, resize
 from spectralx_kernels.upsample.triton_axis import Axis
 from tests.kernels import ladder
 from tests.kernels.upsample.test_cross_entropy_argmax import draw, labels
+from tests.tolerances import ROUND_OFF
 
 # classes, small side, large side: up, down, one axis alone, not at all.
 SIZES = {
@@ -88,6 +90,17 @@ def test_convolution_beyond_one_tile(
         ladder.check_accuracy(UPSAMPLE_CONV2D, args, torch.float32)
         out = convolution.upsample_conv2d(*ladder.cast(args, torch.float32))
         assert is_channels_last(out) == is_channels_last(maps)
+    ladder.check_accuracy(UPSAMPLE_CONV2D_MOMENTS, args[:-1], torch.float32)
+
+
+@pytest.mark.parametrize("area", [(3, 7), (5, 5)])
+def test_moments_of_many_parts(area: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles a part, several parts a group, several groups; the last of each not full."""
+    for name, value in {"_PIXELS": 2, "_CHANNELS": 2, "_LEAST": 4, "_JOINED": 2}.items():
+        monkeypatch.setattr(norm, name, value)
+    x = draw(3, 3, *area) + 2
+    error = ladder.relative_error(norm.channel_moments(x.float()), channel_moments(x))
+    assert error <= ROUND_OFF[torch.float32]
 
 
 @pytest.mark.usefixtures("small_tiles")

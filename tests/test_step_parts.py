@@ -1,0 +1,99 @@
+"""`benchmarks.step_parts`: every part is seen there and back, and nothing is charged twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import step_parts
+from benchmarks.case import Setting
+from benchmarks.memory import SavedBytes, peaks_by_label
+from benchmarks.shapes import StepShape
+from benchmarks.step_parts import BACKWARD, PARTS, Found, Watch, measure, table
+
+SHAPE = StepShape(
+    name="tiny", family="scalemae", batch=2, sensor="dfc", embed_dim=64, depth=2, num_heads=4,
+    blocks=(0, 1), image_size=128,
+)  # fmt: skip
+
+
+def test_a_step_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before, after = measure(SHAPE, Setting(), 1)
+    for found in (before, after):
+        (seconds,) = found.rounds
+        ways = {*PARTS, *(part + BACKWARD for part in PARTS if part != "optimizer")}
+        assert seconds.keys() == {*ways, ""}
+        assert all(seconds[way] > 0 for way in ways)
+        assert found.saved.keys() <= set(PARTS)
+        assert found.saved["decoder"] > found.saved["loss"] > 0
+        assert found.peaks.keys() == seconds.keys()
+    assert after.saved["decoder"] < before.saved["decoder"]
+    assert after.peaks["loss"] < before.peaks["loss"]
+    rows = table(before, after)
+    assert [row[0] for row in rows] == ["part", *PARTS, "step"]
+    assert len({len(row) for row in rows}) == 1
+    monkeypatch.setattr(step_parts, "measure", lambda *_: (before, after))
+    assert step_parts.main(["--out", str(tmp_path)]) == 0
+    (page,) = tmp_path.glob("*-step-*-float32.md")
+    assert "| decoder |" in page.read_text()
+
+
+def test_a_step_that_disagrees_gets_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: nn.Module) -> nn.Module:
+        plain = plain_of(model)
+        plain.head.conv_seg.register_forward_hook(lambda *given: 1.1 * given[2])  # type: ignore[operator, union-attr]
+        return plain
+
+    plain_of = step_parts.with_plain_decoder
+    monkeypatch.setattr(step_parts, "with_plain_decoder", wrong)
+    with pytest.raises(AssertionError, match="gradient of head"):
+        measure(SHAPE, Setting(), 1)
+
+
+def test_a_crossing_charges_both_ways() -> None:
+    watch = Watch("cpu")
+    x, constant = torch.ones(3, requires_grad=True), torch.ones(3)
+    watch.start()
+    watch.enter("first")
+    y, same = watch.crossing((2 * x, constant), "first", "second")
+    assert watch.part == "second"
+    assert same is constant
+    watch.enter("second" + BACKWARD)
+    (y * same).sum().backward()
+    assert watch.part == "first" + BACKWARD
+    assert torch.equal(x.grad, torch.full((3,), 2.0))  # type: ignore[arg-type]
+
+
+def test_medians_and_peaks() -> None:
+    rounds = [{"loss": 1e-3, "": 0.0}, {"loss": 3e-3, "": 1e-3}, {"loss": 2e-3, "": 9e-3}]
+    found = Found(rounds, peaks={"loss": 2**20, "loss" + BACKWARD: 2**21})
+    assert found.ms("loss") == pytest.approx(2)
+    assert found.ms("decoder") == 0
+    assert found.total() == pytest.approx(4)
+    assert found.peak("loss") == 2
+
+
+def test_memory_by_label() -> None:
+    def run() -> None:
+        small = torch.empty(2**18)
+        with torch.profiler.record_function("part: one"):
+            pass
+        large = torch.empty(2**20)
+        del large
+        with torch.profiler.record_function("part: two"):
+            pass
+        del small
+
+    peaks = peaks_by_label(run, "part: ")
+    assert peaks[""] == peaks["two"] == 2**20
+    assert peaks["one"] == 5 * 2**20
+    label = "a"
+    x = torch.ones(4, requires_grad=True)
+    with SavedBytes([x], lambda: label) as saved:
+        y = x.exp()
+        label = "b"
+        (y.exp() * y).sum()
+    assert saved.by_label == {"a": 16, "b": 16}
