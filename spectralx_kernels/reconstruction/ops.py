@@ -35,6 +35,8 @@ BAND_RECONSTRUCTION_LOSS = Operator(
     autocast_to=torch.float32,
     keep_format=True,
 )
+for _operator in (MASKED_PATCH_LOSS, UPSAMPLED_L1_LOSS, BAND_RECONSTRUCTION_LOSS):
+    _operator.add_triton("spectralx_kernels.reconstruction.triton")
 
 
 def _check_mask(mask: Tensor, batch: int, patches: int | str) -> None:
