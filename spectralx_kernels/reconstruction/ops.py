@@ -1,4 +1,4 @@
-"""The operators of this room: declarations, argument checks, public functions."""
+"""The losses of this room: operator declarations, argument checks, public functions."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectralx_kernels._checks import check_device, check_floating, check_range, check_shape
+from spectralx_kernels._checks import check_device, check_floating, check_shape
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.reconstruction import reference
 from spectralx_kernels.reconstruction.patches import check_image, check_patch, square_grid
 
-# Noise is compared and losses are summed: both in float32 under autocast.
-RANDOM_MASKING = Operator(
-    "random_masking",
-    "(Tensor noise, int keep) -> (Tensor ids_keep, Tensor mask, Tensor ids_restore)",
-    reference.random_masking,
-    differentiable=False,
-    autocast_to=torch.float32,
-)
+# Losses are summed in float32 under autocast; predictions may lie channels last.
 MASKED_PATCH_LOSS = Operator(
     "masked_patch_loss",
     "(Tensor prediction, Tensor images, Tensor mask, int patch, bool normalize) -> Tensor",
     reference.masked_patch_loss,
     autocast_to=torch.float32,
+    keep_format=True,
 )
 UPSAMPLED_L1_LOSS = Operator(
     "upsampled_l1_loss",
     "(Tensor prediction, Tensor images) -> Tensor",
     reference.upsampled_l1_loss,
     autocast_to=torch.float32,
+    keep_format=True,
 )
 BAND_RECONSTRUCTION_LOSS = Operator(
     "band_reconstruction_loss",
@@ -38,44 +33,16 @@ BAND_RECONSTRUCTION_LOSS = Operator(
     "-> Tensor",
     reference.band_reconstruction_loss,
     autocast_to=torch.float32,
+    keep_format=True,
 )
+for _operator in (MASKED_PATCH_LOSS, UPSAMPLED_L1_LOSS, BAND_RECONSTRUCTION_LOSS):
+    _operator.add_triton("spectralx_kernels.reconstruction.triton")
 
 
 def _check_mask(mask: Tensor, batch: int, patches: int | str) -> None:
     check_shape("mask", mask, (batch, patches))
     if mask.dtype.is_complex:
         raise TypeError(f"mask: got dtype {mask.dtype}, expected a real dtype or bool")
-
-
-def random_masking(
-    noise: Tensor, keep: int, *, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the tokens an encoder sees: those with the smallest noise.
-
-    Parameters
-    ----------
-    noise : [B, L], uniform draws; a floating-point dtype. Equal values go to the lowest index.
-        NaN sorts last.
-    keep : tokens to keep of each sample, 0 to L; ``int(L * (1 - ratio))``.
-    backend : overrides the default backend.
-
-    Returns
-    -------
-    ids_keep : [B, keep], int64, the kept tokens in ascending order of noise.
-    mask : [B, L] in the dtype of `noise`; 0 kept, 1 masked. No gradient.
-    ids_restore : [B, L], int64; token i is number ids_restore[i] in order of noise.
-
-    Raises
-    ------
-    TypeError, ValueError : an argument of the wrong dtype, shape or range.
-
-    Source: masked autoencoders (He et al. 2022, arXiv 2111.06377), as SpectralX's stage 1 uses it.
-    """
-    check_floating("noise", noise)
-    check_shape("noise", noise, ("batch", "tokens"))
-    check_range("keep", keep, 0, noise.shape[1])
-    ids_keep, mask, ids_restore = RANDOM_MASKING(noise, keep, backend=backend)
-    return ids_keep, mask.to(noise.dtype), ids_restore
 
 
 def masked_patch_loss(

@@ -1,10 +1,9 @@
-"""Images as patches and patches as tokens: plain rearrangements with argument checks."""
+"""Images as patches: plain rearrangements with argument checks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from spectralx_kernels._checks import check_range, check_shape
@@ -28,12 +27,6 @@ def check_patch(name: str, images: Tensor, patch: int) -> None:
             f"patch: got {patch}, expected a divisor of the height {height} and width {width} "
             f"of {name}"
         )
-
-
-def check_indices(name: str, ids: Tensor) -> None:
-    """`ids` is int64, as torch.gather wants it."""
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name}: got dtype {ids.dtype}, expected torch.int64")
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -104,57 +97,3 @@ def square_grid(name: str, length: int) -> tuple[int, int]:
     if side * side != length or length < 1:
         raise ValueError(f"{name}: got {length} patches, expected a square number")
     return side, side
-
-
-def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """The tokens at `ids`, in that order; the gradient goes back to where they came from.
-
-    Parameters
-    ----------
-    tokens : [B, L, D].
-    ids : [B, K], int64 in [0, L); `ids_keep` of `random_masking`.
-
-    Returns
-    -------
-    [B, K, D].
-
-    Raises
-    ------
-    TypeError, ValueError : an argument of the wrong dtype or shape.
-    """
-    check_shape("tokens", tokens, ("batch", "tokens", "width"))
-    check_shape("ids", ids, (tokens.shape[0], "kept"))
-    check_indices("ids", ids)
-    return reference.gather_tokens(tokens, ids)
-
-
-def restore_tokens(tokens: Tensor, ids_restore: Tensor, mask_token: Tensor) -> Tensor:
-    """Put kept tokens back in their places and the mask token in all others.
-
-    Parameters
-    ----------
-    tokens : [B, K, D], the kept tokens in the order of `ids_keep`.
-    ids_restore : [B, L], int64, from `random_masking`; L >= K.
-    mask_token : [D] or [1, 1, D].
-
-    Returns
-    -------
-    [B, L, D] in the dtype of `tokens`.
-
-    Raises
-    ------
-    TypeError, ValueError : an argument of the wrong dtype or shape.
-    """
-    check_shape("tokens", tokens, ("batch", "kept", "width"))
-    check_shape("ids_restore", ids_restore, (tokens.shape[0], "tokens"))
-    check_indices("ids_restore", ids_restore)
-    if tokens.shape[1] > ids_restore.shape[1]:
-        raise ValueError(
-            f"tokens: got {tokens.shape[1]} of them, expected at most the "
-            f"{ids_restore.shape[1]} of ids_restore"
-        )
-    if mask_token.dim() == 3:
-        check_shape("mask_token", mask_token, (1, 1, tokens.shape[2]))
-    else:
-        check_shape("mask_token", mask_token, (tokens.shape[2],))
-    return reference.restore_tokens(tokens, ids_restore, mask_token)

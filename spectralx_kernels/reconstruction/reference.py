@@ -34,7 +34,9 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
 def restore_tokens(tokens: Tensor, ids_restore: Tensor, mask_token: Tensor) -> Tensor:
     """tokens [B, K, D], ids_restore [B, L], mask_token [D] -> [B, L, D]."""
     batch, kept, width = tokens.shape
-    filler = mask_token.to(tokens.dtype).expand(batch, ids_restore.shape[1] - kept, width)
+    filler = (
+        mask_token.to(tokens.dtype).reshape(-1).expand(batch, ids_restore.shape[1] - kept, width)
+    )
     return gather_tokens(torch.cat([tokens, filler], dim=1), ids_restore)
 
 

@@ -10,8 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spectralx_kernels._operator import Operator
 from spectralx_kernels.reconstruction import gather_tokens, random_masking, restore_tokens
-from spectralx_kernels.reconstruction.ops import RANDOM_MASKING
+from spectralx_kernels.reconstruction.masking import (
+    GATHER_TOKENS,
+    RANDOM_MASKING,
+    RESTORE_TOKENS,
+)
 from tests.kernels import ladder
 
 
@@ -26,6 +31,44 @@ def test_ladder() -> None:
     for dtype in (torch.float64, torch.float32):
         ladder.check_accuracy(RANDOM_MASKING, args, dtype)
     ladder.check_repeats(RANDOM_MASKING, args)
+
+
+def indices(batch: int, count: int, limit: int) -> Tensor:
+    generator = torch.Generator().manual_seed(limit)
+    return torch.randint(0, limit, (batch, count), generator=generator)
+
+
+MOVES: dict[str, tuple[Operator, tuple[Any, ...]]] = {
+    "gather": (GATHER_TOKENS, (draw(2, 6, 5), indices(2, 4, 6))),
+    "gather twice": (GATHER_TOKENS, (draw(3, 2, 3), indices(3, 7, 2))),
+    "gather none": (GATHER_TOKENS, (draw(2, 3, 2), indices(2, 0, 3))),
+    "restore": (
+        RESTORE_TOKENS,
+        (draw(3, 2, 5), torch.stack([torch.randperm(6) for _ in range(3)]), draw(5, seed=1)),
+    ),
+    "restore nothing": (RESTORE_TOKENS, (draw(2, 0, 3), indices(2, 4, 4), draw(1, 1, 3, seed=1))),
+    "no images": (RESTORE_TOKENS, (draw(0, 2, 3), indices(0, 4, 4), draw(3, seed=1))),
+}
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_ladder_of_moves(case: str) -> None:
+    operator, args = MOVES[case]
+    ladder.check_contract(operator, args)
+    ladder.check_gradients(operator, args)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        ladder.check_accuracy(operator, args, dtype)
+    ladder.check_repeats(operator, args)
+
+
+def test_moves_are_not_rounded_under_autocast(backend: str) -> None:
+    tokens, mask_token = draw(2, 6, 5).float(), draw(5, seed=1).float()
+    ids_keep, _, ids_restore = random_masking(draw(2, 6, seed=2), 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        visible = gather_tokens(tokens, ids_keep, backend=backend)
+        restored = restore_tokens(visible, ids_restore, mask_token, backend=backend)
+    assert restored.dtype == torch.float32
+    assert torch.equal(restored.gather(1, ids_keep[..., None].expand(-1, -1, 5)), visible)
 
 
 def test_compiles_with_what_a_masked_autoencoder_does() -> None:
@@ -43,7 +86,7 @@ def test_compiles_with_what_a_masked_autoencoder_does() -> None:
 
 @given(
     batch=st.integers(0, 3),
-    tokens=st.sampled_from([1, 2, 9, 31, 196]),
+    tokens=st.sampled_from([1, 2, 9, 31, 196, 600]),
     levels=st.sampled_from([1, 3, 10**6]),
     data=st.data(),
 )
@@ -63,6 +106,12 @@ def test_keeps_the_smallest_in_order(
         assert ids_keep[row].tolist() == order[:keep]
         assert [order[rank] for rank in ids_restore[row].tolist()] == list(range(tokens))
         assert mask[row].nonzero().flatten().tolist() == sorted(order[keep:])
+
+
+def test_order_of_zeros_infinities_and_extremes(backend: str) -> None:
+    noise = torch.tensor([[0.0, -0.0, torch.inf, -torch.inf, 1e-45, -1e-45, -3e38, torch.nan]])
+    order, _, _ = random_masking(noise, 8, backend=backend)
+    assert order.tolist() == [[3, 6, 5, 0, 1, 4, 2, 7]]
 
 
 def test_nan_noise_sorts_last(backend: str) -> None:
