@@ -1,10 +1,12 @@
 """SpectralX: optical foundation models adapted to multispectral and hyperspectral images.
 
-The method in two stages (`spectralx.reconstruction`, `spectralx.segmentation`), its data
-(`spectralx.data`), training (`spectralx.train`) and evaluation (`spectralx.evaluate`). Operators
-and drop-in modules are in the package `spectralx_kernels`.
+`adapt` puts adapters into any model with linear layers. The method in two stages is in
+`spectralx.reconstruction` and `spectralx.segmentation`, its data in `spectralx.data`, training in
+`spectralx.train` and evaluation in `spectralx.evaluate`. Operators and drop-in modules are in the
+package `spectralx_kernels`.
 """
 
+from spectralx.adapt import adapt, adapter_blocks, freeze, trainable_parameters, unadapt
 from spectralx_kernels import __version__
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "adapt", "adapter_blocks", "freeze", "trainable_parameters", "unadapt"]

@@ -27,6 +27,9 @@ class AoMoALinear(OfficialNames):
     top_k : experts a token takes.
     rank : width r between `down` and `up`; in_features / attributes // 4 by default.
     hidden : width h inside an expert; in_features / attributes // 32 by default.
+    parts : layers that stand side by side in `linear`, 3 in a fused query-key-value projection. The
+        output channels of each part are divided into attributes on their own, and all parts share
+        norms, `down`, gates and experts.
 
     In training each call draws gate noise with `draw_noise`, unless `noise` is given. Activation
     checkpointing draws the same again as long as it preserves the random state, as it does by
@@ -41,9 +44,11 @@ class AoMoALinear(OfficialNames):
 
     Raises
     ------
-    ValueError : attributes do not divide the widths; top_k, rank or hidden out of range.
+    ValueError : attributes (times parts) do not divide the widths; top_k, rank or hidden out of
+        range.
 
-    Source: SpectralX (arXiv 2508.01731), attribute-oriented mixture of adapters.
+    Source: SpectralX (arXiv 2508.01731), attribute-oriented mixture of adapters; the published one
+    sits on layers of one part.
     """
 
     official_names: ClassVar[dict[str, str]] = {
@@ -70,12 +75,18 @@ class AoMoALinear(OfficialNames):
         top_k: int = 2,
         rank: int | None = None,
         hidden: int | None = None,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         if attributes < 1 or linear.in_features % attributes or linear.out_features % attributes:
             raise ValueError(
                 f"attributes: got {attributes}, expected a divisor of in_features "
                 f"{linear.in_features} and out_features {linear.out_features}"
+            )
+        if parts < 1 or linear.out_features % (attributes * parts):
+            raise ValueError(
+                f"parts: got {parts}, expected a divisor of out_features {linear.out_features} / "
+                f"attributes {attributes}"
             )
         d = linear.in_features // attributes
         rank = max(d // 4, 1) if rank is None else rank
@@ -87,6 +98,7 @@ class AoMoALinear(OfficialNames):
         self.attributes = attributes
         self.experts = experts
         self.top_k = top_k
+        self.parts = parts
         self.linear = linear.requires_grad_(False)
 
         factory: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
@@ -156,11 +168,15 @@ class AoMoALinear(OfficialNames):
         """
         if self.training and noise is None:
             noise = self.draw_noise(x.numel() // x.shape[-1], x)
-        return aomoa(
+        weight, bias, scaler = self.linear.weight, self.linear.bias, self.scaler
+        if self.parts > 1:
+            weight, scaler = self._by_attribute(weight), self._by_attribute(scaler)
+            bias = None if bias is None else self._by_attribute(bias)
+        out, gates, load = aomoa(
             x,
-            self.linear.weight,
-            self.linear.bias,
-            scaler=self.scaler,
+            weight,
+            bias,
+            scaler=scaler,
             norm1_weight=self.norm1.weight,
             norm1_bias=self.norm1.bias,
             down=self.down.weight,
@@ -177,13 +193,21 @@ class AoMoALinear(OfficialNames):
             noise=noise,
             norm_eps=self.norm1.eps,
         )
+        if self.parts > 1:  # [..., A, parts, c] -> [..., parts, A, c]
+            out = out.unflatten(-1, (self.attributes, self.parts, -1)).transpose(-3, -2).flatten(-3)
+        return out, gates, load
+
+    def _by_attribute(self, rows: Tensor) -> Tensor:
+        """Rows [parts · A · c, ...] in the operator's order, attribute by attribute."""
+        return rows.unflatten(0, (self.parts, self.attributes, -1)).transpose(0, 1).flatten(0, 2)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out]. `noise` [A, T, E] replaces the draw (T = leading dimensions)."""
         return self.forward_with_routing(x, noise)[0]
 
     def extra_repr(self) -> str:
+        parts = f", parts={self.parts}" if self.parts > 1 else ""
         return (
             f"attributes={self.attributes}, experts={self.experts}, top_k={self.top_k}, "
-            f"rank={self.down.out_features}, hidden={self.fc1_weight.shape[1]}"
+            f"rank={self.down.out_features}, hidden={self.fc1_weight.shape[1]}{parts}"
         )

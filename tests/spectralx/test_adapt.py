@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectralx.adapt import METHODS, Method, adapt, adapter_blocks, freeze
-from spectralx.adapters import IA3Linear, LoRAConv2d, LoRALinear, SLRConv2d, SLRLinear
+from spectralx import adapt, adapter_blocks, freeze, trainable_parameters, unadapt
+from spectralx.adapt import METHODS, Method
+from spectralx.adapters import IA3Linear, LoRALinear, SLRConv2d, SLRLinear
 from spectralx.backbones.dinov3 import RotaryAttention
 from spectralx.backbones.vit import Block
 from spectralx_kernels import AoMoALinear, HyperT
@@ -89,7 +90,7 @@ def test_adapted_layers_are_left_alone(model: ToyViT) -> None:
     adapt(model, method="lora", targets="fc1$")
     replaced = adapt(model, method="lora", targets="fc1|fc2|linear")
     assert replaced.names == tuple(f"blocks.{i}.mlp.fc2" for i in range(3))
-    with pytest.raises(ValueError, match="matches no linear or convolution layer"):
+    with pytest.raises(ValueError, match=r"adapted already, blocks\.0\.mlp\.fc1 the first"):
         adapt(model, method="ia3", targets="fc1")
 
 
@@ -187,39 +188,136 @@ def test_freeze_leaves_hypert_as_it_is(trainable: str) -> None:
         adapt(holder, method="lora", targets="fc1")
 
 
-def test_a_transformers_vit() -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=16,
-        num_channels=4,
+def states(model: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+    return {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unadapt_gives_the_model_back(model: ToyViT, method: Method) -> None:
+    model.blocks[2].mlp = model.blocks[0].mlp
+    model.blocks[0].attn.requires_grad_(False)
+    model.eval()
+    images = torch.randn(2, 3, 16, 24)
+    before, output = states(model), model(images)
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    replaced = adapt(model, method=method)
+    assert not any(layer.weight.requires_grad for layer in map(model.get_submodule, replaced.names))
+    model = copy.deepcopy(model)
+    assert unadapt(model) == list(replaced.names)
+    assert unadapt(model) == []
+    after = states(model)
+    assert after.keys() == before.keys()
+    for name, (value, trains) in before.items():
+        assert torch.equal(after[name][0], value)
+        assert after[name][1] == trains, name
+    assert [name for name, _ in model.named_modules(remove_duplicate=False)] == modules
+    assert torch.equal(model(images), output)
+    assert model.blocks[2].mlp.fc1 is model.blocks[0].mlp.fc1
+    assert adapt(model, method=method).names == replaced.names
+
+
+def test_unadapt_leaves_the_mode_of_the_layer(model: ToyViT) -> None:
+    adapt(model, method="lora", targets="fc1$")
+    model.eval()
+    unadapt(model)
+    assert not any(module.training for module in model.modules())
+
+
+def test_trainable_parameters(model: ToyViT) -> None:
+    model.blocks[2].mlp = model.blocks[0].mlp
+    replaced = adapt(model, method="lora", targets="fc1$")
+    freeze(model, norms=False)
+    trainable = trainable_parameters(model)
+    assert sum(p.numel() for p in trainable) == replaced.parameters
+    assert len({id(p) for p in trainable}) == len(trainable) == 2 * 4
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="got a ToyViT that is frozen"):
+        trainable_parameters(model)
+
+
+def test_the_report_is_a_table(model: ToyViT) -> None:
+    lines = str(adapt(model, method="lora", blocks=[1], rank=2)).splitlines()
+    assert lines[0].startswith("lora on 4 layers, ")
+    assert " ".join(lines[1].split()) == "blocks.1.attn.qkv Linear 32 -> 96 LoRALinear 354"
+    assert len({len(line) for line in lines[1:]}) == 1
+    patch = str(adapt(model, method="ia3", targets="patch_embed"))
+    assert "patch_embed.proj  Conv2d 3 -> 32, 8x8  IA3Conv2d  3" in patch
+
+
+def test_blocks_of_a_hierarchy() -> None:
+    stages = nn.ModuleList(nn.ModuleList(Block(16, 2) for _ in range(2)) for _ in range(3))
+    model = nn.ModuleDict({"stages": stages})
+    replaced = adapt(model, method="lora", targets="fc1$", blocks=[0, (2, 1)])
+    assert replaced.names == ("stages.0.0.mlp.fc1", "stages.0.1.mlp.fc1", "stages.2.1.mlp.fc1")
+    with pytest.raises(ValueError, match=r"blocks: got \[\(1, 2\)\], which hold no layer"):
+        adapt(model, method="lora", targets="fc1$", blocks=[(1, 1), (1, 2)])
+
+
+def test_blocks_with_the_number_in_their_name() -> None:
+    layers = {f"encoder_layer_{i}": nn.Sequential(nn.Linear(4, 4)) for i in range(3)}
+    assert adapt(nn.ModuleDict(layers), method="lora", targets="0$", blocks=[2]).names == (
+        "encoder_layer_2.0",
     )
-    model = transformers.ViTModel(config, add_pooling_layer=False).eval()
-    images = torch.randn(2, 4, 32, 32)
-    expected = model(images).last_hidden_state
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    in_block_1 = [name for name in linears if ".1." in name]
-    mlp = [name for name in in_block_1 if "attention" not in name]
-    assert len(in_block_1) == 6
-    assert len(mlp) == 2
 
-    (patches,) = (name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    assert adapt(model, method="lora", targets=patches).names == (patches,)
-    assert isinstance(model.get_submodule(patches), LoRAConv2d)
-    torch.testing.assert_close(model(images).last_hidden_state, expected)
 
-    mlp_pattern = "|".join(name.replace(".1.", r"\.\d+\.") + "$" for name in mlp)
-    replaced = adapt(model, method="aomoa", targets=mlp_pattern, blocks=[1])
-    assert list(replaced.names) == mlp
-    trainable = freeze(model)
-    model(images).last_hidden_state.square().mean().backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} <= set(trainable)
-    grads = {n: p.grad for n, p in model.named_parameters()}
-    for name in mlp:
-        assert grads[f"{name}.scaler"].abs().sum() > 0
-        assert grads[f"{name}.linear.weight"] is None
+def test_a_fused_layer_gets_its_parts(model: ToyViT) -> None:
+    replaced = adapt(model, method="aomoa", targets="qkv|proj$|fc1", blocks=[1])
+    parts = {name: model.get_submodule(name).parts for name in replaced.names}
+    assert parts == {"blocks.1.attn.qkv": 3, "blocks.1.attn.proj": 1, "blocks.1.mlp.fc1": 1}
+    assert "AoMoALinear of 3 parts" in str(replaced)
+    adapt(model, method="aomoa", targets="qkv", blocks=[2], parts=1)
+    assert model.get_submodule("blocks.2.attn.qkv").parts == 1
+    model(torch.randn(2, 3, 16, 24)).sum().backward()
+    assert model.get_submodule("blocks.1.attn.qkv").scaler.grad.abs().sum() > 0
+
+
+class ReadsWeights(nn.Module):
+    """Multiplies by the weight of its second layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.dropout(self.first(x) @ self.second.weight.T) * scale
+
+
+@pytest.mark.parametrize("example", ["tensor", "arguments", "keywords"])
+def test_an_example_finds_layers_that_are_not_called(example: str) -> None:
+    model = ReadsWeights()
+    model.dropout.eval()
+    x = torch.randn(2, 4)
+    inputs = {"tensor": x, "arguments": (x, 2.0), "keywords": {"x": x, "scale": 2.0}}[example]
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match="ReadsWeights does not call second on the example"):
+        adapt(model, method="lora", targets="first|second", example=inputs)
+    assert all(type(layer) is nn.Linear for layer in (model.first, model.second))
+    assert all(p.requires_grad for p in model.parameters())
+    assert adapt(model, method="lora", targets="first", example=inputs).names == ("first",)
+    assert [m.training for m in model.modules() if isinstance(m, (nn.Dropout, ReadsWeights))] == [
+        modes[0],
+        False,
+    ]
+    assert not model.first._forward_pre_hooks
+
+
+def test_layers_that_are_read_and_not_called_are_refused() -> None:
+    layer = nn.ModuleDict({"layer": nn.TransformerEncoderLayer(16, 2, 32)})
+    with pytest.raises(ValueError, match=r"out_proj is part of a nn\.MultiheadAttention"):
+        adapt(layer, method="lora", targets="out_proj")
+    with pytest.raises(ValueError, match=r"linear1 is part of a nn\.TransformerEncoderLayer"):
+        adapt(layer, method="aomoa")
+    assert all(p.requires_grad for p in layer.parameters())
+
+
+def test_aomoa_refuses_what_it_would_pass_by(model: ToyViT) -> None:
+    layer = model.get_submodule("blocks.1.mlp.fc2")
+    handle = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2 has hooks"):
+        adapt(model, method="aomoa")
+    assert all(p.requires_grad for p in model.parameters())
+    handle.remove()
+    layer.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2 is a Linear with a forward of its"):
+        adapt(model, method="aomoa")

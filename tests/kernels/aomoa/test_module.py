@@ -275,3 +275,48 @@ def test_no_tokens(backend: str) -> None:
     assert found["out"].shape == (0, 3, 48)
     assert found["x"].shape == (0, 3, 64)
     assert all(not grad.any() for grad in found.values())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parts_of_a_fused_layer_are_layers_of_their_own(bias: bool) -> None:
+    """Three parts in one layer: three layers that share all but `linear`, `scaler` and `up`."""
+    torch.manual_seed(0)
+    parts, width = 3, 24
+    fused = nn.Linear(16, parts * width, bias=bias, dtype=torch.float64)
+    layer = AoMoALinear(fused, rank=5, hidden=3, parts=parts)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    noise = layer.draw_noise(14, x)
+    out, gates, _ = layer.forward_with_routing(x, noise)
+
+    up = layer.up.weight.unflatten(0, (parts, -1))  # [3, 12, r]
+    expected = []
+    for part in range(parts):
+        rows = slice(part * width, (part + 1) * width)
+        one = AoMoALinear(nn.Linear(16, width, bias=bias, dtype=torch.float64), rank=5, hidden=3)
+        own = {
+            "linear.weight": fused.weight[rows],
+            "linear.bias": fused.bias[rows] if bias else None,
+            "scaler": layer.scaler[rows],
+            "up.weight": up[part],
+        }
+        shared = {name: p for name, p in layer.named_parameters() if name not in own}
+        own = {name: value for name, value in own.items() if value is not None}
+        expected.append(torch.func.functional_call(one, {**shared, **own}, (x, noise)))
+    torch.testing.assert_close(out, torch.cat(expected, dim=-1))
+    assert gates.shape == (2, 14, 4)
+
+    grads = torch.autograd.grad(out.square().sum(), [x, layer.scaler, layer.up.weight])
+    expected_grads = torch.autograd.grad(
+        torch.cat(expected, dim=-1).square().sum(), [x, layer.scaler, layer.up.weight]
+    )
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+    assert "parts=3" in repr(layer)
+
+
+@pytest.mark.parametrize("parts", [0, 5])
+def test_parts_are_checked(parts: int) -> None:
+    with pytest.raises(ValueError, match=f"parts: got {parts}, expected a divisor of out_features"):
+        AoMoALinear(nn.Linear(8, 24), parts=parts)
