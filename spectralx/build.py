@@ -98,7 +98,7 @@ def stage1_checkpoint(settings: Settings) -> Path | None:
 
 def initialise(
     model: MaskedReconstruction | Segmentation, settings: Settings
-) -> checkpoints.Initialised | None:
+) -> checkpoints.Loaded | None:
     """Copy the weights `model` starts from: stage 1's, or the backbone's public ones, or none.
 
     Raises

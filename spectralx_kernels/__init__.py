@@ -6,6 +6,7 @@ from spectralx_kernels._official_names import (
     OfficialTensor,
     official_inert,
     official_parameters,
+    official_state_dict,
 )
 from spectralx_kernels.aomoa import (
     AoMoALinear,
@@ -85,6 +86,7 @@ __all__ = [
     "noisy_topk_gating",
     "official_inert",
     "official_parameters",
+    "official_state_dict",
     "patchify",
     "random_masking",
     "restore_tokens",

@@ -52,6 +52,10 @@ class OfficialNames(nn.Module):
         """The own tensor of a published one (stacked already); identity unless overridden."""
         return tensor
 
+    def to_official(self, own_name: str, tensor: Tensor) -> Tensor:
+        """The published tensor (one of them if stacked) of an own one; inverts `from_official`."""
+        return tensor
+
     @staticmethod
     def _translate(
         module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any
@@ -88,6 +92,24 @@ def official_parameters(model: nn.Module) -> dict[str, OfficialTensor]:
         else:
             listed[official] = OfficialTensor(name, None)
     return listed
+
+
+def official_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Every entry of ``model.state_dict()`` as the published one; not those without effect."""
+    owners: dict[str, tuple[OfficialNames, str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, OfficialNames):
+            prefix = f"{path}." if path else ""
+            owners.update({prefix + own: (module, own) for own in module.official_names})
+    own = model.state_dict()
+    state: dict[str, Tensor] = {}
+    for official, where in official_parameters(model).items():
+        tensor = where.of(own[where.name])
+        if where.name in owners:
+            owner, name = owners[where.name]
+            tensor = owner.to_official(name, tensor)
+        state[official] = tensor
+    return state
 
 
 def official_inert(model: nn.Module) -> dict[str, tuple[int, ...]]:

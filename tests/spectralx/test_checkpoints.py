@@ -134,7 +134,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, model, monkeypatch, ste
     def fail(*unused: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(f"spectralx.checkpoints.{step}", fail)
+    monkeypatch.setattr(f"spectralx.checkpoints.folder.{step}", fail)
     with pytest.raises(OSError, match="no space left"):
         save(folder, stage2())
     assert sorted(path.name for path in folder.iterdir()) == before
@@ -339,18 +339,18 @@ def test_stage2_starts_from_stage1(tmp_path):
     first, second = stage1(), stage2()
     report = initialise_from_stage1(second, save(tmp_path, first))
     ours, theirs = second.state_dict(), first.state_dict()
-    for name in report.copied:
+    for name in report.loaded:
         assert torch.equal(ours[name], theirs[name.removeprefix("vit_backbone.")]), name
-    assert "vit_backbone.blocks.3.mlp.fc1.gate" in report.copied
-    assert "vit_backbone.patch_embed.proj.proj.spa_query" in report.copied
-    assert "vit_backbone.blocks.0.norm1.weight" in report.copied
-    assert "vit_backbone.cls_token" in report.copied
+    assert "vit_backbone.blocks.3.mlp.fc1.gate" in report.loaded
+    assert "vit_backbone.patch_embed.proj.proj.spa_query" in report.loaded
+    assert "vit_backbone.blocks.0.norm1.weight" in report.loaded
+    assert "vit_backbone.cls_token" in report.loaded
     backbone = {name for name in ours if name.startswith("vit_backbone.")}
-    assert {*report.copied, *report.kept} == backbone
-    assert set(report.kept) == {"vit_backbone.pos_embed"}
-    assert str(report) == (
-        f"{len(report.copied)} tensors from {tmp_path}; 1 kept: vit_backbone.pos_embed (not there)"
-    )
+    assert {*report.loaded, *report.missing} == backbone
+    assert set(report.missing) == {"vit_backbone.pos_embed"}
+    assert set(report.left_out) >= {"mask_token", "decoder_embed.weight"}
+    assert str(report).startswith(f"{len(report.loaded)} tensors from {tmp_path} (stage 1); ")
+    assert str(report).endswith("; 1 kept: vit_backbone.pos_embed (not there)")
     # The fixed positions are those stage 1 computed.
     torch.testing.assert_close(ours["vit_backbone.pos_embed"][0], first.positions)
 
@@ -359,8 +359,8 @@ def test_other_bands_keep_the_tokenizer():
     second = stage2(wavelengths=[0.5, 0.6, 0.7])
     report = initialise_from_stage1(second, stage1())
     name = "vit_backbone.patch_embed.proj.down.weight"
-    assert report.kept[name] == "got shape [16, 4, 4, 4], expected [16, 3, 4, 4]"
-    assert "vit_backbone.blocks.0.attn.qkv.weight" in report.copied
+    assert report.missing[name] == "got shape [16, 4, 4, 4], expected [16, 3, 4, 4]"
+    assert "vit_backbone.blocks.0.attn.qkv.weight" in report.loaded
 
 
 def test_stage1_of_other_sizes_changes_nothing(tmp_path, model):
@@ -380,7 +380,7 @@ def test_stage1_adapted_elsewhere(tmp_path):
     for adapter, blocks in (("aomoa", [2]), (None, None)):
         second = stage2(adapter=adapter, adapted_blocks=blocks, tokenizer="hypert")
         report = initialise_from_stage1(second, first)
-        assert not any("blocks.1.mlp.fc1" in name and "linear" in name for name in report.kept)
+        assert not any("blocks.1.mlp.fc1" in name and "linear" in name for name in report.missing)
         ours = second.state_dict()
         name = "vit_backbone.blocks.1.mlp.fc1.weight"
         weight = ours[name if name in ours else name.replace("weight", "linear.weight")]
@@ -403,9 +403,10 @@ def test_public_weights_of_a_backbone(tmp_path, family):
         for layer in ("mlp.fc1", "mlp.fc2"):
             loaded = backbone[f"vit_backbone.blocks.1.{layer}.linear.weight"]
             assert torch.equal(loaded, public[f"blocks.1.{layer}.weight"])
-        lora = "vit_backbone.patch_embed.proj.proj.weight"
-        assert (lora in report.copied) == (adapter == "lora")
-        untouched = {name for name in report.kept if "blocks." in name and "blocks.1." not in name}
+        assert ("patch_embed.proj.weight" in report.loaded) == (adapter == "lora")
+        untouched = {
+            name for name in report.missing if "blocks." in name and "blocks.1." not in name
+        }
         assert not untouched
     with pytest.raises(CheckpointError, match="got no blocks of a transformer"):
         initialise_backbone(model, {"head.weight": torch.zeros(2)})

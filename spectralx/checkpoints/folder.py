@@ -1,4 +1,4 @@
-"""Checkpoints: our own (safetensors and a manifest) and the published state dicts.
+"""Our own checkpoints: safetensors and a manifest.
 
 A checkpoint is a folder::
 
@@ -11,10 +11,8 @@ one before or the new one. Reading one runs no code that a file could bring alon
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,32 +22,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spectralx.checkpoints.errors import CheckpointError, check_names
+from spectralx.checkpoints.reading import load_safetensors, sha256_of
 from spectralx.cli import one_line
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
-from spectralx.state_dicts import (
-    CheckpointError,
-    check_names,
-    load_official,
-    load_safetensors,
-    read_state_dict,
-    some,
-)
 from spectralx_kernels import __version__
-
-__all__ = [
-    "FORMAT",
-    "FORMAT_VERSION",
-    "MANIFEST",
-    "Checkpoint",
-    "CheckpointError",
-    "Initialised",
-    "initialise_backbone",
-    "initialise_from_stage1",
-    "load",
-    "load_official",
-    "save",
-]
 
 FORMAT = "spectralx-checkpoint"
 FORMAT_VERSION = 1
@@ -60,13 +38,6 @@ _MODELS: dict[str, type[nn.Module]] = {
     "reconstruction": MaskedReconstruction,
     "segmentation": Segmentation,
 }
-# Tensors that depend on the bands or the image size, which may differ.
-_MAY_DIFFER = ("patch_embed.", "pos_embed")
-# What an adapter puts before the name of the layer it holds.
-_INSIDE_ADAPTER = re.compile(
-    r"\.linear(?=\.(weight|bias|bias_mask)$)|(?<=^patch_embed\.proj)\.proj(?=\.(weight|bias)$)"
-)
-_BACKBONE = "vit_backbone."
 
 
 @dataclass(frozen=True)
@@ -121,29 +92,6 @@ class Checkpoint:
         model.load_state_dict(self.tensors)
 
 
-@dataclass(frozen=True)
-class Initialised:
-    """What started from other weights, by the names of the model.
-
-    Attributes
-    ----------
-    copied : tensors that were copied.
-    kept : tensors of the backbone that were not, and why.
-    where : what they came from.
-    """
-
-    copied: list[str]
-    kept: dict[str, str]
-    where: str
-
-    def __str__(self) -> str:
-        text = f"{len(self.copied)} tensors from {self.where}"
-        if self.kept:
-            few = [f"{name} ({why})" for name, why in self.kept.items()]
-            text += f"; {len(few)} kept: " + some(few)
-        return text
-
-
 def save(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -152,6 +100,7 @@ def save(
     wavelengths: list[float] | None = None,
     class_names: list[str] | None = None,
     normalisation: Mapping[str, Any] | str | None = None,
+    base: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of `model` into the folder `path`, replacing the one there.
@@ -164,6 +113,8 @@ def save(
     wavelengths : of the bands, in micrometres.
     class_names : by index, the unlabelled class first.
     normalisation : how images are scaled before they reach the model.
+    base : name and sha256 of the weights the model started from; by default those that
+        `initialise_backbone` or `initialise_from_stage1` noted on the model.
     extra : anything else worth keeping (step, scores, ...), as JSON holds it.
 
     Returns
@@ -189,6 +140,7 @@ def save(
         "wavelengths": wavelengths,
         "class_names": class_names,
         "normalisation": normalisation,
+        "base": getattr(model, "base_weights", None) if base is None else dict(base),
         "extra": dict(extra or {}),
     }
     try:
@@ -208,7 +160,7 @@ def save(
         mode = new.stat().st_mode  # safetensors makes files that only their owner reads
         save_file(tensors, new)
         new.chmod(mode)
-        digest = _sha256(new)
+        digest = sha256_of(new)
         tensor_file = folder / f"model-{digest[:16]}.safetensors"
         manifest["tensors"] = {
             "file": tensor_file.name,
@@ -249,103 +201,13 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     tensor_file = folder / entry["file"]
     if not tensor_file.is_file():
         raise CheckpointError(f"{tensor_file}: no such file, expected the tensors of {file}")
-    digest = _sha256(tensor_file)
+    digest = sha256_of(tensor_file)
     if digest != entry["sha256"]:
         raise CheckpointError(
             f"{tensor_file}: got sha256 {digest[:16]}..., expected {entry['sha256'][:16]}... "
             "as in its manifest: the file is damaged or of another checkpoint"
         )
     return Checkpoint(folder, manifest, load_safetensors(tensor_file))
-
-
-def initialise_from_stage1(
-    model: nn.Module, stage1: Checkpoint | nn.Module | str | os.PathLike[str]
-) -> Initialised:
-    """Copy tokenizer, backbone, adapters and norms of stage 1 into a stage-2 model, by name.
-
-    Tensors that depend on the bands or on the image size stay as they are where shapes differ;
-    what else the backbone has under the same name must have the same shape.
-
-    Parameters
-    ----------
-    model : a `Segmentation`.
-    stage1 : a checkpoint of a `MaskedReconstruction`, its folder, or such a model.
-
-    Returns
-    -------
-    What was copied and what was not.
-
-    Raises
-    ------
-    CheckpointError : not a stage-1 checkpoint, nothing in common, or other sizes; the model is
-        unchanged.
-    """
-    if isinstance(stage1, nn.Module):
-        where, tensors = "stage1", stage1.state_dict()
-    else:
-        checkpoint = stage1 if isinstance(stage1, Checkpoint) else load(stage1)
-        where, tensors = str(checkpoint.path), checkpoint.tensors
-        kind = checkpoint.manifest["model"]
-        if kind != "reconstruction":
-            raise CheckpointError(
-                f"{where}: got a checkpoint of a {kind} model, expected one of reconstruction"
-            )
-    return _copy_by_name(model, tensors, where)
-
-
-def initialise_backbone(
-    model: nn.Module, weights: Mapping[str, Tensor] | str | os.PathLike[str]
-) -> Initialised:
-    """Copy the public weights of a backbone into a model of either stage, by name.
-
-    For checkpoints of SatMAE++, ScaleMAE (encoder and decoder) and DINOv3 in their own names;
-    what adapters stand beside gets its weights inside them.
-
-    Parameters
-    ----------
-    model : a `Segmentation` or a `MaskedReconstruction`.
-    weights : a state dict or a file of one, as `load_official` takes it.
-
-    Returns
-    -------
-    What was copied and what was not (adapters, tokenizer, decoder of stage 2).
-
-    Raises
-    ------
-    CheckpointError : unreadable, nothing in common, or other sizes; the model is unchanged.
-    """
-    where, tensors = read_state_dict(weights)
-    return _copy_by_name(model, tensors, where)
-
-
-def _copy_by_name(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Initialised:
-    """Copy what `tensors` have of the backbone of `model`, adapted or not on either side."""
-    prefix = _BACKBONE if isinstance(model, Segmentation) else ""
-    theirs = {_plain_name(name): tensor for name, tensor in tensors.items()}
-    copied: dict[str, Tensor] = {}
-    kept: dict[str, str] = {}
-    for name, own in model.state_dict().items():
-        if not name.startswith(prefix):
-            continue
-        plain = _plain_name(name.removeprefix(prefix))
-        if plain not in theirs:
-            kept[name] = "not there"
-        elif theirs[plain].shape == own.shape:
-            copied[name] = theirs[plain]
-        else:
-            shapes = f"got shape {list(theirs[plain].shape)}, expected {list(own.shape)}"
-            if not plain.startswith(_MAY_DIFFER):
-                raise CheckpointError(f"{where}: {plain}: {shapes}")
-            kept[name] = shapes
-    if not any("blocks." in name for name in copied):
-        raise CheckpointError(f"{where}: got no blocks of a transformer, expected its tensors")
-    model.load_state_dict(copied, strict=False)
-    return Initialised(copied=list(copied), kept=kept, where=where)
-
-
-def _plain_name(name: str) -> str:
-    """The name of a layer's tensor, whether or not an adapter holds the layer."""
-    return _INSIDE_ADAPTER.sub("", name)
 
 
 def _check_manifest(file: Path, manifest: Any) -> None:
@@ -368,8 +230,3 @@ def _check_manifest(file: Path, manifest: Any) -> None:
         raise CheckpointError(
             f"{file}: tensors: got file {entry['file']!r}, expected a name in the same folder"
         )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

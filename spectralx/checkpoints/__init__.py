@@ -1,0 +1,28 @@
+"""Checkpoints: our own, adapters alone, public weights of backbones, the published layout.
+
+``python -m spectralx.checkpoints inspect FILE`` says what a file is. README.md in this folder has
+the formats, and what loads from where.
+"""
+
+from spectralx.checkpoints.backbone import Bands, initialise_backbone
+from spectralx.checkpoints.errors import CheckpointError
+from spectralx.checkpoints.folder import FORMAT, FORMAT_VERSION, MANIFEST, Checkpoint, load, save
+from spectralx.checkpoints.official import export_official, load_official
+from spectralx.checkpoints.report import Loaded
+from spectralx.checkpoints.transfer import initialise_from_stage1
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "Bands",
+    "Checkpoint",
+    "CheckpointError",
+    "Loaded",
+    "export_official",
+    "initialise_backbone",
+    "initialise_from_stage1",
+    "load",
+    "load_official",
+    "save",
+]
