@@ -30,12 +30,7 @@ def main(arguments: list[str]) -> int:
         "OMP_NUM_THREADS": "1",
     }
     folder = Path(__file__).parent
-<<<<<<< HEAD
-    rooms = ("gating", "aomoa", "prediction", "convolution", "attention")
-=======
-    rooms = ("gating", "aomoa", "prediction", "convolution", "refine")
->>>>>>> refine
-    tests = [str(folder / f"test_{room}.py") for room in rooms]
+    tests = [str(path) for path in sorted(folder.glob("test_*.py")) if path.stem != "test_shim"]
     command = [sys.executable, "-m", "pytest", "-q", *(arguments or tests)]
     return subprocess.run(command, env=environment, check=False).returncode
 
