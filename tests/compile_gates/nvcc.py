@@ -6,11 +6,14 @@ and spills of every kernel, and ends with status 1 if one spills or nvcc says an
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,8 +68,8 @@ def readable(names: list[str]) -> list[str]:
     ]
 
 
-def compile_file(nvcc: str, source: Path, architecture: str) -> bool:
-    """Compile and report one file; whether it passed."""
+def compile_file(nvcc: str, source: Path, architecture: str) -> tuple[str, bool]:
+    """Compile one file: the report on it, and whether it passed."""
     target = f"arch=compute_{architecture},code=sm_{architecture}"
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, *FLAGS, f"-gencode={target}", "-I", str(ROOT / "csrc"), "-c", str(source)]
@@ -74,20 +77,19 @@ def compile_file(nvcc: str, source: Path, architecture: str) -> bool:
             [*command, "-o", f"{folder}/out.o"], capture_output=True, text=True, check=False
         )
     log = done.stdout + done.stderr
-    print(f"{source.relative_to(ROOT)} sm_{architecture}")
+    lines = [f"{source.relative_to(ROOT)} sm_{architecture}"]
     if done.returncode != 0 or "warning" in log:
-        print(log)
-        return False
+        return f"{lines[0]}\n{log}", False
     kernels = parse(log)
     passed = bool(kernels)
     for name, kernel in zip(readable([k.name for k in kernels]), kernels, strict=True):
         spills = f"  SPILLS {kernel.spilled} bytes" if kernel.spilled else ""
         stack = f"  stack {kernel.stack}" if kernel.stack else ""
-        print(
+        lines.append(
             f"  {name:<64} {kernel.registers:>4} registers {kernel.shared:>6} shared{stack}{spills}"
         )
         passed = passed and kernel.spilled == 0
-    return passed
+    return "\n".join(lines), passed
 
 
 def main(arguments: list[str]) -> int:
@@ -98,11 +100,12 @@ def main(arguments: list[str]) -> int:
         return 0
     sources = [Path(name).resolve() for name in arguments]
     sources = sources or sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
-    results = [
-        compile_file(nvcc, source, architecture)
-        for source in sources
-        for architecture in ARCHITECTURES
-    ]
+    results = []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = itertools.product((nvcc,), sources, ARCHITECTURES)
+        for report, passed in pool.map(lambda job: compile_file(*job), jobs):
+            print(report, flush=True)
+            results.append(passed)
     print(f"{sum(results)} of {len(results)} compilations without a warning or a spill")
     return 0 if all(results) else 1
 
