@@ -1,7 +1,7 @@
 """Everything there is to run on a GPU, in one command: build, tests, benchmarks, sanitizer.
 
     make gpu                     or    python -m tests.gpu.run [--part tests|bench|sanitize]
-                                                               [--built] [--dry-run] [--out DIR]
+                                         [--built] [--without NAME ...] [--dry-run] [--out DIR]
 
 Builds the extension for ``TORCH_CUDA_ARCH_LIST`` (9.0a where it is not set) in place, then runs
 the parts one after the other, each command within its own time limit (together under ten
@@ -202,6 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--part", choices=PARTS[1:], help="the build and this part only (default: all)"
     )
     parser.add_argument("--built", action="store_true", help="take the extension that is there")
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="NAME", help="commands to leave out"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     parser.add_argument("--merge", action="store_true", help=argparse.SUPPRESS)
@@ -216,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for command in commands(options.out)
         if (options.part is None or command.part in ("build", options.part))
         and not (options.built and command.part == "build")
+        and command.name not in options.without
     ]
     if options.dry_run:
         for command in chosen:
