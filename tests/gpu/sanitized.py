@@ -39,7 +39,7 @@ GATING_ARGUMENTS = [
 ]
 CONVOLUTION_ARGUMENTS = [
     test_upsample.convolution(size, by_taps=True, relu=last, last=last)
-    for size in ("odd", "3 x 3, down", "no images")
+    for size in ("odd", "3 x 5, down", "no images")
     for last in (False, True)
 ]
 LOSS_ARGUMENTS = [
