@@ -4,9 +4,11 @@
 the formats, and what loads from where.
 """
 
+from spectralx.checkpoints.adapters import Adapters, load_adapters, read_adapters, save_adapters
 from spectralx.checkpoints.backbone import Bands, initialise_backbone
 from spectralx.checkpoints.errors import CheckpointError
 from spectralx.checkpoints.folder import FORMAT, FORMAT_VERSION, MANIFEST, Checkpoint, load, save
+from spectralx.checkpoints.inspection import inspect
 from spectralx.checkpoints.official import export_official, load_official
 from spectralx.checkpoints.report import Loaded
 from spectralx.checkpoints.transfer import initialise_from_stage1
@@ -15,6 +17,7 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "MANIFEST",
+    "Adapters",
     "Bands",
     "Checkpoint",
     "CheckpointError",
@@ -22,7 +25,11 @@ __all__ = [
     "export_official",
     "initialise_backbone",
     "initialise_from_stage1",
+    "inspect",
     "load",
+    "load_adapters",
     "load_official",
+    "read_adapters",
     "save",
+    "save_adapters",
 ]

@@ -101,14 +101,15 @@ def translate(where: str, state: Mapping[str, Tensor]) -> Weights:
 
 def _from_groups(source: str, tensors: dict[str, Tensor]) -> Weights:
     """SatMAE's groups of bands, each a token of its own: one convolution of their mean."""
-    parts: dict[str, list[Tensor]] = {"weight": [], "bias": []}
+    groups: dict[str, dict[int, Tensor]] = {"weight": {}, "bias": {}}
     kept: dict[str, Tensor] = {}
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors.items():
         match = _GROUP.match(name)
         if match:
-            parts[match[2]].append(tensor)
+            groups[match[2]][int(match[1])] = tensor
         else:
             kept[name] = tensor
+    parts = {kind: [found[index] for index in sorted(found)] for kind, found in groups.items()}
     count = len(parts["weight"])
     kept["patch_embed.proj.weight"] = torch.cat(parts["weight"], dim=1) / count
     kept["patch_embed.proj.bias"] = torch.stack(parts["bias"]).mean(0)
