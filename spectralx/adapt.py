@@ -57,6 +57,7 @@ _WRAPPED: Mapping[type[nn.Module], str] = {
     ConvAdapter: "proj",
 }
 _ADAPTERS = tuple(_WRAPPED)
+_ADAPTABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 # Attribute of an adapter: which parameters of its frozen layer trained before `adapt`.
 _TRAINED = "trained_before_adapt"
@@ -93,7 +94,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, (*_ADAPTERS, HyperT)):
             closed += (f"{name}." if name else "",)
-        if isinstance(module, (nn.Linear, nn.Conv2d, *_ADAPTERS)) and name:
+        if name and isinstance(module, _ADAPTABLE + _ADAPTERS):
             yield name, module
 
 

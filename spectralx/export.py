@@ -147,8 +147,8 @@ def _attention_of_heads(query: Tensor, key: Tensor, value: Tensor, **options: An
     """Attention of [B, N, d] as that of one head."""
     if query.dim() != 3:
         return NotImplemented
-    heads = (each.unsqueeze(1) for each in (query, key, value))
-    return F.scaled_dot_product_attention(*heads, **options).squeeze(1)
+    query, key, value = (each.unsqueeze(1) for each in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, **options).squeeze(1)
 
 
 def _stable_sort(

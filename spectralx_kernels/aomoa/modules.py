@@ -168,7 +168,9 @@ class AoMoALinear(OfficialNames):
         """
         if self.training and noise is None:
             noise = self.draw_noise(x.numel() // x.shape[-1], x)
-        weight, bias, scaler = self.linear.weight, self.linear.bias, self.scaler
+        weight: Tensor = self.linear.weight
+        scaler: Tensor = self.scaler
+        bias: Tensor | None = self.linear.bias
         if self.parts > 1:
             weight, scaler = self._by_attribute(weight), self._by_attribute(scaler)
             bias = None if bias is None else self._by_attribute(bias)
@@ -199,7 +201,8 @@ class AoMoALinear(OfficialNames):
 
     def _by_attribute(self, rows: Tensor) -> Tensor:
         """Rows [parts · A · c, ...] in the operator's order, attribute by attribute."""
-        return rows.unflatten(0, (self.parts, self.attributes, -1)).transpose(0, 1).flatten(0, 2)
+        parts: Tensor = rows.unflatten(0, (self.parts, self.attributes, -1))
+        return parts.transpose(0, 1).flatten(0, 2)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out]. `noise` [A, T, E] replaces the draw (T = leading dimensions)."""

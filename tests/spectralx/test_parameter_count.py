@@ -14,6 +14,39 @@ from spectralx_kernels import official_inert
 VALUE_HALVES = 256 * 512 + 392 * 784
 
 
+def part_of(name: str) -> str:
+    """Where a parameter of the paper's model counts: a row of the account."""
+    if name.startswith("AreApt."):
+        return "Are-adapter"
+    if name.startswith("vit_backbone.patch_embed."):
+        return "HyperT"
+    if ".mlp.fc1." in name:
+        return "AoMoA on fc1"
+    if ".mlp.fc2." in name:
+        return "AoMoA on fc2"
+    return "norms of the backbone"
+
+
+def aomoa_parameters(width: int, out: int, experts: int = 4) -> int:
+    """The paper's mixture on a linear layer, counted by hand."""
+    d, r, h = width // 2, width // 8, width // 64
+    norms = 2 * d + 2 * r
+    gates = 2 * 2 * r * experts
+    mixture = experts * (h * r + h + r * h + r)
+    return out + norms + d * r + gates + mixture + r * out // 2
+
+
+# ViT-L/16, 32 bands; blocks 5, 11, 17 and 23 of 24.
+EXPECTED = {
+    "AoMoA on fc1": 4 * aomoa_parameters(1024, 4096),
+    "AoMoA on fc2": 4 * aomoa_parameters(4096, 1024),
+    "norms of the backbone": 24 * 2 * 2 * 1024,
+    # down 4x4 of 32 bands to 16, up 4x4 to 1024, scaler
+    "HyperT": (16 * 32 * 16 + 16) + (1024 * 16 * 16 + 1024) + 1024,
+    "Are-adapter": 2_647_081,
+}
+
+
 def test_trainable_parameters_of_the_paper() -> None:
     with torch.device("meta"):
         model = Segmentation("scalemae", 32, 25, [0.46 + 0.015 * band for band in range(32)])
@@ -28,7 +61,14 @@ def test_trainable_parameters_of_the_paper() -> None:
         prod(shape) for name, shape in official_inert(model).items() if name.startswith("AreApt.")
     )
     ours = sum(trainable.values())
+    account = dict.fromkeys(EXPECTED, 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith(("neck.", "head.")):
+            account[part_of(name)] += parameter.numel()
+    for part, count in account.items():
+        print(f"{count:>12,}  {part}")
     print(f"{ours:,} of {total:,} train; {inert + VALUE_HALVES:,} more in the published model")
     assert trainable == {"vit_backbone": 8_136_976, "AreApt": 2_647_081}
+    assert account == EXPECTED
     assert ours / total < 0.04
     assert round((ours + inert + VALUE_HALVES) / 1e6, 1) == 11.8
