@@ -82,7 +82,7 @@ struct MatchTile {
 // Of `tile` queries and `span` keys the largest score and the sum of exponentials under it, both
 // [B, splits, rows]; a NaN is in the sum.
 template <typename S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     match_sums(MatchSizes s, const S* queries, const S* keys, Wide<S> scale, Wide<S>* peaks,
                Wide<S>* totals) {
   using W = Wide<S>;
@@ -142,7 +142,7 @@ __device__ __forceinline__ bool comes_before(W value, int query, W best, int bes
 
 // Of `tile` keys the query with the largest score less the logarithm of its sum: [B, count].
 template <typename S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     match_choose(MatchSizes s, const S* queries, const S* keys, Wide<S> scale,
                  const Wide<S>* peaks, const Wide<S>* totals, int64_t* match) {
   using W = Wide<S>;
