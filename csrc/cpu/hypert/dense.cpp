@@ -17,9 +17,13 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 using spectralx::cpu::accumulation_type;
+using spectralx::cpu::input_gradient;
 using spectralx::cpu::linear_layer;
+using spectralx::cpu::turned;
+using spectralx::cpu::weight_gradient;
 
-constexpr int64_t kRows = 1024;  // of a hidden layer that exist at a time
+// Rows of a hidden layer that exist at a time, and in backward, which holds several of them.
+constexpr int64_t kRows = 1024, kBackwardRows = 1024;
 
 Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
 
@@ -66,7 +70,7 @@ struct LayerGradients {
   Sum weight, bias;
 
   void add(const Tensor& dout, const Tensor& x) {
-    if (want_weight) weight.add(at::mm(dout.t(), x));
+    if (want_weight) weight.add(weight_gradient(dout, x));
     if (want_bias) bias.add(dout.sum(0, false, accumulation_type(dout.scalar_type())));
   }
 };
@@ -129,7 +133,7 @@ std::vector<Tensor> norm_linear_backward(const c10::List<Optional>& output_grads
   layer_grads.add(dout, norm.forward(rows));
   Tensor dx;
   if (output_mask[0] || output_mask[1] || output_mask[2]) {
-    dx = norm.backward(at::mm(dout, weight), rows, output_mask[0], norm_grads);
+    dx = norm.backward(input_gradient(dout, turned(weight)), rows, output_mask[0], norm_grads);
   }
   std::vector<Tensor> wanted;
   if (output_mask[0]) wanted.push_back(dx.view(x.sizes()));
@@ -160,7 +164,7 @@ std::vector<Tensor> linear_add_backward(const c10::List<Optional>& output_grads,
   LayerGradients layer_grads{output_mask[1], output_mask[2], {}, {}};
   layer_grads.add(dout, rows_of(x));
   std::vector<Tensor> wanted;
-  if (output_mask[0]) wanted.push_back(at::mm(dout, weight).view(x.sizes()));
+  if (output_mask[0]) wanted.push_back(input_gradient(dout, turned(weight)).view(x.sizes()));
   if (output_mask[1]) wanted.push_back(layer_grads.weight.of(weight));
   if (output_mask[2]) wanted.push_back(layer_grads.bias.of(*bias));
   // Not the incoming gradient itself: no output of an operator is one of its inputs.
@@ -211,18 +215,23 @@ std::vector<Tensor> feed_forward_backward(
   const bool to_norm = output_mask[0] || output_mask[1] || output_mask[2];
   const bool to_hidden = to_norm || output_mask[3] || output_mask[4];
   const Tensor dx = output_mask[0] ? at::empty_like(rows) : Tensor();
-  for (int64_t first = 0; first < count; first += kRows) {
-    const int64_t size = std::min(kRows, count - first);
+  const Tensor turned_fc1 = to_norm ? turned(fc1) : Tensor();
+  const Tensor turned_fc2 = to_hidden ? turned(fc2_weight) : Tensor();
+  for (int64_t first = 0; first < count; first += kBackwardRows) {
+    const int64_t size = std::min(kBackwardRows, count - first);
     const Tensor part = rows.narrow(0, first, size), dpart = dout.narrow(0, first, size);
     Norm norm{norm_weight, norm_bias, norm_eps, {}, {}};
-    const Tensor normed = norm.forward(part), hidden = linear_layer(normed, fc1, fc1_bias);
+    Tensor normed = norm.forward(part), hidden = linear_layer(normed, fc1, fc1_bias);
     fc2_grads.add(dpart, output_mask[5] ? at::gelu(hidden) : hidden);
     if (!to_hidden) continue;
-    const Tensor dhidden = at::gelu_backward(at::mm(dpart, fc2_weight), hidden);
+    Tensor dhidden = input_gradient(dpart, turned_fc2);
+    at::gelu_backward_out(dhidden, dhidden, hidden);
+    hidden.reset();
     fc1_grads.add(dhidden, normed);
     if (!to_norm) continue;
-    const Tensor dnorm =
-        norm.backward(at::mm(dhidden, fc1), part, output_mask[0], norm_grads);
+    normed = input_gradient(dhidden, turned_fc1);
+    dhidden.reset();
+    const Tensor dnorm = norm.backward(normed, part, output_mask[0], norm_grads);
     if (!output_mask[0]) continue;
     dx.narrow(0, first, size).copy_(residual ? dnorm.add_(dpart) : dnorm);
   }
