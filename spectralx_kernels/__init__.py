@@ -18,7 +18,7 @@ from spectralx_kernels.hypert import (
     HyperT,
     SpatialSpectralTokenizer,
     attribute_match,
-    lift_convolution,
+    residual_halving,
     window_attention,
 )
 from spectralx_kernels.reconstruction import (
@@ -75,7 +75,6 @@ __all__ = [
     "gather_norm",
     "gather_norm_mix",
     "gather_tokens",
-    "lift_convolution",
     "masked_patch_loss",
     "match_argmax",
     "noisy_topk_gating",
@@ -83,6 +82,7 @@ __all__ = [
     "official_parameters",
     "patchify",
     "random_masking",
+    "residual_halving",
     "restore_tokens",
     "show_backends",
     "unpatchify",

@@ -1,12 +1,13 @@
 """HyperT: the spatial-spectral tokenizer."""
 
 from spectralx_kernels.hypert.modules import HyperT, SpatialSpectralTokenizer
-from spectralx_kernels.hypert.ops import attribute_match, lift_convolution, window_attention
+from spectralx_kernels.hypert.ops import attribute_match, window_attention
+from spectralx_kernels.hypert.stem import residual_halving
 
 __all__ = [
     "HyperT",
     "SpatialSpectralTokenizer",
     "attribute_match",
-    "lift_convolution",
+    "residual_halving",
     "window_attention",
 ]
