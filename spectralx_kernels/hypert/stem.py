@@ -19,6 +19,7 @@ RESIDUAL_HALVING = Operator(
     saving=Saving(stem_reference.residual_halving_saving, 4, (1, 2, 3, 4), shown=2),
     keep_format=True,
 )
+RESIDUAL_HALVING.add_triton("spectralx_kernels.hypert.triton_stem")
 
 Pair = tuple[Tensor, Tensor]  # a weight and a bias
 
