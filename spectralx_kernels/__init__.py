@@ -19,7 +19,7 @@ from spectralx_kernels.hypert import (
     HyperT,
     SpatialSpectralTokenizer,
     attribute_match,
-    lift_convolution,
+    residual_halving,
     window_attention,
 )
 from spectralx_kernels.reconstruction import (
@@ -80,7 +80,6 @@ __all__ = [
     "gather_norm",
     "gather_norm_mix",
     "gather_tokens",
-    "lift_convolution",
     "masked_patch_loss",
     "match_argmax",
     "noisy_topk_gating",
@@ -89,6 +88,7 @@ __all__ = [
     "official_state_dict",
     "patchify",
     "random_masking",
+    "residual_halving",
     "restore_tokens",
     "show_backends",
     "unpatchify",

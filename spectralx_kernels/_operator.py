@@ -67,13 +67,15 @@ class Saving(NamedTuple):
     """What kernels of an operator keep for their backward.
 
     `forward` is the reference with `hidden` more outputs, the last ones of the schema, which
-    callers never see; `kept` lists the outputs that the backward operator is given as ``saved``, or
+    callers never see but for the first `shown` of them; those the reference gives too. None of them
+    is differentiable. `kept` lists the outputs that the backward operator is given as ``saved``, or
     is a function of the operator's inputs that does.
     """
 
     forward: Callable[..., Any]
     hidden: int
     kept: tuple[int, ...] | Callable[[Sequence[Any]], tuple[int, ...]]
+    shown: int = 0
 
     def positions(self, inputs: Sequence[Any]) -> tuple[int, ...]:
         """The outputs kept in a call with these inputs."""
@@ -279,7 +281,7 @@ class Operator:
         """The outputs without those that are only kept for backward."""
         if not self._saving.hidden:
             return outputs
-        seen = outputs[: -self._saving.hidden]
+        seen = outputs[: len(outputs) - self._saving.hidden + self._saving.shown]
         return seen if len(seen) > 1 else seen[0]
 
     def _forward_kernel(self, *args: Any) -> Any:
@@ -346,6 +348,7 @@ class Operator:
             ]
             outputs = self.reference(*leaves)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        outputs = outputs[: len(outputs) - self._saving.shown]
         wanted = [leaf for leaf, needs in zip(leaves, mask, strict=True) if needs]
         pairs = [
             (output, grad)

@@ -2,12 +2,12 @@
 
 from spectralx_kernels.hypert.attention import attribute_match, window_attention
 from spectralx_kernels.hypert.modules import HyperT, SpatialSpectralTokenizer
-from spectralx_kernels.hypert.ops import lift_convolution
+from spectralx_kernels.hypert.stem import residual_halving
 
 __all__ = [
     "HyperT",
     "SpatialSpectralTokenizer",
     "attribute_match",
-    "lift_convolution",
+    "residual_halving",
     "window_attention",
 ]

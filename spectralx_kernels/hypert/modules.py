@@ -5,62 +5,22 @@ Attribute names are those of the published state dict, so its files load as they
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from spectralx_kernels._checks import check_range, check_shape
 from spectralx_kernels.hypert.attention import attribute_match, window_attention
+from spectralx_kernels.hypert.bands import resampled_convolution
 from spectralx_kernels.hypert.dense import feed_forward, linear_add, norm_linear
-from spectralx_kernels.hypert.ops import lift_convolution
-from spectralx_kernels.hypert.positions import (
-    spatial_positions,
-    spectral_positions,
-    wavelengths_in_nm,
-)
+from spectralx_kernels.hypert.positions import position_tables, wavelengths_in_nm
+from spectralx_kernels.hypert.stem_module import STRIDE, Stem
 
 MAX_BANDS = 512
-STRIDE = 8  # of the stem
 PATCH = 16  # of the low-rank path: two convolutions of stride 4
-LIFT, MIDDLE, WIDE = 64, 128, 256  # channels of the stem, before stem_dim
-
-
-class _Stem(nn.Module):
-    """[B, C, H, W] -> [B, stem_dim, H/8, W/8]."""
-
-    def __init__(self, in_channels: int, stem_dim: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, LIFT, 1)
-        self.module1 = self._residual(LIFT)
-        self.module2 = self._halve(LIFT, MIDDLE)
-        self.module3 = self._residual(MIDDLE)
-        self.module4 = self._halve(MIDDLE, WIDE)
-        self.conv2 = nn.Conv2d(WIDE, stem_dim, 3, stride=2, padding=1)
-
-    @staticmethod
-    def _residual(channels: int) -> nn.Sequential:
-        convolution = nn.Conv2d(channels, channels, 3, padding=1)
-        return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.GELU())
-
-    @staticmethod
-    def _halve(channels: int, out_channels: int) -> nn.Sequential:
-        convolution = nn.Conv2d(channels, out_channels, 2, stride=2)
-        return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x, convolved = lift_convolution(
-            images,
-            self.conv1.get_parameter("weight"),
-            self.conv1.get_parameter("bias"),
-            self.module1.get_parameter("0.weight"),
-            self.module1.get_parameter("0.bias"),
-        )
-        x = self.module2(x + self.module1[1:](convolved))
-        x = self.module4(x + self.module3(x))
-        out: Tensor = self.conv2(x)
-        return out
 
 
 class _Attention(nn.Module):
@@ -223,10 +183,11 @@ class SpatialSpectralTokenizer(nn.Module):
                 f"{num_heads}"
             )
         nanometres = wavelengths_in_nm(wavelengths, wavelength_unit, in_channels)
+        self.wavelengths_nm = tuple(nanometres.tolist())
 
         self.spa_query = nn.Parameter(0.02 * torch.randn(tokens, embed_dim // 2))
         self.spe_query = nn.Parameter(0.02 * torch.randn(tokens, embed_dim // 2))
-        self.downsample_module = _Stem(in_channels, stem_dim)
+        self.downsample_module = Stem(in_channels, stem_dim)
         window = max(height // 2, 1), max(width // 2, 1)
         self.spa_semantic_module = nn.Sequential(_Block(stem_dim, num_heads, window))
         # The spectral tokens as a map of one row: attention over all channels is one window.
@@ -242,11 +203,9 @@ class SpatialSpectralTokenizer(nn.Module):
             nn.Linear(4 * embed_dim, embed_dim, bias=False),
         )
         # They follow from shapes and wavelengths: no part of the state dict.
-        for name, table in (
-            ("spatial_positions", spatial_positions(height, width, stem_dim, resolution)),
-            ("spectral_positions", spectral_positions(nanometres, stem_dim, positions)),
-        ):
-            self.register_buffer(name, table.to(self.spa_query), persistent=False)
+        tables = position_tables(nanometres, self.map_size, stem_dim, resolution, self.spa_query)
+        for name, table in zip(("spatial_positions", "spectral_positions"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, spatial features and spectral features of images [B, C, H, W].
@@ -276,6 +235,12 @@ class SpatialSpectralTokenizer(nn.Module):
         fc1, fc2 = cast(nn.Linear, self.match_ff[1]), cast(nn.Linear, self.match_ff[3])
         return _feed_forward(tokens, norm, fc1, fc2, residual=False), spatial, spectral
 
+    def for_bands(
+        self, wavelengths: Sequence[float] | Tensor, *, wavelength_unit: str = "um"
+    ) -> SpatialSpectralTokenizer:
+        """This tokenizer for images of other bands; see `HyperT.for_bands`."""
+        return _with_bands(self, wavelengths, wavelength_unit)
+
     def extra_repr(self) -> str:
         height, width = self.image_size
         tokens, half = self.spa_query.shape
@@ -283,6 +248,26 @@ class SpatialSpectralTokenizer(nn.Module):
             f"in_channels={self.in_channels}, embed_dim={2 * half}, "
             f"image_size=({height}, {width}), tokens={tokens}"
         )
+
+
+_Tokenizer = TypeVar("_Tokenizer", "SpatialSpectralTokenizer", "HyperT")
+
+
+def _with_bands(
+    tokenizer: _Tokenizer, wavelengths: Sequence[float] | Tensor, unit: str
+) -> _Tokenizer:
+    count = len(wavelengths)
+    check_range("bands of wavelengths", count, 1, MAX_BANDS)
+    new = wavelengths_in_nm(wavelengths, unit, count)
+    tensors = {id(each): each for each in (*tokenizer.parameters(), *tokenizer.buffers())}
+    changed = copy.deepcopy(tokenizer, tensors).eval()
+    inner = changed.proj if isinstance(changed, HyperT) else changed
+    stem = inner.downsample_module
+    stem.conv1 = resampled_convolution(stem.conv1, inner.wavelengths_nm, new)
+    if isinstance(changed, HyperT) and changed.low_rank is not None:
+        changed.down = resampled_convolution(changed.down, inner.wavelengths_nm, new)
+    inner.in_channels, inner.wavelengths_nm = count, tuple(new.tolist())
+    return changed
 
 
 class HyperT(nn.Module):
@@ -365,3 +350,32 @@ class HyperT(nn.Module):
             patches = self.up(self.down(images)).flatten(2).transpose(1, 2)
             tokens = self.scaler * (tokens + patches)
         return tokens, spatial, spectral
+
+    def for_bands(
+        self, wavelengths: Sequence[float] | Tensor, *, wavelength_unit: str = "um"
+    ) -> HyperT:
+        """This tokenizer for the images of another sensor, or with bands left out; not retrained.
+
+        The new image's spectrum is interpolated linearly, by wavelength, to the bands trained on,
+        and held constant beyond its first and last band. As that is linear it is put into the
+        weights of the convolutions that see bands: those of band i become the sum over trained
+        bands j of weights j times the share of i in j. So a constant spectrum gives what it
+        gave, and reordered bands are an exact permutation. Where trained and new bands repeat a
+        wavelength the n-th of one takes the n-th of the other, or the mean where there is none.
+        Everything behind stays, spectral positions too: the channels mean what they meant.
+
+        Parameters
+        ----------
+        wavelengths : [C'], of the new bands, in any order; repeated ones are fine.
+        wavelength_unit : "um" (micrometres) or "nm" (nanometres).
+
+        Returns
+        -------
+        A tokenizer of C' bands in evaluation mode, with frozen convolutions of its own; every
+        other parameter and buffer is this one's.
+
+        Raises
+        ------
+        ValueError : wavelengths out of range, or none, or more than 512.
+        """
+        return _with_bands(self, wavelengths, wavelength_unit)

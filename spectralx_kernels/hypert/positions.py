@@ -8,6 +8,7 @@ angle is 1e-4, far above that of anything after it, and published weights were t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -62,6 +63,29 @@ def spectral_positions(wavelengths_nm: Tensor, channels: int, width: int) -> Ten
     weight = (where - below)[:, None]
     index = below.long()
     return (1 - weight) * table[index] + weight * table[index + 1]
+
+
+@lru_cache(maxsize=16)
+def _tables(
+    wavelengths_nm: tuple[float, ...], size: tuple[int, int], channels: int, resolution: float,
+    device: torch.device, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    nanometres = torch.tensor(wavelengths_nm, dtype=torch.float64, device="cpu")
+    height, width = size
+    spatial = spatial_positions(height, width, channels, resolution)
+    spectral = spectral_positions(nanometres, channels, height * width)
+    return spatial.to(device, dtype), spectral.to(device, dtype)
+
+
+def position_tables(
+    wavelengths_nm: Tensor, size: tuple[int, int], channels: int, resolution: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`spatial_positions` and `spectral_positions` on the device and in the dtype of `like`.
+
+    Made once for the same arguments, and then shared: not to be written to.
+    """
+    wavelengths = tuple(wavelengths_nm.tolist())
+    return _tables(wavelengths, size, channels, resolution, like.device, like.dtype)
 
 
 def wavelengths_in_nm(wavelengths: Sequence[float] | Tensor, unit: str, bands: int) -> Tensor:

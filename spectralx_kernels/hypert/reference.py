@@ -10,14 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def lift_convolution(
-    images: Tensor, lift_weight: Tensor, lift_bias: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """1x1 convolution of images [B, C, H, W] to M channels, and a 3x3 convolution of that."""
-    lifted = F.conv2d(images, lift_weight, lift_bias)
-    return lifted, F.conv2d(lifted, weight, bias, padding=1)
-
-
 def window_attention(
     qkv: Tensor, padding: Tensor | None, num_heads: int, window: list[int]
 ) -> Tensor:

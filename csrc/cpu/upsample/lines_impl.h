@@ -10,24 +10,12 @@
 // After the headers: their inline functions keep the portable instruction set.
 SPECTRALX_BEGIN_TARGET
 
+#include "cpu/common/storage.h"
+
 namespace {
 
 using c10::BFloat16;
 using spectralx::cpu::LineKernels;
-
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) {
-  return std::bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
-}
-
-inline void store(float value, float& to) { to = value; }
-inline void store(double value, double& to) { to = value; }
-inline void store(float value, BFloat16& to) {  // to the nearest, ties to even
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.x = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-}
 
 // out [count] (+)= sum of N terms; N known, so that each element is read and written once.
 template <int N, bool kAdd, typename S, typename A, typename O>

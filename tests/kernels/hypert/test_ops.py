@@ -11,23 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectralx_kernels.hypert import (
-    attention,
-    attribute_match,
-    lift_convolution,
-    ops,
-    window_attention,
-)
+from spectralx_kernels.hypert import attention, attribute_match, window_attention
 from tests.kernels import ladder
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + math.prod(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def lift_args(bands: int = 3) -> list[Any]:
-    return [draw(2, bands, 5, 4), draw(4, bands, 1, 1), draw(4), draw(3, 4, 3, 3), draw(3)]
 
 
 def window_args(padded: bool = True) -> list[Any]:
@@ -40,15 +30,13 @@ def match_args() -> list[Any]:
 
 
 CASES = [
-    pytest.param(ops.LIFT, lift_args(), id="lift_convolution"),
-    pytest.param(ops.LIFT, lift_args(bands=1), id="lift_convolution-one-band"),
     pytest.param(attention.WINDOW_ATTENTION, window_args(), id="window_attention-padded"),
     pytest.param(attention.WINDOW_ATTENTION, window_args(padded=False), id="window_attention"),
     pytest.param(attention.ATTRIBUTE_MATCH, match_args(), id="attribute_match"),
 ]
 
 
-@pytest.mark.parametrize(("operator", "args"), [CASES[0], CASES[2], CASES[4]])
+@pytest.mark.parametrize(("operator", "args"), [CASES[0], CASES[2]])
 def test_contract(operator, args):
     ladder.check_contract(operator, args)
 
@@ -58,7 +46,7 @@ def test_gradients(operator, args):
     ladder.check_gradients(operator, args)
 
 
-@pytest.mark.parametrize(("operator", "args"), [CASES[0], CASES[3], CASES[4]])
+@pytest.mark.parametrize(("operator", "args"), [CASES[1], CASES[2]])
 def test_compiles(operator, args):
     ladder.check_compiles(operator.op, args)
 
@@ -131,16 +119,6 @@ def test_attribute_match_is_its_definition(count, width, queries):
     torch.testing.assert_close(attribute_match(features, query, weight, bias, kv), expected)
 
 
-def test_lift_convolution_pads_the_lifted_map_with_zeros():
-    images, lift_weight, lift_bias, weight, bias = lift_args()
-    lifted, convolved = lift_convolution(images, lift_weight, lift_bias, weight, bias)
-    expected = torch.einsum("mc,bchw->bmhw", lift_weight[:, :, 0, 0], images)
-    expected = expected + lift_bias[:, None, None]
-    torch.testing.assert_close(lifted, expected)
-    corner = torch.einsum("nmij,bmij->bn", weight[:, :, 1:, 1:], lifted[:, :, :2, :2]) + bias
-    torch.testing.assert_close(convolved[:, :, 0, 0], corner)
-
-
 def test_padding_matters_only_where_windows_do_not_divide():
     qkv, zeros, ones = draw(1, 3, 3, 6), torch.zeros(6).double(), torch.ones(6).double()
     options: dict[str, Any] = {"num_heads": 1, "window": (2, 2)}
@@ -158,11 +136,6 @@ def test_no_images():
     )  # fmt: skip
     args = match_args()
     assert attribute_match(args[0][:0], *args[1:5]).shape == (0, 3, 2)
-    args = lift_args()
-    assert [out.shape for out in lift_convolution(args[0][:0], *args[1:])] == [
-        (0, 4, 5, 4),
-        (0, 3, 5, 4),
-    ]
 
 
 def test_strided_inputs():
@@ -233,15 +206,3 @@ def test_attribute_match_rejects(position, value, error, message):
     args[position] = value
     with pytest.raises(error, match=message):
         attribute_match(*args)
-
-
-@pytest.mark.parametrize(
-    ("position", "shape", "name"),
-    [(0, (3, 5, 4), "images"), (1, (4, 2, 1, 1), "lift_weight"), (2, (3,), "lift_bias"),
-     (3, (3, 4, 1, 1), "weight"), (4, (4,), "bias")],
-)  # fmt: skip
-def test_lift_convolution_rejects(position, shape, name):
-    args = ladder.cast(lift_args(), torch.float32)
-    args[position] = torch.zeros(shape)
-    with pytest.raises(ValueError, match=f"^{name}: got shape"):
-        lift_convolution(*args)
