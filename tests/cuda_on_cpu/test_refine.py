@@ -164,7 +164,7 @@ class Gather:
 @pytest.mark.parametrize("case", GATHERS)
 def test_gathers(library: ctypes.CDLL, case: str, dtype: torch.dtype) -> None:
     given = Gather(library, case, dtype)
-    batch, count, width, keys = given.shape
+    batch, _, width, keys = given.shape
     grad = draw(batch, keys, width, seed=7).to(dtype)
     results = {}
     for name, type_ in (("exact", torch.float64), ("plain", dtype)):
