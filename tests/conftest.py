@@ -22,7 +22,9 @@ NEEDS = {
     "spectralx/test_quickstart.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
     "spectralx/test_pictures.py": ("matplotlib",),
     "spectralx/test_train.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
+    "spectralx/test_backbone_weights.py": ("safetensors",),
     "spectralx/test_checkpoints.py": ("safetensors",),
+    "spectralx/test_tensor_files.py": ("safetensors",),
 }
 
 _HERE = Path(__file__).parent

@@ -111,7 +111,8 @@ def _torch(file: Path) -> list[str]:
     rest |= {name: value for name, value in held.items() if name not in found}
     lines = [f"kind: {_kind(state, rest)}", f"classes: {classes}"]
     lines += [
-        f"beside the tensors: {_short(name)}: {_short(value)}" for name, value in rest.items()
+        f"beside the tensors: {_printable(str(name))}: {_short(value)}"
+        for name, value in rest.items()
     ]
     return [*lines, *_tensors(state)]
 
@@ -140,9 +141,10 @@ def _tensors(state: Tensors) -> list[str]:
     total = sum(size for _, _, size in state.values())
     counted = ", ".join(f"{count} of {kind}" for kind, count in types.most_common())
     lines = [f"{len(state)} tensors, {total:,} bytes: {counted}"]
-    width = max(map(len, state), default=0)
+    width = min(max(map(len, state), default=0), _SHOWN)
     lines += [
-        f"  {name:<{width}}  {kind} {list(shape)}" for name, (shape, kind, _) in state.items()
+        f"  {_printable(name):<{width}}  {kind} {list(shape)}"
+        for name, (shape, kind, _) in state.items()
     ]
     return lines
 
@@ -161,7 +163,11 @@ def _short(value: Any) -> str:
     else:
         text = _leaf(value)
     cut = 8 * _SHOWN
-    text = text if len(text) <= cut else text[:cut] + "..."
+    return _printable(text if len(text) <= cut else text[:cut] + "...")
+
+
+def _printable(text: str) -> str:
+    """`text` on one line, without what would steer a terminal."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
