@@ -76,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--stem", type=int, default=32, help="channels of HyperT's stem")
     parser.add_argument("--side", type=int, default=32, help="of the images, in pixels")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     model = make_model(options)
     print(adapt(model, method="aomoa"))
     freeze(model, keep=r"^classifier\.|cls_token|position_embeddings")
-    optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-3)
+    optimizer = torch.optim.AdamW(trainable_parameters(model), lr=3e-3)
     losses = []
     for _ in range(options.steps):
         images, labels = make_batch(options.batch, options.side)
