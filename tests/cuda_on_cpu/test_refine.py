@@ -151,9 +151,7 @@ class Gather:
             "spectralx_sum_by_token", TYPE_CODES[self.dtype], device.put(grad), keys * width,
             self.match, batch, count, keys, width, 1, summed,
         )  # fmt: skip
-        blocks = self.device.library.spectralx_norm_blocks(
-            ctypes.byref(self.arguments)
-        )
+        blocks = self.device.library.spectralx_norm_blocks(ctypes.byref(self.arguments))
         parts = device.empty((blocks, 2, width), type_)
         found = device.empty((batch, count, width), self.dtype)
         bind(self.arguments, grad=summed, parts=parts)
@@ -166,7 +164,7 @@ class Gather:
 @pytest.mark.parametrize("case", GATHERS)
 def test_gathers(library: ctypes.CDLL, case: str, dtype: torch.dtype) -> None:
     given = Gather(library, case, dtype)
-    batch, count, width, keys = given.shape
+    batch, _, width, keys = given.shape
     grad = draw(batch, keys, width, seed=7).to(dtype)
     results = {}
     for name, type_ in (("exact", torch.float64), ("plain", dtype)):
@@ -182,7 +180,8 @@ def test_gathers(library: ctypes.CDLL, case: str, dtype: torch.dtype) -> None:
         bound = factor * relative_error(plain, exact) + ROUND_OFF[dtype]
         assert relative_error(value, exact) <= bound, i
     everything = given.normed(False)
-    plain = F.layer_norm(given.tokens.double(), (width,), *(n.double() for n in given.norm), 1e-5)
+    weight, bias = (value.double() for value in given.norm)
+    plain = F.layer_norm(given.tokens.double(), (width,), weight, bias, 1e-5)
     bound = FORWARD_FACTOR * ROUND_OFF[dtype]
     assert relative_error(everything, plain) <= bound
     _, again = given.backward(grad, wants_tokens=False)
