@@ -97,8 +97,8 @@ def _norm_gradients(
     like = norm_weight.dtype
     if grad is None or not tokens.numel():
         zeros = torch.zeros(2, width, dtype=like, device=tokens.device)
-        of_tokens = torch.zeros_like(tokens, memory_format=torch.contiguous_format)
-        return of_tokens if wants_tokens else None, zeros[0].clone(), zeros[1].clone()
+        nothing = torch.zeros_like(tokens, memory_format=torch.contiguous_format)
+        return nothing if wants_tokens else None, zeros[0].clone(), zeros[1].clone()
     keys = match.shape[1]
     summed = torch.empty(batch, count, width, dtype=torch.float32, device=tokens.device)
     columns = _block(width, 1024 if INTERPRETED else 128)

@@ -180,7 +180,8 @@ def test_gathers(library: ctypes.CDLL, case: str, dtype: torch.dtype) -> None:
         bound = factor * relative_error(plain, exact) + ROUND_OFF[dtype]
         assert relative_error(value, exact) <= bound, i
     everything = given.normed(False)
-    plain = F.layer_norm(given.tokens.double(), (width,), *(n.double() for n in given.norm), 1e-5)
+    weight, bias = (value.double() for value in given.norm)
+    plain = F.layer_norm(given.tokens.double(), (width,), weight, bias, 1e-5)
     bound = FORWARD_FACTOR * ROUND_OFF[dtype]
     assert relative_error(everything, plain) <= bound
     _, again = given.backward(grad, wants_tokens=False)

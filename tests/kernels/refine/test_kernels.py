@@ -63,7 +63,7 @@ def weighing(batch: int, count: int, width: int) -> list[Any]:
 def check_match(queries: Tensor, keys: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """Each key's query is the best in float64, to round-off of the scores."""
     queries, keys = queries.to(dtype), keys.to(dtype)
-    found = MATCH(queries, keys, 0.3, backend=backend)
+    found: Tensor = MATCH(queries, keys, 0.3, backend=backend)
     assert found.dtype == torch.int64
     scores = 0.3 * queries.double() @ keys.double().mT
     value = scores - scores.logsumexp(dim=2, keepdim=True)
