@@ -203,6 +203,8 @@ for dtype in (torch.float32, torch.bfloat16):
         ((1, 64, 7, 7), 8, (14, 14), "taps"),
         ((1, 64, 33, 32), 70, (33, 32), "map"),
     ):
+        if algorithm == "map" and dtype != torch.float32:
+            continue  # the library's
         x = torch.randn(shape, generator=g).to(dtype).requires_grad_()
         w = torch.randn(outs, shape[1], 3, 3, generator=g).to(dtype).requires_grad_()
         b = torch.randn(outs, generator=g).to(dtype).requires_grad_()
