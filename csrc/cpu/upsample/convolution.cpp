@@ -15,6 +15,7 @@
 #include "cpu/upsample/norm.h"
 #include "cpu/upsample/products.h"
 #include "cpu/upsample/taps.h"
+#include "cpu/upsample/winograd.h"
 
 namespace {
 
@@ -59,8 +60,14 @@ std::tuple<Tensor, Tensor> convolved(const Tensor& x, const Tensor& weight,
   const auto format = format_of(x);
   const auto type = by_taps ? product_type(x.scalar_type()) : x.scalar_type();
   if (!by_taps) {
-    Tensor out = at::conv2d(resized(x, placement.size, placement.align_corners), weight, bias, 1,
-                            placement.padding);
+    const Tensor large = resized(x, placement.size, placement.align_corners);
+    Tensor out;
+    if (winograd_takes(large, weight, placement.padding)) {
+      out = winograd_forward(large, weight);
+      if (bias.has_value()) out.add_(bias->view({1, -1, 1, 1}));
+    } else {
+      out = at::conv2d(large, weight, bias, 1, placement.padding);
+    }
     if (addend.has_value()) out.add_(*addend);
     if (relu) out.relu_();
     out = out.contiguous(format);
@@ -140,9 +147,17 @@ std::vector<Tensor> upsample_conv2d_backward(
   const auto type = by_taps ? product_type(x.scalar_type()) : x.scalar_type();
   if (!by_taps) {
     const Tensor large = resized(x, size, align_corners);
-    auto [dlarge, dweight, dbias] = at::convolution_backward(
-        grad, large, weight, at::OptionalIntArrayRef(weight.sizes().slice(0, 1)), {1, 1}, padding,
-        {1, 1}, false, {0, 0}, 1, {output_mask[0], output_mask[1], output_mask[2]});
+    Tensor dlarge, dweight, dbias;
+    if (winograd_takes(large, weight, padding)) {
+      grad = channels_last<float, float>(grad);
+      if (output_mask[0]) dlarge = winograd_input_gradient(grad, weight);
+      if (output_mask[1]) dweight = winograd_weight_gradient(grad, large);
+      if (output_mask[2]) dbias = channel_sums(s, grad);
+    } else {
+      std::tie(dlarge, dweight, dbias) = at::convolution_backward(
+          grad, large, weight, at::OptionalIntArrayRef(weight.sizes().slice(0, 1)), {1, 1}, padding,
+          {1, 1}, false, {0, 0}, 1, {output_mask[0], output_mask[1], output_mask[2]});
+    }
     if (output_mask[0]) {
       if (x.sizes().slice(2) != size) {
         dlarge = at::upsample_bilinear2d_backward(dlarge, size, x.sizes(), align_corners);

@@ -52,6 +52,14 @@ struct LineKernels {
                         const A* scale, const A* bias, const A* off, const A* slope, bool relu,
                         S* out);
 
+  // The transforms of winograd.cpp, a channel each. 4 x 4 inputs, or 2 x 2 outputs' gradients, pixels
+  // dense and rows `row` apart, to 16 places `step` apart.
+  void (*winograd_inputs)(const S* x, int64_t row, int64_t channels, int64_t step, A* to);
+  void (*winograd_outputs)(const S* grad, int64_t row, int64_t channels, int64_t step, A* to);
+  // 16 places, each from[place] + offset, to the first rows x columns of 2 x 2 outputs.
+  void (*winograd_finish)(const A* const* from, int64_t offset, int64_t channels, int64_t rows,
+                          int64_t columns, int64_t row, S* to);
+
   // to[t * to_tap + r * to_row + c] = from[taps[t] + r * row + c * column], t < n, r < rows and
   // c < columns.
   void (*pack)(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t columns,

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/upsample/lines.h"
 
@@ -188,6 +189,94 @@ void norm_gradient(const S* grad, const S* x, int64_t pixels, int64_t channels, 
   }
 }
 
+template <typename A>
+struct Four {
+  A a, b, c, d;
+};
+
+template <typename A>
+inline Four<A> inputs_transform(const Four<A>& x) {
+  return {x.a - x.c, x.b + x.c, x.c - x.b, x.b - x.d};
+}
+
+template <typename A>
+inline Four<A> outputs_transform(A a, A b) {
+  return {a, a + b, a - b, -b};
+}
+
+template <typename A>
+inline void scatter(const Four<A>& w, const Four<A>& x, const Four<A>& y, const Four<A>& z,
+                    int64_t step, A* to) {
+  to[0 * step] = w.a, to[1 * step] = x.a, to[2 * step] = y.a, to[3 * step] = z.a;
+  to[4 * step] = w.b, to[5 * step] = x.b, to[6 * step] = y.b, to[7 * step] = z.b;
+  to[8 * step] = w.c, to[9 * step] = x.c, to[10 * step] = y.c, to[11 * step] = z.c;
+  to[12 * step] = w.d, to[13 * step] = x.d, to[14 * step] = y.d, to[15 * step] = z.d;
+}
+
+template <typename S, typename A>
+void winograd_inputs(const S* x, int64_t row, int64_t channels, int64_t step, A* to) {
+#pragma omp simd
+  for (int64_t k = 0; k < channels; ++k) {
+    const auto column = [&](int64_t i) {
+      const S* at = x + i * channels + k;
+      return inputs_transform<A>(
+          {widen(at[0]), widen(at[row]), widen(at[2 * row]), widen(at[3 * row])});
+    };
+    const Four<A> p = column(0), q = column(1), r = column(2), s = column(3);
+    // Along the rows; what is at place 4 i + j is element i of the columns' j.
+    scatter<A>({p.a - r.a, p.b - r.b, p.c - r.c, p.d - r.d},
+               {q.a + r.a, q.b + r.b, q.c + r.c, q.d + r.d},
+               {r.a - q.a, r.b - q.b, r.c - q.c, r.d - q.d},
+               {q.a - s.a, q.b - s.b, q.c - s.c, q.d - s.d}, step, to + k);
+  }
+}
+
+template <typename S, typename A>
+void winograd_outputs(const S* grad, int64_t row, int64_t channels, int64_t step, A* to) {
+#pragma omp simd
+  for (int64_t k = 0; k < channels; ++k) {
+    const S *at = grad + k, *next = at + channels;
+    const Four<A> p = outputs_transform<A>(widen(at[0]), widen(at[row]));
+    const Four<A> q = outputs_transform<A>(widen(next[0]), widen(next[row]));
+    scatter<A>(p, {p.a + q.a, p.b + q.b, p.c + q.c, p.d + q.d},
+               {p.a - q.a, p.b - q.b, p.c - q.c, p.d - q.d}, {-q.a, -q.b, -q.c, -q.d}, step,
+               to + k);
+  }
+}
+
+template <typename S, typename A>
+void winograd_finish(const A* const* from, int64_t offset, int64_t channels, int64_t rows,
+                     int64_t columns, int64_t row, S* to) {
+  const A* m[16];
+  for (int64_t i = 0; i < 16; ++i) m[i] = from[i] + offset;
+  const auto half = [&](int64_t i, int64_t k) {  // a row of places, to its two columns
+    const A b = m[4 * i + 1][k], c = m[4 * i + 2][k];
+    return std::pair<A, A>(m[4 * i][k] + b + c, b - c - m[4 * i + 3][k]);
+  };
+  const bool all = rows == 2 && columns == 2;
+  A rest[3][64];
+  for (int64_t first = 0; first < channels; first += 64) {
+    const int64_t count = std::min<int64_t>(64, channels - first);
+    S* out = to + first;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const auto p = half(0, first + i), q = half(1, first + i), r = half(2, first + i),
+                 s = half(3, first + i);
+      store(p.first + q.first + r.first, out[i]);
+      rest[0][i] = p.second + q.second + r.second;
+      rest[1][i] = q.first - r.first - s.first;
+      rest[2][i] = q.second - r.second - s.second;
+    }
+    const auto put = [&](const A* values, S* at) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) store(values[i], at[i]);
+    };
+    if (all || columns == 2) put(rest[0], out + channels);
+    if (all || rows == 2) put(rest[1], out + row);
+    if (all) put(rest[2], out + row + channels);
+  }
+}
+
 template <typename S>
 void pack(const S* from, const int64_t* taps, int64_t n, int64_t rows, int64_t columns, int64_t row,
           int64_t column, int64_t to_tap, int64_t to_row, S* to) {
@@ -275,7 +364,8 @@ template <typename S, typename A>
 constexpr LineKernels<S, A> table(const char* name) {
   return {name, weighted_sum<S, A>, weighted_sum_stored<S, A>, weighted_sum_of_sums<A>,
           finish<S, A>, add_pixels<S, A>, moments<S, A>, normalize<S, A>, norm_sums<S, A>,
-          norm_gradient<S, A>, pack<S>, unpack<S>, transpose<S>};
+          norm_gradient<S, A>, winograd_inputs<S, A>, winograd_outputs<S, A>,
+          winograd_finish<S, A>, pack<S>, unpack<S>, transpose<S>};
 }
 
 }  // namespace

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectralx_kernels.upsample import UpsampleConv2d, upsample_conv2d
-from spectralx_kernels.upsample.convolution import UPSAMPLE_CONV2D, taps_are_cheaper
+from spectralx_kernels.upsample.convolution import (
+    UPSAMPLE_CONV2D,
+    _few_pixels_on_a_cpu,
+    taps_are_cheaper,
+)
 from tests.kernels import ladder
 from tests.tolerances import ROUND_OFF
 
@@ -145,6 +149,12 @@ def test_taps_run_where_they_pay() -> None:
     for channels, small, size in ((1024, 14, 14), (1024, 14, 7), (4, 14, 56)):
         shapes = (1, channels, small, small), (channels, channels, 3, 3)
         assert not taps_are_cheaper(*shapes, (size, size), (1, 1))
+    # On a CPU also where the weight is most of the work.
+    for side, channels, few in ((14, 1024, True), (7, 512, True), (28, 512, False), (8, 4, False)):
+        x, weight = draw(2, 1, side, side).expand(2, channels, side, side), draw(1, 1, 3, 3)
+        assert _few_pixels_on_a_cpu(x, weight, (side, side)) == few
+        assert not _few_pixels_on_a_cpu(x.to("meta"), weight, (side, side))
+        assert not _few_pixels_on_a_cpu(x, weight, (side + 1, side))
 
 
 @pytest.mark.parametrize("algorithm", ["map", "taps"])

@@ -84,6 +84,17 @@ def test_sizes(
         assert error <= BACKWARD_FACTOR * own + ROUND_OFF[dtype], name
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("rows", "columns"), [(33, 37), (2, 520), (32, 32)])
+def test_tiles_of_two_by_two(rows: int, columns: int, layout: torch.memory_format) -> None:
+    """Maps that are not resized, large enough for C++ to transform them: borders, odd sides."""
+    x = draw(1, 64, rows, columns).contiguous(memory_format=layout)
+    weight, addend = draw(70, 64, 3, 3, seed=1) / 24, draw(1, 70, rows, columns, seed=3)
+    for bias, more, relu in ((None, None, False), (draw(70, seed=2), addend, True)):
+        args = (x, weight, bias, more, [rows, columns], [1, 1], False, False, relu)
+        ladder.check_accuracy(UPSAMPLE_CONV2D, args, torch.float32)
+
+
 @pytest.mark.parametrize("algorithm", ["map", "taps"])
 def test_layout_follows_the_input(algorithm: str, backend: str) -> None:
     """Channels last in, channels last out, the gradient too; the numbers are the same."""
@@ -187,11 +198,17 @@ from spectralx_kernels import upsample_conv2d
 torch.set_num_threads(int(os.environ["THREADS"]))
 g = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
-    for shape, outs, size in (((3, 40, 6, 5), 150, (13, 20)), ((1, 64, 7, 7), 8, (14, 14))):
+    for shape, outs, size, algorithm in (
+        ((3, 40, 6, 5), 150, (13, 20), "taps"),
+        ((1, 64, 7, 7), 8, (14, 14), "taps"),
+        ((1, 64, 33, 32), 70, (33, 32), "map"),
+    ):
+        if algorithm == "map" and dtype != torch.float32:
+            continue  # the library's
         x = torch.randn(shape, generator=g).to(dtype).requires_grad_()
         w = torch.randn(outs, shape[1], 3, 3, generator=g).to(dtype).requires_grad_()
         b = torch.randn(outs, generator=g).to(dtype).requires_grad_()
-        y = upsample_conv2d(x, w, b, size=size, algorithm="taps")
+        y = upsample_conv2d(x, w, b, size=size, algorithm=algorithm)
         grads = torch.autograd.grad(y, (x, w, b), torch.randn(y.shape, generator=g).to(dtype))
         for t in (y, *grads):
             print(hashlib.sha1(t.detach().float().contiguous().numpy().tobytes()).hexdigest())
