@@ -1,5 +1,5 @@
 // Launches of the attention kernels.
-#include "cuda/hypert/attention.cuh"
+#include "cuda/hypert/attention_backward.cuh"
 
 #include <algorithm>
 
