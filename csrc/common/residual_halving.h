@@ -199,19 +199,23 @@ class ResidualHalving {
   Tensor half_backward(const Tensor& grad, const Tensor& convolved, const Tensor& table,
                        const std::array<bool, 11>& wanted, bool inside,
                        std::array<Tensor, 11>& found) {
-    Tensor sum = convolved;  // of the same shape
-    if (wanted[7]) {
-      const Tensor skip = lifted();
-      sum = w_.lift.has_value() ? skip : at::empty_like(convolved, kLast);
-      maps_.apply(convolved, table, skip, sum);
-    }
     const bool bias = wanted[8] && !w_.half_norm.has_value();
-    Tensor sum_grad;
-    std::tie(sum_grad, found[7], found[8]) =
-        convolution_backward(grad, sum, w_.half, 2, 0, {inside, wanted[7], bias});
+    if (wanted[7] || bias) {
+      Tensor sum = convolved;  // of the same shape
+      if (wanted[7]) {
+        const Tensor skip = lifted();
+        sum = w_.lift.has_value() ? skip : at::empty_like(convolved, kLast);
+        maps_.apply(convolved, table, skip, sum);
+      }
+      std::tie(std::ignore, found[7], found[8]) =
+          convolution_backward(grad, sum, w_.half, 2, 0, {false, wanted[7], bias});
+    }
     // A batch norm of the batch's statistics takes any bias out again.
     if (wanted[8] && !bias) found[8] = at::zeros_like(w_.half_bias);
-    return inside ? last(sum_grad) : sum_grad;
+    if (!inside) return {};
+    // By itself: the sum is gone by now.
+    return last(std::get<0>(
+        convolution_backward(grad, convolved, w_.half, 2, 0, {true, false, false})));
   }
 
   void plain_backward(const Tensor& grad, Tensor& sum_grad, const std::array<bool, 11>& wanted,

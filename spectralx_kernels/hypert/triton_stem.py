@@ -233,18 +233,24 @@ def _fill(
         both = _norm_gradients(grad, halved, half_table, False, g.eps)
         grads[9], grads[10] = both[0], both[1]
         grad = _gradient(grad, halved, half_table, both, False, g.eps)
-    total = convolved  # of the same shape
     images = g.images() if g.folded and (inside or wanted[7]) else None
-    if wanted[7]:
-        skip = g.lifted(images)
-        total = _apply(convolved, table, skip, skip if g.lift is not None else _empty(skip))
     # A batch norm of the batch's statistics takes any bias out again: its gradient is 0.
     half_bias = wanted[8] and half_table is None
-    found = _convolution_backward(grad, total, g.half, 2, 0, [inside, wanted[7], half_bias])
-    total_grad, grads[7], grads[8] = found[0], found[1], found[2] if half_bias else None
+    if wanted[7] or half_bias:
+        total = convolved  # of the same shape
+        if wanted[7]:
+            skip = g.lifted(images)
+            total = _apply(convolved, table, skip, skip if g.lift is not None else _empty(skip))
+            del skip
+        mask = [False, wanted[7], half_bias]
+        _, grads[7], grads[8] = _convolution_backward(grad, total, g.half, 2, 0, mask)
+        del total
     if not inside:
         return
-    total_grad = _last(total_grad)
+    # By itself: the sum is gone by now.
+    found = _convolution_backward(grad, convolved, g.half, 2, 0, [True, False, False])
+    total_grad = _last(found[0])
+    del grad, found
     norms = None
     if table is not None:
         norms = _norm_gradients(total_grad, convolved, table, True, g.eps)
