@@ -25,6 +25,8 @@ RESTORE_TOKENS = Operator(
     "(Tensor tokens, Tensor ids_restore, Tensor mask_token) -> Tensor",
     reference.restore_tokens,
 )
+for _operator in (RANDOM_MASKING, GATHER_TOKENS, RESTORE_TOKENS):
+    _operator.add_triton("spectralx_kernels.reconstruction.triton_masking")
 
 
 def _as_they_are(operator: Operator, *args: Tensor, backend: str | None) -> Tensor:

@@ -61,7 +61,7 @@ def masked_patch_loss(
     prediction : [B, L, P*P*C]; a patch vector runs row, column, band. L = H/P * W/P.
     images : [B, C, H, W], the target.
     mask : [B, L], 1 where a patch is masked; floating point, integer or bool. Other weights than
-        0 and 1 are weights.
+        0 and 1 are weights. Kernels do not read patches of weight 0.
     patch : side P of a patch in pixels.
     normalize : bring every target patch to mean 0 and variance 1 (unbiased, + 1e-6) first.
     backend : overrides the default backend.
@@ -180,7 +180,8 @@ def band_reconstruction_loss(
     low : [B, C, H2, W2], H x W in the published model.
     images : [B, C, H, W].
     mask : [B, L], 1 where a patch is masked, over a grid of patches, row by row, whose sides
-        divide the sizes of both predictions; floating point, integer or bool.
+        divide the sizes of both predictions; floating point, integer or bool. Kernels do not read
+        patches of weight 0.
     grid : rows and columns of patches; None is a square grid.
     base_size : see `band_targets`; the grid of patches (14 x 14 in the published model) if None.
     backend : overrides the default backend.

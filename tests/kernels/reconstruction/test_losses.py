@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spectralx_kernels import _backends
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.reconstruction import (
     band_reconstruction_loss,
@@ -59,7 +60,84 @@ CASES: dict[str, tuple[Operator, tuple[Any, ...]]] = {
             [2, 1],
         ),
     ),
+    "l1, channels last": (
+        UPSAMPLED_L1_LOSS,
+        (draw(2, 3, 7, 9).to(memory_format=torch.channels_last), draw(2, 3, 4, 4, seed=1)),
+    ),
+    "l1, smaller and the same": (UPSAMPLED_L1_LOSS, (draw(1, 2, 2, 5), draw(1, 2, 7, 5, seed=1))),
+    "band, channels last, sizes that do not divide": (
+        BAND_RECONSTRUCTION_LOSS,
+        (
+            draw(2, 3, 6, 8).to(memory_format=torch.channels_last),
+            draw(2, 3, 3, 4, seed=1).to(memory_format=torch.channels_last),
+            draw(2, 3, 4, 7, seed=2),
+            torch.tensor([[1, 0, 1, 1, 0, 0], [0, 0, 0.5, 1, 0, 1]]),
+            [3, 2],
+            [2, 3],
+        ),
+    ),
 }
+# Sizes at which kernels go through more than one tile, row of cells and vector.
+LARGE: dict[str, tuple[Operator, tuple[Any, ...]]] = {
+    "normalized": (
+        MASKED_PATCH_LOSS,
+        (draw(2, 6, 16 * 16 * 13), draw(2, 13, 32, 48, seed=1), bits(2, 6), 16, True),
+    ),
+    "l1": (UPSAMPLED_L1_LOSS, (draw(2, 5, 70, 150), draw(2, 5, 35, 75, seed=1))),
+    "band": (
+        BAND_RECONSTRUCTION_LOSS,
+        (
+            draw(2, 5, 64, 96),
+            draw(2, 5, 32, 48, seed=1).to(memory_format=torch.channels_last),
+            draw(2, 5, 32, 48, seed=2),
+            bits(2, 6),
+            [2, 3],
+            [2, 3],
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracy_beyond_one_tile(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "triton" in _backends.available(LARGE[case][0].name, "cpu"):
+        monkeypatch.setattr("spectralx_kernels.reconstruction.triton._BLOCK", 1024)
+    ladder.check_accuracy(*LARGE[case], dtype)
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_any_number_of_threads_gives_the_same_bits(case: str) -> None:
+    operator, args = LARGE[case]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(
+                ladder.run_with_gradients(operator.op, ladder.cast(args, torch.float32, grad=True))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0][0], results[1][0][0])
+    for name, grad in results[0][1].items():
+        assert torch.equal(grad, results[1][1][name]), name
+
+
+def test_gradients_lie_as_their_predictions(backend: str) -> None:
+    images, mask = draw(2, 3, 4, 4).float(), torch.ones(2, 4)
+    for last in (False, True):
+        layout = torch.channels_last if last else torch.contiguous_format
+        high, low = (
+            draw(2, 3, side, side).float().contiguous(memory_format=layout).requires_grad_()
+            for side in (8, 4)
+        )
+        loss = band_reconstruction_loss(high, low, images, mask, backend=backend)
+        loss = loss + upsampled_l1_loss(high, images, backend=backend)
+        for leaf, grad in zip((high, low), torch.autograd.grad(loss, (high, low)), strict=True):
+            assert grad.stride() == leaf.stride()
 
 
 @pytest.mark.parametrize("case", CASES)
