@@ -152,9 +152,11 @@ def hypert(shape: HypertShape, mode: str) -> list[Product]:
     b, side, width, half = shape.batch, shape.image_size, shape.embed_dim, shape.embed_dim // 2
     tokens, positions = shape.tokens, shape.positions
     window = max(shape.image_size // 8 // 2, 1) ** 2
+    # Few bands: the lift folds into the 3x3 convolution.
+    inside = min(shape.bands + 1, 64)
     tokenizer = [
         Product(b * side**2, shape.bands, 64),
-        Product(b * side**2, 64 * 9, 64),
+        Product(b * side**2, inside * 9, 64),
         Product(b * (side // 2) ** 2, 64 * 4, 128),
         Product(b * (side // 2) ** 2, 128 * 9, 128),
         Product(b * (side // 4) ** 2, 128 * 4, 256),

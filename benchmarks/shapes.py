@@ -35,6 +35,8 @@ WAVELENGTHS: dict[str, tuple[float, ...]] = {
     "whu": (0.466, 0.480, 0.500, 0.520, 0.536, 0.550, 0.566, 0.580, 0.596, 0.610, 0.626, 0.640,
             0.656, 0.670, 0.686, 0.700, 0.716, 0.730, 0.746, 0.760, 0.776, 0.790, 0.806, 0.820,
             0.836, 0.850, 0.866, 0.880, 0.896, 0.910, 0.926, 0.940),
+    "landsat": (0.482, 0.561, 0.655, 0.865, 1.609, 2.201),
+    "even128": tuple(round(0.4 + band * 2.1 / 127, 4) for band in range(128)),
     # EnMAP: 224 bands from 0.42 to 2.45, here evenly spaced.
     "enmap": tuple(round(0.42 + band * (2.45 - 0.42) / 223, 4) for band in range(224)),
 }  # fmt: skip
@@ -199,7 +201,9 @@ AOMOA: tuple[AomoaShape, ...] = (
 HYPERT: tuple[HypertShape, ...] = (
     HypertShape(name="whu-32-b1", batch=1, sensor="whu", small=True, compiled=(FORWARD,)),
     HypertShape(name="dfc-13-b1", batch=1, sensor="dfc"),
+    HypertShape(name="landsat-6-b1", batch=1, sensor="landsat"),
     HypertShape(name="mts-24-b1", batch=1, sensor="mts"),
+    HypertShape(name="even-128-b1", batch=1, sensor="even128"),
     HypertShape(name="enmap-224-b1", batch=1, sensor="enmap"),
     HypertShape(name="whu-32-b1-all", batch=1, sensor="whu", trainable="all", modes=(TRAINING,)),
     HypertShape(name="whu-32-b8", batch=8, sensor="whu"),

@@ -202,10 +202,11 @@ def residual_halving(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 def _convolution_backward(
     grad: Tensor, given: Tensor, weight: Tensor, stride: int, padding: int, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward(
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         grad, given, weight, [weight.shape[0]], [stride] * 2, [padding] * 2, [1, 1], False,
         [0, 0], 1, mask,
     )  # fmt: skip
+    return found
 
 
 def residual_halving_backward(output_grads: Sequence[Tensor | None], *values: Any) -> list[Tensor]:
@@ -218,7 +219,7 @@ def residual_halving_backward(output_grads: Sequence[Tensor | None], *values: An
     return [
         torch.empty_like(value).copy_(grad) if grad is not None else torch.zeros_like(value)
         for value, grad, needs in zip(g[:11], grads, wanted, strict=True)
-        if needs
+        if needs and value is not None
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -137,6 +138,31 @@ def test_frozen_batch_norms_follow_the_mode():
     assert torch.equal(mean, torch.zeros(64))
     model.train()(images(2, 3, (32, 48)))
     assert not torch.equal(mean, torch.zeros(64))
+
+
+def test_running_statistics_are_those_of_batch_norm():
+    """After two steps; one norm of the four is kept in evaluation."""
+    stem = small(trainable="all").proj.downsample_module.double().train()
+    plain = copy.deepcopy(stem)
+    stem.module3[1].eval()
+    plain.module3[1].eval()
+    for count in (2, 3):
+        x = images(count, 3, (32, 48), torch.float64)
+        y = plain.conv1(x)
+        y = plain.module2(y + plain.module1(y))
+        y = plain.conv2(plain.module4(y + plain.module3(y)))
+        torch.testing.assert_close(stem(x), y)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(stem.get_buffer(name), buffer)
+
+
+def test_other_norms_run_as_they_are():
+    stem = small().proj.downsample_module.double().train()
+    expected = stem(images(2, 3, (32, 48), torch.float64))
+    for path in ("module1.1", "module2.1", "module3.1", "module4.1"):
+        norm = stem.get_submodule(path)
+        stem.set_submodule(path, torch.nn.Sequential(norm))
+    torch.testing.assert_close(stem(images(2, 3, (32, 48), torch.float64)), expected)
 
 
 def test_state_dict_round_trip_without_tables():

@@ -1,0 +1,100 @@
+"""HyperT's stem alone against `eager`, and what its steps take: ``python -m benchmarks.stem 1 32``.
+
+Arguments: images and bands. Medians of interleaved runs in float32 on the CPU; peak memory of
+forward and backward with everything trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.clock import interleave, stopwatch_for
+from benchmarks.memory import peak_bytes
+from benchmarks.variants import on_reference
+from spectralx_kernels import HyperT
+
+
+def medians(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds of each."""
+    watch = stopwatch_for("cpu")
+    turns = {name: (lambda _, run=run: run()) for name, run in runs.items()}
+    samples = interleave(turns, watch, seconds=2.0, rounds=(3, 20), warm_up=watch.warm_up)
+    return {name: statistics.median(taken) * 1e3 for name, taken in samples.items()}
+
+
+def against_eager(name: str, run: Callable[[], object]) -> None:
+    found = medians({"eager": on_reference(run), "fused": run})
+    ratio = found["eager"] / found["fused"]
+    print(f"{name:36} eager {found['eager']:7.1f}  fused {found['fused']:7.1f} ms  {ratio:.2f}")
+
+
+def steps(batch: int, bands: int) -> None:
+    """The convolutions in both layouts, and folded."""
+    last = torch.channels_last
+    runs: dict[str, Callable[[], object]] = {}
+    for name, channels, outs, kernel, side in (
+        ("3x3 64 to 64", 64, 64, 3, 224),
+        ("3x3 folded", bands + 1, 64, 3, 224),
+        ("3x3 of the bands alone", bands, 64, 3, 224),
+        ("2x2 64 to 128", 64, 128, 2, 224),
+        ("3x3 128 to 128", 128, 128, 3, 112),
+        ("3x3/2 256 to 512", 256, 512, 3, 56),
+    ):
+        x, weight = (
+            torch.randn(batch, channels, side, side),
+            torch.randn(outs, channels, kernel, kernel),
+        )
+        stride, padding = 2 if kernel == 2 or outs == 512 else 1, kernel // 2 * (kernel % 2)
+        for layout, given in (("planes", x), ("channels-last", x.contiguous(memory_format=last))):
+            runs[f"{name}, {layout}"] = partial(
+                F.conv2d, given, weight, stride=stride, padding=padding
+            )
+    for name, took in medians(runs).items():
+        print(f"{name:40} {took:7.1f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", type=int)
+    parser.add_argument("bands", type=int)
+    parser.add_argument("--steps", action="store_true")
+    given = parser.parse_args()
+    batch, bands = given.images, given.bands
+    if given.steps:
+        with torch.no_grad():
+            steps(batch, bands)
+        return
+    torch.manual_seed(0)
+    model = HyperT(bands, [0.4 + 0.01 * band for band in range(bands)], trainable="all")
+    stem, images = model.proj.downsample_module, torch.rand(batch, bands, 224, 224)
+
+    def train(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> object:
+        return torch.autograd.grad(run(), list(module.parameters()))
+
+    def of_stem() -> object:
+        return train(stem, lambda: stem(images).sum())
+
+    def of_model() -> object:
+        return train(model, lambda: torch.stack([out.sum() for out in model(images)]).sum())
+
+    with torch.no_grad():
+        model.eval()
+        against_eager("stem, evaluation", lambda: stem(images))
+        against_eager("HyperT, evaluation", lambda: model(images))
+        model.train()
+        against_eager("stem, batch statistics, frozen", lambda: stem(images))
+    against_eager("stem, forward + backward", of_stem)
+    for name, run in (("stem", of_stem), ("HyperT", of_model)):
+        found = [peak_bytes(each, "cpu") / 2**20 for each in (on_reference(run), run)]
+        eager, fused = found
+        print(f"{name}, peak: eager {eager:.0f}, fused {fused:.0f} MiB, {fused / eager:.2f}")
+
+
+if __name__ == "__main__":
+    main()
