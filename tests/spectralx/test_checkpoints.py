@@ -426,3 +426,15 @@ def test_public_weights_in_stage1():
 def test_safetensors_hold_the_state_dict(folder, model):
     tensors = load_file(folder / manifest_of(folder)["tensors"]["file"])
     assert tensors.keys() == model.state_dict().keys()
+
+
+def test_manifests_say_what_the_model_started_from(tmp_path):
+    plain, first, second = stage1(adapter=None, tokenizer_options=None), stage1(), stage2()
+    torch.save(plain.state_dict(), tmp_path / "public.pth")
+    report = initialise_backbone(first, tmp_path / "public.pth")
+    folder = save(tmp_path / "first", first)
+    base = {"file": "public.pth", "source": "SatMAE++", "sha256": report.sha256}
+    assert manifest_of(folder)["base"] == base
+    initialise_from_stage1(second, folder)
+    assert manifest_of(save(tmp_path / "second", second))["base"] == base
+    assert manifest_of(save(tmp_path / "none", stage2()))["base"] is None
