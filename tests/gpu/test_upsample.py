@@ -163,6 +163,7 @@ def test_confusion_matrix(size: str, backend: str) -> None:
     seen = target != 0
     pairs = target[seen] * classes + found.label[seen]
     expected = start + torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    assert found.confusion is not None
     assert torch.equal(found.confusion, expected)
     again = confusion_matrix_update(start, found.label, target, 0, backend=backend)
     assert torch.equal(again, expected)
@@ -194,6 +195,7 @@ def step(logits: Tensor, target: Tensor, weight: Tensor, backend: str) -> list[T
     confusion = torch.zeros(6, 6, dtype=torch.int64, device="cuda")
     found = upsample_cross_entropy_argmax(made, target, confusion=confusion, backend=backend)
     grads = torch.autograd.grad(found.loss, (logits, weight))
+    assert found.confusion is not None
     return [found.loss, found.label, found.confusion, *grads]
 
 
