@@ -37,8 +37,8 @@ _MANY_TOKENS = 2048
 
 def _prefer(args: Sequence[Any], dtype: torch.dtype | None) -> str | None:
     """Triton where the GPU is what takes the time: measured on an H100, see README.md."""
-    x = args[0]
-    many = x.is_cuda and x.shape[0] >= _MANY_TOKENS
+    x, gate = args[0], args[9]
+    many = x.is_cuda and x.shape[0] >= _MANY_TOKENS and gate.shape[1] <= reference.PROVEN_RANK
     return "triton" if many and dtype in (torch.bfloat16, torch.float16) else None
 
 

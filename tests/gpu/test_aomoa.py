@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.shapes import MLP_WIDTH, TOKENS, WIDTH
 from spectralx_kernels import AoMoALinear, RoutingStatistics, use_backend
 from spectralx_kernels.aomoa.ops import AOMOA
+from spectralx_kernels.aomoa.reference import PROVEN_RANK
 from tests.golden import aomoa as golden_aomoa
 from tests.golden.golden import FOLDER, Golden
 from tests.gpu.watching import kernels, no_synchronisation
@@ -52,7 +53,7 @@ def forced(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", MORE_SIZES)
 def test_accuracy(size: str, dtype: torch.dtype, backend: str) -> None:
-    check_shape(arguments(**MORE_SIZES[size]), dtype, "cuda", [backend], draws=2)
+    check_shape(arguments(**MORE_SIZES[size]), dtype, "cuda", [backend])
 
 
 @pytest.mark.parametrize("side", WIDTHS)
@@ -60,6 +61,19 @@ def test_accuracy_at_the_papers_sizes(side: str, backend: str) -> None:
     width, out = WIDTHS[side]
     args = arguments(130, width, out, rank=width // 8, hidden=width // 64)
     check_shape(args, torch.float32, "cuda", [backend], draws=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", WIDTHS)
+def test_half_types_at_the_papers_sizes(side: str, dtype: torch.dtype, backend: str) -> None:
+    """More tokens than one wave of tiles, and a last tile that is not full."""
+    width, out = WIDTHS[side]
+    args = arguments(2100, width, out, rank=width // 8, hidden=width // 64)
+    if backend == "triton" and width // 8 > PROVEN_RANK:
+        with pytest.raises(ValueError, match="gate: got rank 512"):
+            run(args, backend, dtype, "cuda")
+        return
+    check_shape(args, dtype, "cuda", [backend], draws=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -221,6 +235,8 @@ def test_few_launches(side: str, dtype: torch.dtype, backend: str) -> None:
     if backend == "eager":
         pytest.skip("the reference launches what it needs")
     made = layer(*WIDTHS[side]).to("cuda", dtype)
+    if backend == "triton" and dtype != torch.float32 and made.gate.shape[1] > PROVEN_RANK:
+        pytest.skip("refused")
     given = inputs(made, 2 * (TOKENS + 1), dtype)
     x, noise, upstream = given
     linear = made.linear

@@ -87,7 +87,8 @@ def test_moments_of_a_convolution(size: str, by_taps: bool, dtype: torch.dtype) 
     for last in (False, True):
         args = convolution(size, by_taps=by_taps, last=last)[:-1]
         ladder.check_accuracy(UPSAMPLE_CONV2D_MOMENTS, args, dtype, "cuda")
-    ladder.check_repeats(UPSAMPLE_CONV2D_MOMENTS, args, "cuda")
+    if by_taps:  # the bits of "map" are as the vendor's convolutions give them
+        ladder.check_repeats(UPSAMPLE_CONV2D_MOMENTS, args, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,6 +250,9 @@ def test_decoder_against_the_plain_path(training: bool, backend: str) -> None:
             out = model(maps)
             upstream = torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)
             results.append([out, *torch.autograd.grad(out, leaves, upstream, allow_unused=True)])
+    # A bias before batch statistics has no gradient but round-off.
+    least = max(float(value.abs().max()) for value in results[0][1:] if value is not None) * 1e-3
     for found, expected in zip(*results, strict=True):
         if expected is not None:
-            assert ladder.relative_error(found, expected) <= 1e-4
+            scale = max(float(expected.abs().max()), least)
+            assert float((found - expected).abs().max()) <= 1e-4 * scale

@@ -168,8 +168,11 @@ def check_accuracy(
 def check_repeats(
     operator: Operator, args: Sequence[Any], device: str = "cpu", constants: Sequence[int] = ()
 ) -> None:
-    """Same inputs, same bits, forward and backward, for every backend of `device` here."""
+    """Same inputs, same bits, forward and backward, for every backend of `device` here; but for
+    the reference on a GPU, where torch's upsampling adds with atomics."""
     for backend in _backends.available(operator.name, device, torch.float32):
+        if backend == "eager" and device == "cuda":
+            continue
         first, second = (
             run_with_gradients(
                 lambda *values, backend=backend: operator(*values, backend=backend),
