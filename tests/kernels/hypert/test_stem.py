@@ -104,7 +104,9 @@ def test_padding_is_zero_after_the_lift(backend, bands):
         args[2] *= 10
     out = RESIDUAL_HALVING(*args, backend=backend)[0]
     x = args[0] if bands is None else F.conv2d(args[0], args[1], args[2])
-    expected = F.conv2d(x + F.gelu(F.conv2d(x, args[3], args[4], padding=1)), *args[7:9], stride=2)
+    expected = F.conv2d(
+        x + F.gelu(F.conv2d(x, args[3], args[4], padding=1)), args[7], args[8], stride=2
+    )
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
