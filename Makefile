@@ -52,10 +52,10 @@ types: $(READY)
 	$(RUN) -m mypy
 
 # GPU kernels compile without a GPU, without warnings or spills: CUDA C++ for sm_80 and sm_90a, Triton
-# for sm_80, sm_90 and sm_100; skips aloud without nvcc or triton.
+# for sm_80, sm_90 and sm_100; skips aloud without nvcc or triton. QUICK=1: each Triton kernel at one size.
 gates: $(READY)
 	$(RUN) -m tests.compile_gates.nvcc
-	$(RUN) -m tests.compile_gates.triton_gate
+	$(RUN) -m tests.compile_gates.triton_gate $(if $(QUICK),--quick)
 
 # Build for a GPU, tests marked gpu, benchmarks, compute-sanitizer: under ten minutes, no network.
 # make gpu PART=tests for one part. Uses $(PYTHON) as it is.

@@ -122,7 +122,8 @@ def architecture() -> int:
     return 10 * major + minor
 
 
-def _source(compilation: Compilation) -> ASTSource:
+def source_of(compilation: Compilation) -> ASTSource:
+    """What Triton is given to compile."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -150,7 +151,7 @@ def _source(compilation: Compilation) -> ASTSource:
 def compile_for(compilation: Compilation, architecture: int) -> Usage:
     """Compile for sm_`architecture` without a GPU; raises what triton or ptxas say."""
     compiled = triton.compile(
-        _source(compilation),
+        source_of(compilation),
         target=GPUTarget("cuda", architecture, 32),
         options=dict(compilation.options),
     )
