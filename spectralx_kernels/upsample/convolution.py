@@ -57,8 +57,11 @@ def _few_pixels_on_a_cpu(x: Tensor, weight: Tensor, size: Sequence[int]) -> bool
     """Whether the map is not resized and has fewer pixels than channels, on a CPU.
 
     The library's convolution lays the weight out anew in every pass, which takes longer there than
-    the products: "taps" needs as many of those and reads the weight as it is.
+    the products: "taps" needs as many of those and reads the weight as it is. Not asked of a traced
+    program, whose batch it would fix.
     """
+    if torch.compiler.is_compiling():
+        return False
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     same = list(x.shape[2:]) == list(size) and weight[0, 0].numel() > 1
     return x.device.type == "cpu" and same and pixels <= x.shape[1]
