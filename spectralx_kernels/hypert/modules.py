@@ -105,7 +105,9 @@ class _AttributeMatch(nn.Module):
             self.to_kv.weight,
             norm_eps=self.norm_media.eps,
         )
-        return linear_add(matched, self.to_out.weight, None, queries.expand(len(matched), -1, -1))
+        return linear_add(
+            matched, self.to_out.weight, None, queries.expand(matched.shape[0], -1, -1)
+        )
 
 
 def _pair(name: str, size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
