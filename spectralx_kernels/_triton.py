@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,48 +62,21 @@ _recording: list[Compilation] | None = None
 _assumed: int | None = None
 
 
-def autotune(
-    configs: Sequence[triton.Config], key: Sequence[str], older: Sequence[triton.Config] = ()
-) -> Callable[[Any], Any]:
-    """triton.autotune, with the first config alone in the interpreter, which has no clock.
-
-    `older` are tried too on GPUs before sm_100, where they would spill.
-    """
-
-    def prune(given: list[triton.Config], _arguments: Any, **_: Any) -> list[triton.Config]:
-        recent = torch.cuda.get_device_capability()[0] >= 10
-        return [config for config in given if not (recent and config in older)]
-
-    def tuned(kernel: Any) -> Any:
-        everything = list(configs[:1]) if INTERPRETED else [*configs, *older]
-        rules = {"early_config_prune": prune} if older and not INTERPRETED else None
-        made = triton.autotune(everything, key=list(key), prune_configs_by=rules)(kernel)
-        made.older = older
-        return made
-
-    return tuned
-
-
 def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
-    """``kernel[grid](*args, **kwargs)``; kernel may be autotuned."""
+    """``kernel[grid](*args, **kwargs)``."""
     if _recording is None:
         kernel[grid](*args, **kwargs)
         return
-    for config in getattr(kernel, "configs", None) or [triton.Config({}, num_warps=0)]:
-        plain = kernel.fn if hasattr(kernel, "configs") else kernel
-        given = {**dict(zip(plain.arg_names, args, strict=False)), **config.kwargs, **kwargs}
-        options = {"num_warps": config.num_warps or 4, "num_stages": config.num_stages or 3}
-        options |= {name: given.pop(name) for name in list(given) if name in options}
-        old = config in getattr(kernel, "older", ())
-        _recording.append(
-            Compilation(plain, given, options, ARCHITECTURES[:2] if old else ARCHITECTURES)
-        )
+    given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    options = {"num_warps": 4, "num_stages": 3}
+    options |= {name: given.pop(name) for name in list(given) if name in options}
+    _recording.append(Compilation(kernel, given, options))
 
 
 @contextmanager
 def recorded(assumed: int = ARCHITECTURES[-1]) -> Iterator[list[Compilation]]:
-    """Launches inside the block are appended to the list it gives, every config of each, as they
-    are on a GPU of the architecture `assumed`."""
+    """Launches inside the block are appended to the list it gives, as they are on a GPU of the
+    architecture `assumed`."""
     global _recording, _assumed
     _recording, _assumed = [], assumed
     try:
