@@ -6,12 +6,16 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #define SPECTRALX_X86_TARGETS 1
 #else
 #define SPECTRALX_X86_TARGETS 0
 #endif
+
+#define SPECTRALX_AVX2 SPECTRALX_TARGET("avx2,fma")
+#define SPECTRALX_AVX512 SPECTRALX_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 #define SPECTRALX_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
@@ -47,6 +51,47 @@ inline InstructionSet instruction_set() {
     return found;
   }();
   return chosen;
+}
+
+constexpr const char* name_of(InstructionSet set) {
+  return set == InstructionSet::kAvx512 ? "AVX-512"
+         : set == InstructionSet::kAvx2 ? "AVX2"
+                                        : "baseline";
+}
+
+// A room's table of kernels for one set, defined by SPECTRALX_TABLE in that set's file.
+template <InstructionSet set, typename Table>
+const Table& table_for();
+
+// In a set's file: table_for of Kernels<types>, made by the room's `table`, which is constexpr.
+#define SPECTRALX_TABLE(set, Kernels, ...)                                                      \
+  template <>                                                                                  \
+  const Kernels<__VA_ARGS__>& table_for<InstructionSet::set, Kernels<__VA_ARGS__>>() {          \
+    static constexpr Kernels<__VA_ARGS__> kernels = table<__VA_ARGS__>(name_of(InstructionSet::set)); \
+    return kernels;                                                                            \
+  }
+
+// The best table of kernels on T that this processor runs; of double there is the baseline's alone.
+template <typename Table, typename T>
+const Table& best_table() {
+#if SPECTRALX_X86_TARGETS
+  if constexpr (!std::is_same_v<T, double>) {
+    if (instruction_set() == InstructionSet::kAvx512)
+      return table_for<InstructionSet::kAvx512, Table>();
+    if (instruction_set() == InstructionSet::kAvx2) return table_for<InstructionSet::kAvx2, Table>();
+  }
+#endif
+  return table_for<InstructionSet::kBaseline, Table>();
+}
+
+// The same for kernels around products of Op. Those of bfloat16 are only for where
+// `multiplies_bfloat16`, which implies AVX-512.
+template <typename Table, typename Op>
+const Table& best_product_table() {
+#if SPECTRALX_X86_TARGETS
+  if constexpr (sizeof(Op) == 2) return table_for<InstructionSet::kAvx512, Table>();
+#endif
+  return best_table<Table, Op>();
 }
 
 }  // namespace spectralx::cpu

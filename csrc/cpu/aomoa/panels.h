@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "cpu/common/product.h"
+#include "cpu/instruction_sets.h"
 
 namespace spectralx::cpu {
 
@@ -108,6 +109,8 @@ struct PanelKernels {
 
 // The best table this processor runs.
 template <typename Op>
-const PanelKernels<Op>& panel_kernels();
+const PanelKernels<Op>& panel_kernels() {
+  return best_product_table<PanelKernels<Op>, Op>();
+}
 
 }  // namespace spectralx::cpu

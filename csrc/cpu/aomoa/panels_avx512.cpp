@@ -2,21 +2,14 @@
 #include "cpu/instruction_sets.h"
 
 #if SPECTRALX_X86_TARGETS
-#define SPECTRALX_BEGIN_TARGET SPECTRALX_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define SPECTRALX_BEGIN_TARGET SPECTRALX_AVX512
 #define SPECTRALX_END_TARGET SPECTRALX_TARGET_END
 #include "cpu/aomoa/panels_impl.h"
 
 namespace spectralx::cpu {
 
-const PanelKernels<float>& panel_kernels_avx512() {
-  static constexpr PanelKernels<float> kernels = table<float>("AVX-512");
-  return kernels;
-}
-
-const PanelKernels<c10::BFloat16>& panel_kernels_avx512_bfloat16() {
-  static constexpr PanelKernels<c10::BFloat16> kernels = table<c10::BFloat16>("AVX-512");
-  return kernels;
-}
+SPECTRALX_TABLE(kAvx512, PanelKernels, float)
+SPECTRALX_TABLE(kAvx512, PanelKernels, c10::BFloat16)
 
 }  // namespace spectralx::cpu
 #endif

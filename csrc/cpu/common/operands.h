@@ -4,19 +4,12 @@
 // common/product.h.
 #pragma once
 
+#include "cpu/common/storage.h"
+
 namespace {
 
 using spectralx::cpu::kPanel;
 using spectralx::cpu::Wide;
-
-// To the nearest even bfloat16; NaN stays one.
-inline uint32_t bfloat16_bits(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return x == x ? rounded : 0x7fc0u;
-}
-
-inline float from_bits(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 
 // An element of Op and back, for loops over its 16-bit words too.
 template <typename Op>
@@ -39,6 +32,13 @@ inline Element<Op> rounded(Wide<Op> value) {
   } else {
     return value;
   }
+}
+
+template <typename Op>
+void narrow(const Wide<Op>* from, int64_t width, Op* to) {
+  auto* values = elements(to);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) values[i] = rounded<Op>(from[i]);
 }
 
 typedef uint32_t Lanes __attribute__((vector_size(64)));  // sixteen 32-bit values

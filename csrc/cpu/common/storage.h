@@ -5,18 +5,23 @@
 
 namespace {
 
+// To the nearest bfloat16, ties to even; NaN stays one.
+inline uint32_t bfloat16_bits(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return value == value ? rounded : 0x7fc0u;
+}
+
+inline float from_bits(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
+
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
-inline float widen(c10::BFloat16 value) {
-  return std::bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
-}
+inline float widen(c10::BFloat16 value) { return from_bits(value.x); }
 
 inline void store(float value, float& to) { to = value; }
 inline void store(double value, double& to) { to = value; }
-inline void store(float value, c10::BFloat16& to) {  // to the nearest, ties to even
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.x = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+inline void store(float value, c10::BFloat16& to) {
+  to.x = static_cast<uint16_t>(bfloat16_bits(value));
 }
 
 }  // namespace

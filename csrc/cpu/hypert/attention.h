@@ -18,6 +18,7 @@
 
 #include "cpu/aomoa/panels.h"
 #include "cpu/common/product.h"
+#include "cpu/instruction_sets.h"
 
 namespace spectralx::cpu {
 
@@ -47,7 +48,9 @@ struct AttentionKernels {
 };
 
 template <typename Op>
-const AttentionKernels<Op>& attention_kernels();
+const AttentionKernels<Op>& attention_kernels() {
+  return best_product_table<AttentionKernels<Op>, Op>();
+}
 
 // Keys and values of one head: [keys][width], zeros to an even width, and their transposes
 // [width][even(keys)]. `shared`: the values are the keys.

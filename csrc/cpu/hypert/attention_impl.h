@@ -8,13 +8,19 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
+#include <c10/util/BFloat16.h>
+
+#include "cpu/common/product.h"
 #include "cpu/hypert/attention.h"
 
 // After the headers: their inline functions keep the portable instruction set.
 SPECTRALX_BEGIN_TARGET
 
 #include "cpu/common/exponential.h"
+#include "cpu/common/operands.h"
+#include "cpu/common/transposition.h"
 
 namespace {
 
@@ -23,25 +29,6 @@ using spectralx::cpu::kPanel;
 using spectralx::cpu::Wide;
 
 #define SPECTRALX_LANES _Pragma("omp simd") for (int64_t n = 0; n < kPanel; ++n)
-
-// A 16-bit word for bfloat16, else the value itself.
-template <typename Op>
-using Element = std::conditional_t<sizeof(Op) == 2, uint16_t, Op>;
-template <typename Op>
-Element<Op>* elements(Op* values) {
-  return reinterpret_cast<Element<Op>*>(values);
-}
-
-// To the nearest even bfloat16, NaN stays one; else unchanged.
-template <typename Op>
-inline auto rounded(Wide<Op> x) {
-  if constexpr (sizeof(Op) == 2) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    return static_cast<uint16_t>(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u);
-  } else {
-    return x;
-  }
-}
 
 // Row `key` of 32 values to an operand panel, whose rows are paired for bfloat16.
 template <typename Op>
@@ -138,21 +125,6 @@ void softmax_backward(Wide<Op>* scores, Wide<Op>* dp, int64_t keys, int64_t coun
 }
 
 template <typename Op>
-void transpose(const Op* from, int64_t rows, int64_t columns, int64_t row, int64_t to_row, Op* to) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t c = 0; c < columns; c += kBlock) {
-    for (int64_t r = 0; r < rows; r += kBlock) {
-      const int64_t width = std::min(kBlock, columns - c), height = std::min(kBlock, rows - r);
-      for (int64_t k = 0; k < width; ++k) {
-        for (int64_t i = 0; i < height; ++i) {
-          to[(c + k) * to_row + r + i] = from[(r + i) * row + c + k];
-        }
-      }
-    }
-  }
-}
-
-template <typename Op>
 void pair_rows(const Op* rows, int64_t columns, Op* operand) {
   if constexpr (sizeof(Op) == 2) {
     for (int64_t r = 0; r < kPanel; r += 2) {
@@ -168,16 +140,9 @@ void pair_rows(const Op* rows, int64_t columns, Op* operand) {
 }
 
 template <typename Op>
-void store(const Wide<Op>* values, int64_t count, Op* to) {
-  auto* words = elements(to);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) words[i] = rounded<Op>(values[i]);
-}
-
-template <typename Op>
-constexpr AttentionKernels<Op> attention_table(const char* name) {
+constexpr AttentionKernels<Op> table(const char* name) {
   return {name,          softmax<Op>,   softmax_backward<Op>,
-          transpose<Op>, pair_rows<Op>, store<Op>};
+          transpose<Op>, pair_rows<Op>, narrow<Op>};
 }
 
 }  // namespace

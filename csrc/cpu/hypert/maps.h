@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "cpu/instruction_sets.h"
+
 namespace spectralx::cpu {
 
 // z = (x - mean) scale + shift, a channel each; [C].
@@ -37,6 +39,8 @@ struct MapKernels {
 
 // The best table this processor runs.
 template <typename S, typename A>
-const MapKernels<S, A>& map_kernels();
+const MapKernels<S, A>& map_kernels() {
+  return best_table<MapKernels<S, A>, S>();
+}
 
 }  // namespace spectralx::cpu

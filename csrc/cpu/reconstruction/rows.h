@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "cpu/instruction_sets.h"
+
 namespace spectralx::cpu {
 
 template <typename T>
@@ -47,6 +49,8 @@ struct RowKernels {
 
 // The best table this processor runs.
 template <typename T>
-const RowKernels<T>& row_kernels();
+const RowKernels<T>& row_kernels() {
+  return best_table<RowKernels<T>, T>();
+}
 
 }  // namespace spectralx::cpu

@@ -10,6 +10,8 @@
 // After the headers: their inline functions keep the portable instruction set.
 SPECTRALX_BEGIN_TARGET
 
+#include "cpu/common/storage.h"
+
 namespace {
 
 using c10::BFloat16;
@@ -124,19 +126,14 @@ template <typename T>
 void widen(const BFloat16* x, int64_t n, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = static_cast<T>(std::bit_cast<float>(static_cast<uint32_t>(x[i].x) << 16));
+    out[i] = static_cast<T>(widen(x[i]));
   }
 }
 
 template <typename T>
 void narrow(const T* x, int64_t n, BFloat16* out) {  // to the nearest, ties to even
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const auto value = static_cast<float>(x[i]);
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out[i].x = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-  }
+  for (int64_t i = 0; i < n; ++i) store(static_cast<float>(x[i]), out[i]);
 }
 
 template <typename T>

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cpu/common/product.h"
+#include "cpu/instruction_sets.h"
 
 namespace spectralx::cpu {
 
@@ -52,7 +53,9 @@ struct RefineKernels {
 
 // The best table this processor runs; for bfloat16 only where `multiplies_bfloat16`.
 template <typename Op>
-const RefineKernels<Op>& refine_kernels();
+const RefineKernels<Op>& refine_kernels() {
+  return best_product_table<RefineKernels<Op>, Op>();
+}
 
 // Whether (value, query) comes before the best so far: larger, or the lower of equal ones; a NaN
 // counts as the largest.

@@ -2,16 +2,13 @@
 #include "cpu/instruction_sets.h"
 
 #if SPECTRALX_X86_TARGETS
-#define SPECTRALX_BEGIN_TARGET SPECTRALX_TARGET("avx2,fma")
+#define SPECTRALX_BEGIN_TARGET SPECTRALX_AVX2
 #define SPECTRALX_END_TARGET SPECTRALX_TARGET_END
 #include "cpu/refine/kernels_impl.h"
 
 namespace spectralx::cpu {
 
-const RefineKernels<float>& refine_kernels_avx2() {
-  static constexpr RefineKernels<float> kernels = table<float>("AVX2");
-  return kernels;
-}
+SPECTRALX_TABLE(kAvx2, RefineKernels, float)
 
 }  // namespace spectralx::cpu
 #endif

@@ -188,13 +188,6 @@ void add_wide(const Wide<Op>* from, int64_t width, Wide<Op>* to) {
 }
 
 template <typename Op>
-void narrow(const Wide<Op>* from, int64_t width, Op* to) {
-  auto* values = elements(to);
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) values[i] = rounded<Op>(from[i]);
-}
-
-template <typename Op>
 void weigh(const Op* x, int64_t width, Wide<Op> factor, Op* out) {
   using W = Wide<Op>;
   const auto* from = elements(x);

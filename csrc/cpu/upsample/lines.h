@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "cpu/instruction_sets.h"
+
 namespace spectralx::cpu {
 
 // S is what tensors hold, A what sums are formed in: float for float and bfloat16.
@@ -76,6 +78,8 @@ struct LineKernels {
 
 // The best table this processor runs.
 template <typename S, typename A>
-const LineKernels<S, A>& line_kernels();
+const LineKernels<S, A>& line_kernels() {
+  return best_table<LineKernels<S, A>, S>();
+}
 
 }  // namespace spectralx::cpu

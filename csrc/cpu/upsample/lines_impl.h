@@ -12,6 +12,7 @@
 SPECTRALX_BEGIN_TARGET
 
 #include "cpu/common/storage.h"
+#include "cpu/common/transposition.h"
 
 namespace {
 
@@ -343,21 +344,6 @@ void unpack(const S* from, const int64_t* taps, int64_t n, int64_t outs, int64_t
             int64_t to_out, int64_t to_channel, bool add, S* to) {
   const auto run = add ? unpack_blocks<true, S> : unpack_blocks<false, S>;
   run(from, taps, n, outs, channels, to_out, to_channel, to);
-}
-
-template <typename S>
-void transpose(const S* from, int64_t rows, int64_t columns, int64_t row, int64_t to_row, S* to) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t c = 0; c < columns; c += kBlock) {
-    for (int64_t r = 0; r < rows; r += kBlock) {
-      const int64_t width = std::min(kBlock, columns - c), height = std::min(kBlock, rows - r);
-      for (int64_t k = 0; k < width; ++k) {
-        for (int64_t i = 0; i < height; ++i) {
-          to[(c + k) * to_row + r + i] = from[(r + i) * row + c + k];
-        }
-      }
-    }
-  }
 }
 
 template <typename S, typename A>

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/instruction_sets.h"
 #include "cpu/upsample/columns.h"
 
 namespace spectralx::cpu {
@@ -65,6 +66,8 @@ struct PixelKernels {
 
 // The best table this processor runs.
 template <typename T>
-const PixelKernels<T>& pixel_kernels();
+const PixelKernels<T>& pixel_kernels() {
+  return best_table<PixelKernels<T>, T>();
+}
 
 }  // namespace spectralx::cpu

@@ -2,16 +2,13 @@
 #include "cpu/instruction_sets.h"
 
 #if SPECTRALX_X86_TARGETS
-#define SPECTRALX_BEGIN_TARGET SPECTRALX_TARGET("avx2,fma")
+#define SPECTRALX_BEGIN_TARGET SPECTRALX_AVX2
 #define SPECTRALX_END_TARGET SPECTRALX_TARGET_END
 #include "cpu/upsample/pixels_impl.h"
 
 namespace spectralx::cpu {
 
-const PixelKernels<float>& pixel_kernels_avx2() {
-  static constexpr PixelKernels<float> kernels = table<float>("AVX2");
-  return kernels;
-}
+SPECTRALX_TABLE(kAvx2, PixelKernels, float)
 
 }  // namespace spectralx::cpu
 #endif

@@ -2,16 +2,13 @@
 #include "cpu/instruction_sets.h"
 
 #if SPECTRALX_X86_TARGETS
-#define SPECTRALX_BEGIN_TARGET SPECTRALX_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define SPECTRALX_BEGIN_TARGET SPECTRALX_AVX512
 #define SPECTRALX_END_TARGET SPECTRALX_TARGET_END
 #include "cpu/upsample/pixels_impl.h"
 
 namespace spectralx::cpu {
 
-const PixelKernels<float>& pixel_kernels_avx512() {
-  static constexpr PixelKernels<float> kernels = table<float>("AVX-512");
-  return kernels;
-}
+SPECTRALX_TABLE(kAvx512, PixelKernels, float)
 
 }  // namespace spectralx::cpu
 #endif

@@ -6,15 +6,6 @@
 
 namespace spectralx::cuda {
 
-template <typename T>
-T* as(void* pointer) {
-  return static_cast<T*>(pointer);
-}
-template <typename T>
-const T* as(const void* pointer) {
-  return static_cast<const T*>(pointer);
-}
-
 // Sizes with the tallest tile for which two blocks fit a multiprocessor, or one where two never do;
 // narrower chunks next, and less than 16 rows, which waste tensor cores, only where nothing else fits.
 // Shorter where there would be too few blocks to fill a GPU. A tile that the caller chose stays.

@@ -1,8 +1,17 @@
-// From a type code to a storage type S.
+// From a type code to a storage type S, and from the pointers of kernels.h to typed ones.
 #pragma once
 #include "cuda/common/scalar.cuh"
 
 namespace spectralx::cuda {
+
+template <typename T>
+T* as(void* pointer) {
+  return static_cast<T*>(pointer);
+}
+template <typename T>
+const T* as(const void* pointer) {
+  return static_cast<const T*>(pointer);
+}
 
 template <typename Run>
 auto with_type(int type, Run run) {

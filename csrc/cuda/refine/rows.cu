@@ -7,15 +7,6 @@ namespace {
 
 using namespace spectralx::cuda;
 
-template <typename T>
-T* as(void* pointer) {
-  return static_cast<T*>(pointer);
-}
-template <typename T>
-const T* as(const void* pointer) {
-  return static_cast<const T*>(pointer);
-}
-
 bool on_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename S>

@@ -9,15 +9,6 @@ namespace {
 
 using namespace spectralx::cuda;
 
-template <typename T>
-T* as(void* pointer) {
-  return static_cast<T*>(pointer);
-}
-template <typename T>
-const T* as(const void* pointer) {
-  return static_cast<const T*>(pointer);
-}
-
 int64_t counts_shared(int64_t classes) {
   return classes <= kSharedCounts ? classes * classes * static_cast<int64_t>(sizeof(int)) : 0;
 }
