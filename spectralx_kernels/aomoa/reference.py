@@ -13,7 +13,6 @@ from torch import Tensor
 
 NOISE_FLOOR = 0.1  # added to softplus of the noise logits
 GATE_FLOOR = 1e-4  # gates at or below it become 0
-PROVEN_RANK = 128  # up to which Triton is right in half types on a GPU; README.md
 LOG_EPSILON = -36.04365338911715  # log(2.220446049250313e-16): a token no expert takes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectralx_kernels._backends import INTERPRETED
 from spectralx_kernels._triton import launch
 from spectralx_kernels.aomoa import triton_products as products
-from spectralx_kernels.aomoa.reference import PROVEN_RANK
+from spectralx_kernels.aomoa.ops import PROVEN_RANK
 
 MOST_EXPERTS = 256  # a tile's logits stay in registers
 MOST_UNROLLED = 8  # experts whose code stands one after the other

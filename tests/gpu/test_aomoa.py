@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.shapes import MLP_WIDTH, TOKENS, WIDTH
 from spectralx_kernels import AoMoALinear, RoutingStatistics, use_backend
-from spectralx_kernels.aomoa.ops import AOMOA
-from spectralx_kernels.aomoa.reference import PROVEN_RANK
+from spectralx_kernels.aomoa.ops import AOMOA, PROVEN_RANK
 from tests.golden import aomoa as golden_aomoa
 from tests.golden.golden import FOLDER, Golden
 from tests.gpu.watching import kernels, no_synchronisation
