@@ -1,6 +1,6 @@
 // spectralx::aomoa on the CPU: checks, the choice of the type its products run in, registration.
 // Maths: spectralx_kernels/aomoa/README.md.
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <array>
 

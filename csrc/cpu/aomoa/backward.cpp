@@ -3,6 +3,8 @@
 //
 // The number of threads changes no bit: a product belongs to one thread, sums over the tokens of a
 // panel are kept apart and added up in the panels' order, chunks come one after the other.
+#include "cpu/torch.h"
+
 #include "cpu/aomoa/backward.h"
 
 #include "cpu/aomoa/gating.h"

@@ -1,4 +1,6 @@
 // Forward of the layer on the CPU: x to z by panels, routing, experts to the mixture c, then output.
+#include "cpu/torch.h"
+
 #include "cpu/aomoa/layer.h"
 
 #include "cpu/aomoa/gating.h"

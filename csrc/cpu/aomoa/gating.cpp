@@ -2,11 +2,9 @@
 //
 // One pass over the rows of [A, T, E]; a row is E logits. The load is summed over fixed blocks of
 // tokens and the blocks in order, so its bits do not depend on the number of threads.
-#include "cpu/aomoa/gating.h"
+#include "cpu/torch.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "cpu/aomoa/gating.h"
 
 #include <algorithm>
 #include <cmath>

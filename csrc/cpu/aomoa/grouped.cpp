@@ -6,6 +6,8 @@
 // Slots depend on the gates alone, a slot panel belongs to one thread, and what panels add up is
 // added in their order: the number of threads changes no bit. The sizes of products do not depend on
 // the gates: each new size would cost a micro-kernel that is compiled and kept.
+#include "cpu/torch.h"
+
 #include "cpu/aomoa/grouped.h"
 
 #include <cstdlib>

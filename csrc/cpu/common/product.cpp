@@ -1,8 +1,9 @@
 // Tile products by oneDNN's micro-kernels where torch was built with them and the processor has
 // AVX-512, else by the BLAS behind ATen.
+#include "cpu/torch.h"
+
 #include "cpu/common/product.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>

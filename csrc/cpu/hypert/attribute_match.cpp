@@ -1,8 +1,7 @@
 // spectralx::attribute_match on the CPU. The key projection is folded into the queries and the value
 // projection taken after the weighted sum (spectralx_kernels/hypert/README.md), so the normed
 // features are keys and values at once, and a task is 32 queries of one image.
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <cmath>
 #include <optional>

@@ -1,8 +1,7 @@
 // spectralx::norm_linear, linear_add and feed_forward on the CPU: what stands around attention, by
 // oneDNN's products with what follows them in their epilogue. Layer norms and hidden layers are
 // made again in backward, which is given the inputs alone.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <algorithm>
 #include <optional>

@@ -1,10 +1,9 @@
 // spectralx::residual_halving on the CPU. What is computed when is in common/residual_halving.h; here
 // are the passes between its convolutions. Tasks take a fixed number of rows and their sums are
 // added up in order, so that results do not depend on the number of threads.
-#include "common/residual_halving.h"
+#include "cpu/torch.h"
 
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "common/residual_halving.h"
 
 #include <cmath>
 

@@ -1,8 +1,7 @@
 // spectralx::window_attention on the CPU. A task is a head of a window of an image; windows are
 // addresses in the map, of which a task copies its rows into its own cache. Padded positions are one
 // key that counts as often as there are. Backward makes scores again and keeps nothing.
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <cmath>
 #include <optional>

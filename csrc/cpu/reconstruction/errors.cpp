@@ -1,8 +1,8 @@
 // The pass of errors.h. A task is a row of cells of one image; every cell's sum is its own, so the
 // bits of the result are the same for any number of threads.
-#include "cpu/reconstruction/errors.h"
+#include "cpu/torch.h"
 
-#include <ATen/Parallel.h>
+#include "cpu/reconstruction/errors.h"
 
 #include <vector>
 

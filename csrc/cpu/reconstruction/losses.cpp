@@ -2,8 +2,7 @@
 //
 // Nothing is kept for backward: it makes the targets again, which costs one more reading of what it
 // would have had to read anyway.
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <optional>
 #include <vector>

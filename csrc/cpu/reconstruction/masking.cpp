@@ -1,7 +1,5 @@
 // spectralx::random_masking, gather_tokens and restore_tokens on the CPU.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <algorithm>
 #include <bit>

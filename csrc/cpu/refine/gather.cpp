@@ -3,8 +3,7 @@
 //
 // Rows are normed before they are gathered, and their gradients summed by token before the norm's own.
 // Sums over keys, tokens and images run in a fixed order: the number of threads changes no bit.
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <algorithm>
 #include <cstring>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "cpu/refine/kernels.h"
+#include "cpu/refine/types.h"
 
 namespace {
 

@@ -6,8 +6,6 @@
 // instruction set (kernels_*.cpp) and chosen at run time.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <cstdint>
 
 #include "cpu/common/product.h"
@@ -64,20 +62,6 @@ inline bool comes_before(W value, int64_t query, W best, int64_t best_query) {
   const bool nan = value != value, best_nan = best != best;
   if (nan || best_nan) return nan && (!best_nan || query < best_query);
   return value > best || (value == best && query < best_query);
-}
-
-// The storage type the kernels take tensors of `type` in.
-inline at::ScalarType kernel_type(at::ScalarType type) {
-  if (type == at::kDouble) return type;
-  return type == at::kBFloat16 && multiplies_bfloat16() ? type : at::kFloat;
-}
-
-// run(a value of the storage type).
-template <typename F>
-auto with_kernel_type(at::ScalarType type, const F& run) {
-  if (type == at::kDouble) return run(double());
-  if (type == at::kBFloat16) return run(c10::BFloat16());
-  return run(float());
 }
 
 }  // namespace spectralx::cpu

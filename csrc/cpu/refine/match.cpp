@@ -5,14 +5,14 @@
 // with the best query so far. Beyond kKeys keys they come in chunks, and are computed a second time
 // for the comparison; the scores of all queries never exist. Comparisons are exact, so the number of
 // tasks an image is cut into changes no bit.
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "cpu/refine/kernels.h"
+#include "cpu/refine/types.h"
 
 namespace {
 

@@ -1,12 +1,12 @@
 // spectralx::add_weighted_halves on the CPU, one pass over the tokens forward and one backward.
 // Maths: spectralx_kernels/refine/README.md.
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <optional>
 #include <vector>
 
 #include "cpu/refine/kernels.h"
+#include "cpu/refine/types.h"
 
 namespace {
 

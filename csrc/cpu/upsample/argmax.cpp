@@ -1,6 +1,5 @@
 // spectralx::upsample_argmax, with and without the probability, and confusion_matrix_update on the CPU.
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <algorithm>
 #include <array>

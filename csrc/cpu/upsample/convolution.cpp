@@ -1,11 +1,6 @@
 // spectralx::upsample_conv2d and upsample_conv2d_moments on the CPU: checks, types and layouts around
 // the two algorithms. Where the upsampled map is formed ("map"), the library's convolution.
-#include <ATen/ops/conv2d.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/threshold_backward.h>
-#include <ATen/ops/upsample_bilinear2d.h>
-#include <ATen/ops/upsample_bilinear2d_backward.h>
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <array>
 #include <optional>

@@ -2,7 +2,7 @@
 //
 // Where a gradient is wanted of a loss that is one number, forward leaves it already, for an incoming
 // gradient of one: exponentials are computed once, and backward is a product with that number.
-#include <torch/library.h>
+#include "cpu/torch.h"
 
 #include <optional>
 #include <tuple>

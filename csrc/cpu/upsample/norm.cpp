@@ -2,13 +2,9 @@
 //
 // Channels last: a part is a fixed run of pixels. Sums over pixels are formed by part, each part on one
 // thread, and joined in order, so results do not depend on the number of threads.
-#include "cpu/upsample/norm.h"
+#include "cpu/torch.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
+#include "cpu/upsample/norm.h"
 
 #include <algorithm>
 #include <cmath>

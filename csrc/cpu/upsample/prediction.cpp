@@ -4,9 +4,9 @@
 // them. It writes the gradient of its own source rows and hands what falls on the row behind its last
 // one to an ordered second pass; losses are added up task by task. So the bits of every result are
 // the same for any number of threads.
-#include "cpu/upsample/prediction.h"
+#include "cpu/torch.h"
 
-#include <ATen/Parallel.h>
+#include "cpu/upsample/prediction.h"
 
 #include <algorithm>
 #include <mutex>

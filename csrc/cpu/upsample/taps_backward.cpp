@@ -1,6 +1,5 @@
 // The backward pass of taps.h.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include "cpu/torch.h"
 
 #include "cpu/upsample/products.h"
 #include "cpu/upsample/taps.h"

@@ -1,5 +1,5 @@
 // The forward pass of taps.h.
-#include <ATen/ops/empty.h>
+#include "cpu/torch.h"
 
 #include "cpu/upsample/products.h"
 #include "cpu/upsample/taps.h"

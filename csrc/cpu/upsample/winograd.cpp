@@ -6,13 +6,9 @@
 // 16 products of [tiles, C] and [C, O]: 16 multiplications a tile instead of 36. Groups of rows of
 // tiles are the tasks, so that a group's transformed tiles stay in the cache; groups depend on shapes
 // alone, and the gradient of the weight adds them in order.
-#include "cpu/upsample/winograd.h"
+#include "cpu/torch.h"
 
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/tensor.h>
-#include <ATen/ops/zeros.h>
+#include "cpu/upsample/winograd.h"
 
 #include <algorithm>
 #include <array>
