@@ -16,7 +16,7 @@ else
   READY := $(VENV)/.ready
 endif
 
-.PHONY: setup train real test lint types gates gpu bench clean
+.PHONY: setup train real test lint types gates gpu bench docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -61,6 +61,10 @@ gates: $(READY)
 # make gpu PART=tests for one part. Uses $(PYTHON) as it is.
 gpu:
 	$(PYTHON) -m tests.gpu.run $(if $(PART),--part $(PART))
+
+# Pages of everything public, from its docstrings: build/docs/index.html.
+docs: $(READY)
+	$(RUN) -m pdoc -d numpy -o build/docs spectralx_kernels spectralx
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks --benchmark-json=out.json

@@ -1,0 +1,128 @@
+// What experts do between their products: bias and ReLU, the mixture of those a token takes.
+// A part of panels_impl.h.
+#pragma once
+
+namespace {
+
+template <typename Op>
+void bias_relu(Wide<Op>* h, int64_t features, const Wide<Op>* bias, Op* operand) {
+  using W = Wide<Op>;
+  for (int64_t f = 0; f < features; ++f) {
+    W* row = h + f * kPanel;
+    const W shift = bias[f];
+    SPECTRALX_LANES {
+      const W value = row[n] + shift;
+      row[n] = value < W(0) ? W(0) : value;
+    }
+  }
+  to_operand<Op>(h, features, operand);
+}
+
+template <typename Op>
+void relu_backward(Wide<Op>* dh, const Wide<Op>* h, int64_t features, Wide<Op>* dbias) {
+  using W = Wide<Op>;
+  for (int64_t f = 0; f < features; ++f) {
+    W* row = dh + f * kPanel;
+    const W* kept = h + f * kPanel;
+    // NaN in the hidden layer passes on, as its gradient is NaN.
+    SPECTRALX_LANES row[n] = kept[n] == W(0) ? W(0) : row[n];
+    dbias[f] += sum_of_lanes(row);
+  }
+}
+
+// The taken terms of 32 tokens, slot by slot: the n-th expert a token takes, in order.
+constexpr int64_t kSlots = 4;  // more are taken without slots
+
+template <typename Op>
+void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<Op>* bias,
+             const Wide<Op>* gates, Wide<Op>* c) {
+  using W = Wide<Op>;
+  constexpr W kNone = -std::numeric_limits<W>::infinity();
+  const bool by_slot = top_k <= kSlots && top_k < experts;
+  const int64_t terms = by_slot ? top_k : experts;
+  int32_t expert[kSlots][kPanel];
+  W weight[kSlots][kPanel], y_of[kSlots][kPanel];
+  if (by_slot) {
+    for (int64_t n = 0; n < kPanel; ++n) {
+      int64_t slot = 0;
+      for (int64_t e = 0; e < experts && slot < top_k; ++e) {
+        if (gates[e * kPanel + n] == W(0)) continue;  // NaN takes part
+        expert[slot][n] = static_cast<int32_t>(e);
+        weight[slot++][n] = gates[e * kPanel + n];
+      }
+      for (; slot < top_k; ++slot) {
+        expert[slot][n] = -1;
+        weight[slot][n] = W(0);
+      }
+    }
+  }
+  for (int64_t i = 0; i < r; ++i) {
+    W peak[kPanel], total[kPanel] = {};
+    SPECTRALX_LANES peak[n] = kNone;
+    if (by_slot) {
+      std::fill(y_of[0], y_of[0] + terms * kPanel, kNone);
+    }
+    for (int64_t e = 0; e < experts; ++e) {
+      W* row = y + (e * r + i) * kPanel;
+      const W shift = bias ? bias[e * r + i] : W(0);
+      SPECTRALX_LANES row[n] += shift;
+      if (by_slot) {
+        for (int64_t slot = 0; slot < terms; ++slot) {
+          const int32_t* wanted = expert[slot];
+          W* value = y_of[slot];
+          SPECTRALX_LANES value[n] = wanted[n] == static_cast<int32_t>(e) ? row[n] : value[n];
+        }
+      } else {
+        const W* gate = gates + e * kPanel;
+        SPECTRALX_LANES {
+          const W term = gate[n] != W(0) ? row[n] : kNone;
+          peak[n] = term > peak[n] ? term : peak[n];
+        }
+      }
+    }
+    if (by_slot) {
+      for (int64_t slot = 0; slot < terms; ++slot) {
+        const W* value = y_of[slot];
+        SPECTRALX_LANES peak[n] = value[n] > peak[n] ? value[n] : peak[n];
+      }
+    }
+    for (int64_t term = 0; term < terms; ++term) {
+      const W* row = by_slot ? y_of[term] : y + (term * r + i) * kPanel;
+      const W* gate = by_slot ? weight[term] : gates + term * kPanel;
+      SPECTRALX_LANES {
+        const W value = gate[n] * exponential(row[n] - peak[n]);
+        total[n] += gate[n] != W(0) ? value : W(0);
+      }
+    }
+    W* out = c + i * kPanel;
+    SPECTRALX_LANES {
+      const W value = peak[n] + logarithm(total[n]);
+      out[n] = total[n] == W(0) ? static_cast<W>(kLogEpsilon) : value;
+    }
+  }
+}
+
+template <typename Op>
+void combine_backward(Wide<Op>* y, int64_t experts, int64_t r, const Wide<Op>* gates,
+                      const Wide<Op>* c, const Wide<Op>* dc, Wide<Op>* dgates,
+                      Wide<Op>* dbias) {
+  using W = Wide<Op>;
+  for (int64_t e = 0; e < experts; ++e) {
+    const W* gate = gates + e * kPanel;
+    W* dgate = dgates + e * kPanel;
+    W along[kPanel] = {};
+    for (int64_t i = 0; i < r; ++i) {
+      W* row = y + (e * r + i) * kPanel;
+      const W *combined = c + i * kPanel, *grad = dc + i * kPanel;
+      SPECTRALX_LANES {
+        const W per_gate = grad[n] * exponential(row[n] - combined[n]);
+        along[n] += gate[n] != W(0) ? per_gate : W(0);
+        row[n] = gate[n] != W(0) ? gate[n] * per_gate : W(0);
+      }
+      if (dbias) dbias[e * r + i] += sum_of_lanes(row);
+    }
+    SPECTRALX_LANES dgate[n] = along[n];
+  }
+}
+
+}  // namespace

@@ -1,0 +1,80 @@
+// What rows and columns of weights take part in: the folded norm, and the ends of their gradients.
+// A part of panels_impl.h.
+#pragma once
+
+namespace {
+
+template <typename Op>
+void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* beta, Op* folded,
+          Wide<Op>* sum, Wide<Op>* shift) {
+  using W = Wide<Op>;
+  const auto* from = elements(row);
+  auto* to = elements(folded);
+  W total = 0, moved = 0;
+#pragma omp simd reduction(+ : total, moved)
+  for (int64_t i = 0; i < width; ++i) {
+    const W weight = value_of(from[i]);
+    const auto product = rounded<Op>(gamma[i] * weight);
+    to[i] = product;
+    total += value_of(product);  // of what the product will use
+    moved += beta[i] * weight;
+  }
+  *sum = total;
+  *shift = moved;
+}
+
+template <typename Op>
+void finish_down(const Op* down, const Wide<Op>* products, int64_t r, int64_t columns,
+                 int64_t stride, const Wide<Op>* gamma, const Wide<Op>* beta,
+                 const Wide<Op>* z0_sums, Op* down_grad, Wide<Op>* gamma_grad,
+                 Wide<Op>* beta_grad) {
+  using W = Wide<Op>;
+  std::fill(gamma_grad, gamma_grad + columns, W(0));
+  std::fill(beta_grad, beta_grad + columns, W(0));
+  for (int64_t j = 0; j < r; ++j) {
+    const auto* weight = elements(down + j * stride);
+    const W* product = products + j * kBlock;
+    auto* grad = elements(down_grad + j * stride);
+    const W sum = z0_sums[j];
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) {
+      const W w = value_of(weight[i]);
+      gamma_grad[i] += w * product[i];
+      beta_grad[i] += w * sum;
+      grad[i] = rounded<Op>(product[i] * gamma[i] + sum * beta[i]);
+    }
+  }
+}
+
+template <typename Op>
+void add_columns(const Wide<Op>* rows, int64_t r, int64_t count, const Wide<Op>* weight,
+                 Wide<Op>* panel, Wide<Op>* sum) {
+  for (int64_t i = 0; i < r; ++i) {
+    const Wide<Op>* from = rows + i * kBlock;
+    Wide<Op>*to = panel + i * kPanel, *total = sum + i * kPanel;
+    std::fill(to + count, to + kPanel, Wide<Op>(0));
+#pragma omp simd
+    for (int64_t n = 0; n < count; ++n) {
+      to[n] = from[n];
+      total[n] += weight[n] * from[n];
+    }
+  }
+}
+
+template <typename Op>
+void finish_input(const Wide<Op>* product, int64_t tokens, int64_t columns, const Op* x,
+                  const Wide<Op>* mean, const Wide<Op>* offset, const Wide<Op>* slope, Op* dx,
+                  int64_t stride) {
+  using W = Wide<Op>;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const W* from = product + t * kBlock;
+    const W m = mean[t], o = offset[t], s = slope[t];
+    const auto* in = elements(x + t * stride);
+    auto* to = elements(dx + t * stride);
+#pragma omp simd
+    for (int64_t n = 0; n < columns; ++n)
+      to[n] = rounded<Op>(from[n] - o - (value_of(in[n]) - m) * s);
+  }
+}
+
+}  // namespace
