@@ -22,6 +22,7 @@ from spectralx.cli import InputError, write_text
 from spectralx.comparison.methods import Method, method_settings
 from spectralx.comparison.optical import optical_copy, optical_settings
 from spectralx.comparison.work import SETTINGS, record_path
+from spectralx.data import Task
 from spectralx.datamodule import TaskData
 from spectralx.differences import first_difference
 from spectralx.fit import Stage
@@ -148,13 +149,12 @@ def _prepare(folder: Path, settings: Settings) -> None:
     write_text(folder / SETTINGS, yaml.safe_dump(settings.as_dict()))
 
 
-def _backbone(plan: Plan, lock: int) -> Path | None:
+def _backbone(plan: Plan, task: Task, lock: int) -> Path | None:
     """File of the optical backbone that all methods start from, trained if it is not there."""
     if plan.pretrain == 0:
         return None
     folder = plan.folder / PRETRAINING
     if not record_path(folder, "stage1").is_file():
-        task = TaskData(plan.settings.data, plan.settings.stage1.run).task
         root = optical_copy(task, folder / "images", progress=plan.settings.trainer.progress)
         _prepare(folder, optical_settings(plan.settings, root, folder, plan.pretrain))
         _work(folder, "stage1", "optical backbone", lock)
@@ -185,9 +185,10 @@ def run_all(plan: Plan, minutes: float | None = None) -> None:
         )
     if settings.stage2.init_from != FROM_STAGE1:
         stage1_checkpoint(settings)
+    task = TaskData(settings.data, settings.stage2.run).task  # says what is wrong with the data
     _hold(plan)
     with _alone(plan.folder) as lock:
-        backbone = _backbone(plan, lock)
+        backbone = _backbone(plan, task, lock)
         steps = [(run, stage) for run in plan.runs for stage in plan.stages]
         shown = tqdm(steps, desc="comparison", unit="stage", disable=not settings.trainer.progress)
         for done, (run, stage) in enumerate(shown):
