@@ -166,8 +166,8 @@ def conditions(plan: Plan) -> list[str]:
         start = (
             f"all start from one backbone, trained here for {plan.pretrain:,} steps to reconstruct "
             "the source's training images in red, green and blue: a stand-in for an optical "
-            "foundation model. 'frozen' keeps its blocks, and a patch convolution interpolated by "
-            "wavelength from its own"
+            "foundation model. 'frozen' keeps its blocks and its patch convolution, made to "
+            "fit the bands by wavelength"
         )
     elif settings.model.backbone_weights is not None:
         start = f"all start from the weights in {settings.model.backbone_weights}"

@@ -19,7 +19,6 @@ from spectralx.evaluation.results import (
     OVERALL,
     PER_CLASS,
     SIZES,
-    SOURCE,
     TaskResult,
 )
 from spectralx.evaluation.scoring import Size
@@ -188,7 +187,8 @@ def write_report(results: Sequence[TaskResult], folder: Path) -> None:
     page = Page("Evaluation")
     page.text(
         f"SpectralX {__version__}, PyTorch {torch.__version__}, Python "
-        f"{platform.python_version()}. Published figures: {published.SOURCE}."
+        f"{platform.python_version()}. Published figures: {published.SOURCE}, scored by the rules "
+        "of the published protocol."
     )
     page.table(summary)
     markdown = ["# Evaluation", summary.markdown()]
@@ -231,6 +231,3 @@ def _published(results: Sequence[TaskResult]) -> dict[str, list[dict[str, object
         ]
         for result in results
     }
-
-
-__all__ = ["RESULTS", "SOURCE", "summary_table", "write_report"]
