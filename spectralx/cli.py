@@ -7,8 +7,10 @@ Status 0 is success, 2 is input that cannot be used (options, configuration, dat
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -95,3 +97,36 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_folder(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
+    """A folder to fill that takes the place of `path` when the block ends well, and else is gone.
+
+    Parameters
+    ----------
+    path : where it goes. What is there is replaced if it is empty or holds `marker`.
+    marker : file that every such folder holds.
+
+    Raises
+    ------
+    InputError : `path` holds something else; nothing is written.
+    """
+    target = Path(path)
+    there = target.exists() or target.is_symlink()
+    if there and not target.is_dir():
+        raise InputError(f"{target}: found a file; expected a folder or nothing")
+    if there and any(target.iterdir()) and not (target / marker).is_file():
+        raise InputError(f"{target}: found other files; expected one with {marker}, or nothing")
+    partial, before = (target.with_name(f".{target.name}.{end}") for end in ("partial", "before"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if there:
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(target, before)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)

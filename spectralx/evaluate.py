@@ -1,174 +1,62 @@
-"""Score a checkpoint on the tests of a task; a command: ``python -m spectralx.evaluate``."""
+"""Score checkpoints on the tests of tasks; a command: ``python -m spectralx.evaluate``.
+
+    python -m spectralx.evaluate --checkpoint runs/seed0 runs/seed1 --out report
+    python -m spectralx.evaluate --checkpoint runs --task all --root whu-ohs=DIR dfc2020=DIR ...
+
+Several checkpoints of one experiment are its seeds: figures are means and deviations over them.
+Each is scored at the labels' own size and at the size the model sees, on each target domain and on
+all of them together. The report is one HTML page that needs nothing else, and the same as
+Markdown, JSON, CSV and PNG.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor, nn
 
-from spectralx import checkpoints, pictures
-from spectralx.cli import InputError, run_command, write_text
-from spectralx.data import Task
-from spectralx.datamodule import Batch, TaskData, restore_normalisation
-from spectralx.lightning_modules import (
-    fixed_mask_noise,
-    masked_error,
-    predict_masks,
-    separate_masks,
+from spectralx.cli import InputError, run_command, write_folder
+from spectralx.evaluation.report import (
+    RESULTS,
+    class_table,
+    file_name,
+    summary_table,
+    write_report,
 )
-from spectralx.metrics import Scores, SegmentationScores, score_table
-from spectralx.options import parse, settings_from_dict
+from spectralx.evaluation.results import TaskResult
+from spectralx.evaluation.scoring import (
+    Evaluation,
+    reconstruction_errors,
+    run_tests,
+    segmentation_scores,
+)
+from spectralx.evaluation.trained import (
+    GAP_TASKS,
+    Trained,
+    by_task,
+    find_checkpoints,
+    roots_by_task,
+    score_task,
+)
+from spectralx.metrics import Protocol
+from spectralx.options import parse
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
-from spectralx.settings import RunSettings, Settings
 
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; the device of `model`. The mode is restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield next(model.parameters()).device
-    finally:
-        model.train(training)
-
-
-def segmentation_scores(
-    model: Segmentation,
-    batches: Iterable[Batch],
-    class_names: Sequence[str],
-    *,
-    official: bool = False,
-) -> Scores:
-    """Scores of `model` over all batches, at the size of their masks."""
-    scores = SegmentationScores(class_names, protocol="official" if official else "proper")
-    with _inference(model) as device:
-        for batch in batches:
-            predictions = predict_masks(model(batch["image"].to(device)), batch["mask"])
-            for prediction, truth in zip(predictions, separate_masks(batch["mask"]), strict=True):
-                scores.update(prediction.cpu(), truth)
-    return scores.compute()
-
-
-def reconstruction_errors(
-    model: MaskedReconstruction, batches: Iterable[Batch]
-) -> dict[str, float]:
-    """Mean ``loss`` and ``masked_loss`` of `model` over all images, under fixed masks."""
-    sums, count = {"loss": 0.0, "masked_loss": 0.0}, 0
-    with _inference(model) as device:
-        for index, batch in enumerate(batches):
-            images = batch["image"].to(device)
-            result = model(images, fixed_mask_noise(index, (len(images), model.patches), images))
-            sums["loss"] += float(result.loss) * len(images)
-            sums["masked_loss"] += float(masked_error(model, result, images)) * len(images)
-            count += len(images)
-    return {name: total / max(count, 1) for name, total in sums.items()}
-
-
-def _first_images(batches: Iterable[Batch], count: int) -> tuple[Tensor, list[Tensor]]:
-    """Images [B, C, H, W] and their masks, up to `count` of them."""
-    images: list[Tensor] = []
-    masks: list[Tensor] = []
-    for batch in batches:
-        images += list(batch["image"])
-        masks += list(batch["mask"])
-        if len(images) >= count:
-            break
-    return torch.stack(images[:count]), masks[:count]
-
-
-def draw_segmentation(
-    path: Path, model: Segmentation, batches: Iterable[Batch], task: Task, count: int
-) -> None:
-    """Picture of the first `count` predictions beside their truth."""
-    images, masks = _first_images(batches, count)
-    with _inference(model) as device:
-        predictions = predict_masks(model(images.to(device)), masks)
-    pictures.segmentation(
-        path, images, [one[0] for one in predictions], masks, task.class_names, task.wavelengths
-    )
-
-
-def draw_reconstruction(
-    path: Path, model: MaskedReconstruction, batches: Iterable[Batch], task: Task, count: int
-) -> None:
-    """Picture of the first `count` reconstructions, under fixed masks."""
-    images, _ = _first_images(batches, count)
-    with _inference(model) as device:
-        images = images.to(device)
-        noise = fixed_mask_noise(0, (len(images), model.patches), images)
-        shown = model.reconstruct(images, noise)
-    pictures.reconstruction(path, shown.images, shown.predicted, shown.mask, task.wavelengths)
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What a model reached on the tests of a task.
-
-    Attributes
-    ----------
-    tests : test set ("source", "target", or "target ..." each) -> figures by name.
-    scores : of a segmentation, the scores behind them.
-    """
-
-    tests: dict[str, dict[str, float]]
-    scores: dict[str, Scores]
-
-    def table(self) -> str:
-        """Scores of each class and overall, or the errors; one column or line a test set."""
-        if self.scores:
-            return score_table(self.scores)
-        return "\n".join(
-            f"{name}: " + ", ".join(f"{key} {value:.5f}" for key, value in figures.items())
-            for name, figures in self.tests.items()
-        )
-
-
-def run_tests(
-    model: Segmentation | MaskedReconstruction,
-    data: TaskData,
-    *,
-    official: bool = False,
-    pictures_to: Path | None = None,
-    count: int = 3,
-) -> Evaluation:
-    """Run `model` on all test sets of `data`.
-
-    Parameters
-    ----------
-    model : of either stage; runs on the device it is on.
-    data : of the task.
-    official : score as the published protocol does.
-    pictures_to : folder for a picture of the first `count` images of each test set.
-    """
-    tests: dict[str, dict[str, float]] = {}
-    scores: dict[str, Scores] = {}
-    for name in data.tests:
-        loader = data.test_loader(name)
-        if isinstance(model, Segmentation):
-            scores[name] = segmentation_scores(
-                model, loader, data.task.class_names, official=official
-            )
-            tests[name] = scores[name].summary()
-        else:
-            tests[name] = reconstruction_errors(model, loader)
-        if pictures_to is not None and count > 0:
-            file = pictures_to / f"{name.replace(' ', '-')}.png"
-            if isinstance(model, Segmentation):
-                draw_segmentation(file, model, loader, data.task, count)
-            else:
-                draw_reconstruction(file, model, loader, data.task, count)
-    return Evaluation(tests, scores)
+__all__ = [
+    "GAP_TASKS",
+    "Evaluation",
+    "TaskResult",
+    "evaluate",
+    "evaluate_tasks",
+    "main",
+    "reconstruction_errors",
+    "run_tests",
+    "segmentation_scores",
+]
 
 
 def evaluate(
@@ -180,7 +68,7 @@ def evaluate(
     device: str | None = None,
     pictures_to: str | Path | None = None,
 ) -> Evaluation:
-    """Score a checkpoint of either stage.
+    """Score one checkpoint of either stage as its training did.
 
     Parameters
     ----------
@@ -194,76 +82,143 @@ def evaluate(
     ------
     ValueError : a checkpoint or data that cannot be used, or that do not fit each other.
     """
-    loaded = checkpoints.load(checkpoint)
-    settings = _settings_of(loaded)
-    wanted = dataclasses.replace(
-        settings.data,
-        root=settings.data.root if root is None else root,
-        task=settings.data.task if task is None else task,
-    )
-    model = loaded.build()
-    data = TaskData(
-        wanted,
-        RunSettings(batch_size=batch_size),
-        normalisation=restore_normalisation(loaded.manifest["normalisation"]),
-    )
-    _check_fit(loaded, data.task)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    trained = Trained.read(checkpoint)
+    data = trained.data(root=root, task=task, batch_size=batch_size)
+    model = trained.model(device)
     assert isinstance(model, (Segmentation, MaskedReconstruction))
     folder = None if pictures_to is None else Path(pictures_to)
-    return run_tests(model, data, official=wanted.official, pictures_to=folder)
+    return run_tests(model, data, official=trained.settings.data.official, pictures_to=folder)
 
 
-def _settings_of(checkpoint: checkpoints.Checkpoint) -> Settings:
-    extra: Any = checkpoint.manifest.get("extra") or {}
-    if "settings" not in extra or "normalisation" not in checkpoint.manifest:
-        raise InputError(
-            f"{checkpoint.path}: found a checkpoint without settings; expected one that "
-            "spectralx.train wrote"
+def evaluate_tasks(
+    paths: Sequence[str | Path],
+    *,
+    task: str | None = None,
+    roots: Sequence[str] = (),
+    protocol: Protocol = "proper",
+    batch_size: int = 16,
+    device: str | None = None,
+    pictures_to: Path | None = None,
+    count: int = 3,
+    progress: bool = True,
+) -> list[TaskResult]:
+    """Score checkpoints of stage 2 on one task or several.
+
+    Parameters
+    ----------
+    paths : folders of checkpoints, or above ``stage2/best`` of experiments.
+    task : a task for all of them; by default the one each was trained on; "all" for the same, and
+        each of the eight with a domain gap must be there.
+    roots : folder of the data, or ``DATASET=DIR`` (whu-ohs, dfc2020, mts12) each; by default where
+        training found them.
+    protocol : "proper", or "official" for the published protocol's labels and averages.
+    batch_size, device : of the model.
+    pictures_to : folder for pictures of the first `count` images, in a folder a task.
+    progress : show progress bars on stderr.
+
+    Returns
+    -------
+    One result a task, in the order of `spectralx.data.task_names`.
+
+    Raises
+    ------
+    ValueError : checkpoints or data that cannot be used, or that do not fit each other.
+    """
+    groups = by_task([Trained.read(path) for path in find_checkpoints(paths)], task)
+    places = roots_by_task(roots)
+    return [
+        score_task(
+            name,
+            group,
+            root=places.get(name),
+            protocol=protocol,
+            batch_size=batch_size,
+            device=device,
+            pictures_to=None if pictures_to is None else pictures_to / file_name(name),
+            count=count,
+            progress=progress,
         )
-    return settings_from_dict(extra["settings"], str(checkpoint.path / checkpoints.MANIFEST))
+        for name, group in groups.items()
+    ]
 
 
-def _check_fit(checkpoint: checkpoints.Checkpoint, task: Task) -> None:
-    """The bands of `task` are those of `checkpoint`, and so are the classes."""
-    manifest = checkpoint.manifest
-    for what, found, expected in (
-        ("bands", task.bands, len(manifest["wavelengths"])),
-        ("classes", task.num_classes, len(manifest["class_names"])),
-    ):
-        if found != expected:
-            raise InputError(
-                f"{checkpoint.path}: found task {task.name} of {found} {what}; expected "
-                f"{expected}, as the checkpoint was trained on"
-            )
+def _errors(trained: Trained, options: dict[str, Any]) -> str:
+    """What a checkpoint of stage 1 reached, for the terminal."""
+    if options["out"] is not None:
+        raise InputError(f"{trained.path}: found stage 1; expected stage 2 for a report (--out)")
+    task = options["task"] or trained.settings.data.task
+    found = evaluate(
+        trained.path,
+        root=roots_by_task(options["root"]).get(task),
+        task=task,
+        batch_size=options["batch_size"],
+        device=options["device"],
+    )
+    return found.table()
+
+
+def _tables(results: Sequence[TaskResult]) -> str:
+    """The summary and the classes of each task, for the terminal."""
+    each = [class_table(result, result.headline) for result in results]
+    titles = [f"\n{result.task}" for result in results]
+    parts = [summary_table(results).plain()]
+    for title, table in zip(titles, each, strict=True):
+        parts += [title, table.plain()]
+    return "\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of ``python -m spectralx.evaluate``; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser(prog="spectralx.evaluate", exit_on_error=False)
-    parser.add_argument("--checkpoint", type=str, required=True, help="folder of a checkpoint")
-    parser.add_argument("--root", type=str | None, help="data; by default what it was trained on")
-    parser.add_argument("--task", type=str | None, help="task; by default the trained one")
+    parser.add_argument(
+        "--checkpoint",
+        type=str,
+        nargs="+",
+        required=True,
+        help="folders of checkpoints, or of experiments",
+    )
+    parser.add_argument(
+        "--task", type=str | None, help="a task, or all; by default what each was trained on"
+    )
+    parser.add_argument(
+        "--root",
+        type=str,
+        nargs="+",
+        default=[],
+        help="data: DIR, or whu-ohs=DIR dfc2020=DIR mts12=DIR; by default where training found it",
+    )
+    parser.add_argument(
+        "--protocol", choices=list(get_args(Protocol)), default="proper", help="rules of scoring"
+    )
+    parser.add_argument("--out", type=str | None, help="folder for the report")
+    parser.add_argument("--pictures", type=int, default=3, help="images drawn of each test set")
     parser.add_argument("--batch_size", type=int, default=16, help="images at a time")
     parser.add_argument("--device", type=str | None, help="cpu or cuda; by default the fastest")
-    parser.add_argument("--pictures", type=str | None, help="folder for pictures")
-    parser.add_argument("--json", type=str | None, help="file for the figures")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
     def body() -> None:
         options = parse(parser, arguments)
-        found = evaluate(
-            options["checkpoint"],
-            root=options["root"],
-            task=options["task"],
-            batch_size=options["batch_size"],
-            device=options["device"],
-            pictures_to=options["pictures"],
-        )
-        print(found.table())
-        if options["json"] is not None:
-            write_text(options["json"], json.dumps(found.tests, indent=2) + "\n")
+        paths = options["checkpoint"]
+        common = {
+            "task": options["task"],
+            "roots": options["root"],
+            "protocol": options["protocol"],
+            "batch_size": options["batch_size"],
+            "device": options["device"],
+        }
+        first = Trained.read(find_checkpoints(paths)[0])
+        if len(paths) == 1 and first.manifest["model"] == "reconstruction":
+            print(_errors(first, options))
+            return
+        if options["out"] is None:
+            print(_tables(evaluate_tasks(paths, **common)))
+            return
+        with write_folder(options["out"], RESULTS) as folder:
+            results = evaluate_tasks(paths, **common, pictures_to=folder, count=options["pictures"])
+            write_report(results, folder)
+        print(_tables(results))
+        print(f"report: {Path(options['out']) / 'report.html'}")
 
     return run_command("spectralx.evaluate", body, debug="--debug" in arguments)
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, a reconstruction, a prediction beside its truth.
+"""Pictures of a run: learning curves, a reconstruction, a prediction beside its truth, confusion.
 
 Everything is drawn without a display, straight to PNG files.
 """
@@ -160,6 +160,81 @@ def segmentation(
             axes.set_axis_off()
     handles = [Patch(color=colours(index), label=class_names[index]) for index in sorted(shown)]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def confusion(
+    path: str | os.PathLike[str], matrix: Tensor, class_names: Sequence[str], title: str
+) -> None:
+    """A confusion matrix as shares of each true class, classes that occur nowhere left out.
+
+    Parameters
+    ----------
+    path : PNG file to write.
+    matrix : int64 [K, K], rows are the truth, columns the prediction; row 0 is not shown, column 0
+        where it was predicted.
+    class_names : K names, index 0 unlabelled.
+    title : above it.
+    """
+    counts = matrix.detach().cpu().double().numpy().copy()
+    counts[0] = 0
+    truth, predicted = counts.sum(1), counts.sum(0)
+    columns = np.flatnonzero(truth + predicted)
+    rows = columns[columns > 0]
+    shares = 100 * counts[np.ix_(rows, columns)] / np.maximum(truth[rows], 1)[:, None]
+    cell = 0.42
+    size = (4.0 + cell * max(len(columns), 6), 2.4 + cell * max(len(rows), 4))
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(shares if shares.size else np.zeros((1, 1)), cmap="Blues", vmin=0, vmax=100)
+    for row, column in np.argwhere(shares >= 0.5):
+        value = shares[row, column]
+        axes.text(
+            column, row, f"{value:.0f}", ha="center", va="center", fontsize=7,
+            color="white" if value > 60 else "black",
+        )  # fmt: skip
+    axes.set_xticks(range(len(columns)), [class_names[k] for k in columns], rotation=60, ha="right")
+    axes.set_yticks(range(len(rows)), [f"{class_names[k]} ({int(truth[k]):,})" for k in rows])
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("prediction", fontsize=9)
+    axes.set_ylabel("truth (pixels)", fontsize=9)
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(shown, ax=axes, label="% of the true class", shrink=0.8)
+    _save(figure, path)
+
+
+def comparison(
+    path: str | os.PathLike[str],
+    scores: Mapping[str, Sequence[float]],
+    parameters: Mapping[str, int],
+    title: str,
+) -> None:
+    """Scores of methods: bars of means with a point a seed, and means over trainable parameters.
+
+    Parameters
+    ----------
+    path : PNG file to write.
+    scores : method -> one score a seed.
+    parameters : method -> number of trainable parameters.
+    title : what the scores are.
+    """
+    figure = Figure(figsize=(10.0, 3.8), dpi=_DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = list(scores)
+    means = [float(np.mean(scores[name])) for name in names]
+    colours = [colormaps["tab10"](index % 10) for index in range(len(names))]
+    left.bar(names, means, color=colours, alpha=0.5)
+    for index, name in enumerate(names):
+        left.plot([index] * len(scores[name]), scores[name], "o", color=colours[index], ms=5)
+        right.plot(parameters[name], means[index], "o", color=colours[index], ms=7, label=name)
+    left.set_ylabel(title, fontsize=9)
+    left.tick_params(axis="x", rotation=25, labelsize=8)
+    right.set_xscale("log")
+    right.set_xlabel("trainable parameters, decoder included", fontsize=9)
+    right.set_ylabel(title, fontsize=9)
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="y")
     _save(figure, path)
 
 

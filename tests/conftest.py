@@ -17,6 +17,8 @@ NEEDS = {
     "spectralx/data": ("rasterio", "scipy", "tqdm"),
     "spectralx/test_cli.py": ("jsonargparse", "rasterio"),
     "spectralx/test_evaluate.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
+    "spectralx/test_comparison.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
+    "spectralx/test_evaluation.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
     "spectralx/test_metrics.py": ("torchmetrics",),
     "spectralx/test_options.py": ("jsonargparse", "rasterio"),
     "spectralx/test_quickstart.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),

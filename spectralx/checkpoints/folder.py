@@ -177,13 +177,12 @@ def save(
     return folder
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read the checkpoint in the folder `path` (or whose manifest `path` is) and check its hash.
+def read_manifest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The folder and the manifest of the checkpoint in `path` (or whose manifest `path` is).
 
     Raises
     ------
-    CheckpointError : no checkpoint there, another format, or tensors that are missing, damaged
-        or not those of the manifest.
+    CheckpointError : no checkpoint there, or another format.
     """
     folder = Path(path)
     if folder.name == MANIFEST:
@@ -196,7 +195,19 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON: {one_line(error)}") from error
     _check_manifest(file, manifest)
+    return folder, manifest
 
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the checkpoint in the folder `path` (or whose manifest `path` is) and check its hash.
+
+    Raises
+    ------
+    CheckpointError : no checkpoint there, another format, or tensors that are missing, damaged
+        or not those of the manifest.
+    """
+    folder, manifest = read_manifest(path)
+    file = folder / MANIFEST
     entry = manifest["tensors"]
     tensor_file = folder / entry["file"]
     if not tensor_file.is_file():

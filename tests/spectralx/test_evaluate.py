@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +61,33 @@ def test_scores_agree_with_predictions_image_by_image(settings: Settings, checkp
     assert scores.overall_accuracy == pytest.approx(correct / labelled)
 
 
-def test_the_command_prints_a_table_and_writes_figures(
-    checkpoint: Path, tmp_path: Path, capsys: Any
-) -> None:
-    figures, shown = tmp_path / "figures.json", tmp_path / "shown"
-    status = main(
-        ["--checkpoint", str(checkpoint), "--json", str(figures), "--pictures", str(shown)]
-    )
-    assert status == 0
+def test_the_command_prints_tables(checkpoint: Path, capsys: Any) -> None:
+    assert main(["--checkpoint", str(checkpoint), "--device", "cpu"]) == 0
     table = capsys.readouterr().out
-    assert table.splitlines()[0].split() == ["percent", "source", "target"]
-    assert "IoU woodland" in table
-    kept = json.loads(figures.read_text())
-    assert set(kept) == {"source", "target"}
-    assert f"{100 * kept['target']['overall_accuracy']:.1f}" in table
-    assert sorted(path.name for path in shown.iterdir()) == ["source.png", "target.png"]
+    found = evaluate(checkpoint, device="cpu").tests
+    summary = [line.split() for line in table.splitlines() if line.startswith("WS-WD ")]
+    assert [row[1] for row in summary] == ["source", "target"]
+    assert summary[1][3] == f"{100 * found['target']['miou']:.1f}"
+    assert "woodland" in table
+
+
+def test_the_command_scores_stage_1_without_a_report(
+    settings: Settings, tmp_path: Path, capsys: Any
+) -> None:
+    data = TaskData(settings.data, settings.stage1.run)
+    first = checkpoints.save(
+        tmp_path / "stage1",
+        reconstruction_model(settings, data.task.wavelengths),
+        wavelengths=list(data.task.wavelengths),
+        class_names=list(data.task.class_names),
+        normalisation=describe_normalisation(data.task.train),
+        extra={"stage": "stage1", "settings": settings.as_dict()},
+    )
+    assert main(["--checkpoint", str(first), "--device", "cpu"]) == 0
+    assert "target: loss " in capsys.readouterr().out
+    assert main(["--checkpoint", str(first), "--out", str(tmp_path / "report")]) == 2
+    assert "found stage 1; expected stage 2" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
 
 
 def test_other_data_of_the_same_kind(checkpoint: Path, tiny_scenes: Path) -> None:

@@ -1,0 +1,1 @@
+"""Methods compared on one task with the same budget: what ``python -m spectralx.compare`` runs."""

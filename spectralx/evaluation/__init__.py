@@ -1,0 +1,1 @@
+"""Scoring of models: confusion matrices, figures over seeds, tables and reports."""
