@@ -175,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--adapt_bands",
-        type=bool,
-        default=False,
+        action="store_true",
         help="resample the tokenizer for a sensor that the model was not trained on",
     )
     parser.add_argument("--nodata", type=float | None, help="for files that do not state it")
@@ -189,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--precision", type=Precision, default="32-true", help="32-true, bf16-mixed or 16-mixed"
     )
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace maps")
+    parser.add_argument("--overwrite", action="store_true", help="replace maps")
     parser.add_argument("--progress", type=bool, default=True, help="show progress bars")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 

@@ -37,7 +37,7 @@ class Options:
     probabilities : "none"; "top", a second file of the probability of the map's class; or "all",
         of every class, one band each.
     quicklook : write a PNG of scene and map.
-    wavelengths : of the scene's bands in µm, where the file does not state them.
+    wavelengths : of the scene's bands in µm, instead of what the file states.
     adapt_bands : resample HyperT's weights to the scene's bands if the model was trained on others.
     nodata : value of missing pixels for files that state none.
     statistics_from : another GeoTIFF whose extremes scale the bands, for models trained with

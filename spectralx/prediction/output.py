@@ -121,6 +121,8 @@ def write_cog(
         "interleave": "band",
         "BIGTIFF": "IF_SAFER",
     }
+    if look.colours is None:
+        profile["photometric"] = "MINISBLACK"  # three bands are not red, green and blue
     try:
         with without_georeference_warning():
             with rasterio.open(plain, "w", **profile) as target:

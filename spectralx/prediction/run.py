@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -27,7 +28,7 @@ from spectralx.prediction.blend import Blend, Rows, ValidRows
 from spectralx.prediction.job import CLASSES, PROBABILITY, Job
 from spectralx.prediction.scaling import Scaler
 from spectralx.prediction.scene import SceneReading, read_tiles, scene_scaling
-from spectralx.prediction.store import Store, discard, open_store
+from spectralx.prediction.store import Store, discard, folder_of, open_store
 from spectralx_kernels import __version__
 
 
@@ -68,6 +69,8 @@ def run(job: Job, *, overwrite: bool = False, progress: bool = True) -> Predicti
     if not overwrite and job.output.exists():
         if files.read_fingerprint(job.output) != fingerprint:
             raise _there(job.output)
+        # Left where a run ended between its last two steps.
+        shutil.rmtree(folder_of(job.output), ignore_errors=True)
         return _result(job, 0, 0.0, {})
     begin = time.perf_counter()
     job.output.parent.mkdir(parents=True, exist_ok=True)

@@ -81,18 +81,18 @@ def scene_scaling(reading: SceneReading, *, name: str, progress: bool) -> Scalin
     high = -low
     with open_raster(info.path) as raster, block_cache(raster, rows=1):
         windows = _windows(raster)
-        bar = tqdm(
+        with tqdm(
             windows,
             desc=f"{name} statistics",
             unit="window",
             disable=not progress,
             mininterval=refresh_seconds(),
-        )
-        for window in bar:
-            raw = raster.read(bands=bands, window=window)
-            valid = valid_values(raw, reading.nodata)
-            lowest, highest = extremes(raw.astype(np.float32), valid)
-            low, high = np.minimum(low, lowest), np.maximum(high, highest)
+        ) as bar:
+            for window in bar:
+                raw = raster.read(bands=bands, window=window)
+                valid = valid_values(raw, reading.nodata)
+                lowest, highest = extremes(raw.astype(np.float32), valid)
+                low, high = np.minimum(low, lowest), np.maximum(high, highest)
     return ImageMinMax.scaling(low, high)
 
 

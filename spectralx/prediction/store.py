@@ -112,6 +112,11 @@ class Store:
         write_text(self.folder / PLAN, json.dumps(plan, indent=2) + "\n")
 
 
+def folder_of(output: Path) -> Path:
+    """Where what `output` is made of lies until it is whole."""
+    return output.with_name(f".{output.name}.partial")
+
+
 @contextmanager
 def open_store(output: Path, fingerprint: str, layers: dict[str, Layer]) -> Iterator[Store]:
     """The store of `output`: what an earlier run of the same plan left, or an empty one.
@@ -122,7 +127,7 @@ def open_store(output: Path, fingerprint: str, layers: dict[str, Layer]) -> Iter
     ------
     InputError : another process writes the same output, or the disk has no room for it.
     """
-    folder = output.with_name(f".{output.name}.partial")
+    folder = folder_of(output)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:

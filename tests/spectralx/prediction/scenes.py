@@ -46,14 +46,14 @@ def build_model(*, bands: int = 5, tokenizer: str | None = None, **sizes: Any) -
         **options,
     ).eval()
     images = torch.from_numpy(pixels(bands, 2 * SIDE, 2 * SIDE)).float().div(4000.0)
-    side = model.image_size[0]
-    images = F.interpolate(images[None], (2 * side, 2 * side), mode="bilinear")
-    parts = images.unfold(2, side, side).unfold(3, side, side)  # [1, C, 2, 2, side, side]
+    height, width = model.image_size
+    images = F.interpolate(images[None], (2 * height, 2 * width), mode="bilinear")
+    parts = images.unfold(2, height, height).unfold(3, width, width)  # [1, C, 2, 2, height, width]
     batch = parts.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
     with torch.no_grad():
         for norm in model.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
-                norm.momentum = None
+                norm.momentum = 1.0
         model.train()
         model(batch)  # running statistics of what it will see
         model.eval()

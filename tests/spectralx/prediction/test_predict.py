@@ -302,7 +302,7 @@ def test_the_command_takes_files_folders_and_patterns(
     # Other options make another map: an error, unless it is to be replaced.
     assert main([*command, "--input", str(folder), "--overlap", "0.5"]) == 2
     assert "a.tif: found a file made of other input" in capsys.readouterr().err
-    again = ["--overlap", "0.5", "--overwrite", "true", "--progress", "false"]
+    again = ["--overlap", "0.5", "--overwrite", "--progress", "false"]
     assert main([*command, "--input", str(folder), *again]) == 0
     assert not list(maps.glob(".*"))
 
@@ -323,6 +323,7 @@ def test_outputs_are_named_after_their_scenes(tmp_path: Path) -> None:
     [
         ([], ["input"]),
         (["--input", "nowhere.tif"], ["nowhere.tif: found no such file; expected a GeoTIFF"]),
+        (["--inputs", "{scene}"], ["unknown option --inputs", "one of --input, "]),
         (["--input", "{scene}", "--window", "33"], ["window: found 33 x 33", "40 x 40"]),
         (["--input", "{scene}", "--overlap", "0.7"], ["overlap: found 0.7"]),
         (["--input", "{scene}", "--batch_size", "0"], ["batch_size: found 0"]),
