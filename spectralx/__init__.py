@@ -2,8 +2,8 @@
 
 `adapt` puts adapters into any model with linear layers. The method in two stages is in
 `spectralx.reconstruction` and `spectralx.segmentation`, its data in `spectralx.data`, training in
-`spectralx.train` and evaluation in `spectralx.evaluate`. Operators and drop-in modules are in the
-package `spectralx_kernels`.
+`spectralx.train`, evaluation in `spectralx.evaluate` and maps of scenes in `spectralx.predict`.
+Operators and drop-in modules are in the package `spectralx_kernels`.
 """
 
 from spectralx.adapt import adapt, adapter_blocks, freeze, trainable_parameters, unadapt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from tqdm import tqdm
 
-# Seconds between two updates of the progress bar.
-_TERMINAL_INTERVAL = 0.1
-_FILE_INTERVAL = 20.0
+from spectralx.cli import refresh_seconds
 
 SaveModel = Callable[[Path, nn.Module, dict[str, Any]], object]
 
@@ -97,8 +94,9 @@ class Progress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            interval = _TERMINAL_INTERVAL if sys.stderr.isatty() else _FILE_INTERVAL
-            self.bar = tqdm(total=self.steps, desc=self.name, unit="step", mininterval=interval)
+            self.bar = tqdm(
+                total=self.steps, desc=self.name, unit="step", mininterval=refresh_seconds()
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *unused: Any

@@ -130,3 +130,8 @@ def write_folder(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def refresh_seconds() -> float:
+    """Least seconds between two updates of a progress bar; few where stderr is no terminal."""
+    return 0.1 if sys.stderr.isatty() else 20.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import lightning.pytorch as pl
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from spectralx.data import FixedStatistics, ImageMinMax, Sample, Task, TileDataset, build_task
+from spectralx.data.normalise import restore_normalisation as restore_normalisation
 from spectralx.settings import DataSettings, RunSettings
 
 # Image files up to this size together are all read before training starts.
@@ -63,13 +64,6 @@ def describe_normalisation(dataset: TileDataset) -> dict[str, Any]:
     if isinstance(scaling, FixedStatistics):
         return {"kind": "fixed", "mean": scaling.mean.tolist(), "std": scaling.std.tolist()}
     return {"kind": "image"}
-
-
-def restore_normalisation(described: Mapping[str, Any]) -> ImageMinMax | FixedStatistics:
-    """The scaling that `describe_normalisation` described."""
-    if described["kind"] == "fixed":
-        return FixedStatistics(described["mean"], described["std"])
-    return ImageMinMax()
 
 
 class TaskData(pl.LightningDataModule):

@@ -93,12 +93,8 @@ def make_parser(program: str) -> ArgumentParser:
     return parser
 
 
-def _option_names(kind: type = Settings, path: str = "") -> list[str]:
-    names: list[str] = []
-    for key, hint in get_type_hints(kind).items():
-        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        names += _option_names(hint, f"{path}{key}.") if nested else [f"--{path}{key}"]
-    return names
+def _option_names(parser: ArgumentParser) -> list[str]:
+    return [name for action in parser._actions for name in action.option_strings if "--" in name]
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str], where: str = "") -> dict[str, Any]:
@@ -125,7 +121,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str], where: str = "") -> dict[
             message = f"{value[1]}: found {value[3]}; expected {expected}"
         elif unknown is not None:
             option = unknown[1].partition("=")[0]
-            close = one_of(option, ["--help", *_option_names()])
+            close = one_of(option, _option_names(parser))
             message = f"found unknown option {option}; expected {close}"
         raise InputError(f"{where}: {message}" if where else message) from error
     return parsed

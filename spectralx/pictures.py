@@ -238,6 +238,46 @@ def comparison(
     _save(figure, path)
 
 
+def map_with_legend(
+    path: str | os.PathLike[str],
+    image: NDArray[np.float32],
+    labels: NDArray[np.integer],
+    class_names: Sequence[str],
+    shares: Sequence[float],
+) -> None:
+    """A scene in false colour beside its map, with a legend of the classes that occur.
+
+    Parameters
+    ----------
+    path : PNG file to write.
+    image : [H, W, 3], NaN where it is missing.
+    labels : [H, W], class 0 unlabelled or missing.
+    class_names : one name a class.
+    shares : of each class in the map, 0 to 1, shown in the legend.
+    """
+    height, width = labels.shape
+    side = 5.0 / max(height, width)  # inches a pixel
+    beside = width <= 2 * height
+    panels = (1, 2) if beside else (2, 1)
+    size = (2.2 + panels[1] * max(width * side, 2.5), 0.4 + panels[0] * max(height * side, 1.5))
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    first, second = figure.subplots(*panels).ravel()
+    if np.isfinite(image).all(-1).any():
+        low, span = _stretch(image)
+        image = (image - low) / span
+    _show(first, image, "scene")
+    colours = class_colours(len(class_names))
+    drawn = colours(labels)[..., :3].astype(np.float32)
+    _show(second, drawn, "map")
+    handles = [
+        Patch(color=colours(index), label=f"{name}  {100 * share:.1f} %")
+        for index, (name, share) in enumerate(zip(class_names, shares, strict=True))
+        if share > 0
+    ]
+    figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
+    _save(figure, path)
+
+
 def read_curves(path: str | os.PathLike[str]) -> dict[str, Curve]:
     """Every logged quantity of a ``metrics.csv``: name -> (steps, values)."""
     curves: dict[str, Curve] = {}

@@ -15,6 +15,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 # Test files and folders that need more than PyTorch, and the packages they need.
 NEEDS = {
     "spectralx/data": ("rasterio", "scipy", "tqdm"),
+    "spectralx/prediction": ("jsonargparse", "matplotlib", "rasterio", "safetensors", "tqdm"),
     "spectralx/test_cli.py": ("jsonargparse", "rasterio"),
     "spectralx/test_evaluate.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
     "spectralx/test_comparison.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),

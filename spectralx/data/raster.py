@@ -136,6 +136,34 @@ def read_image(
     return values, valid, info
 
 
+@dataclass(frozen=True)
+class OpenRaster:
+    """A GeoTIFF held open, to be read by window; of one thread.
+
+    `source` is rasterio's dataset, for what `info` does not say.
+    """
+
+    info: RasterInfo
+    source: Any
+
+    def read(
+        self,
+        *,
+        bands: Sequence[int] | None = None,
+        window: tuple[int, int, int, int] | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> Array:
+        """As :func:`read_raster`; with `shape` as many rows and columns, the nearest pixels."""
+        return _read(self.info.path, self.source, bands, window, shape)
+
+
+@contextmanager
+def open_raster(path: str | Path) -> Iterator[OpenRaster]:
+    """The GeoTIFF at `path`, for many reads. Raises DataError if it is missing or not one."""
+    with _open(path) as source:
+        yield OpenRaster(_info(Path(path), source), source)
+
+
 def valid_values(raw: Array, nodata: float | None) -> npt.NDArray[np.bool_]:
     """Where `raw` is finite and not `nodata` (a nodata value of NaN is covered by the former)."""
     valid = np.isfinite(raw) if raw.dtype.kind == "f" else np.ones(raw.shape, dtype=bool)
@@ -211,7 +239,7 @@ def write_raster(
         profile["compress"] = compress
     part = path.with_name(path.name + ".part")
     try:
-        with _without_georeference_warning(), rasterio.open(part, "w", **profile) as target:
+        with without_georeference_warning(), rasterio.open(part, "w", **profile) as target:
             target.write(pixels)
             for band, text in enumerate(descriptions or (), start=1):
                 target.set_band_description(band, text)
@@ -292,6 +320,7 @@ def _read(
     source: Any,
     bands: Sequence[int] | None,
     window: tuple[int, int, int, int] | None,
+    shape: tuple[int, int] | None = None,
 ) -> Array:
     area = None
     if window is not None:
@@ -309,8 +338,11 @@ def _read(
         if any(not 0 <= band < source.count for band in bands):
             raise data_error(path, f"{source.count} bands", f"bands {list(bands)}, counted from 0")
         indexes = [band + 1 for band in bands]
+    out_shape = None
+    if shape is not None:
+        out_shape = (source.count if indexes is None else len(indexes), *shape)
     try:
-        pixels: Array = source.read(indexes, window=area)
+        pixels: Array = source.read(indexes, window=area, out_shape=out_shape)
     except RasterioError as error:
         # The GDAL text names the block that could not be read; rasterio keeps it as the cause.
         reason = str(error.__cause__ or error)
@@ -326,7 +358,7 @@ def _open(path: str | Path) -> Iterator[Any]:
     if not path.is_file():
         raise data_error(path, "no such file", "a GeoTIFF")
     try:
-        with _without_georeference_warning():
+        with without_georeference_warning():
             source = rasterio.open(path, driver="GTiff")
     except RasterioError as error:
         raise data_error(
@@ -342,7 +374,7 @@ def _open(path: str | Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _without_georeference_warning() -> Iterator[None]:
+def without_georeference_warning() -> Iterator[None]:
     # Tiles cut by other software often carry no transform, which nothing here needs.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
