@@ -7,7 +7,15 @@ the formats, and what loads from where.
 from spectralx.checkpoints.adapters import Adapters, load_adapters, read_adapters, save_adapters
 from spectralx.checkpoints.backbone import Bands, initialise_backbone
 from spectralx.checkpoints.errors import CheckpointError
-from spectralx.checkpoints.folder import FORMAT, FORMAT_VERSION, MANIFEST, Checkpoint, load, save
+from spectralx.checkpoints.folder import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    Checkpoint,
+    load,
+    read_manifest,
+    save,
+)
 from spectralx.checkpoints.inspection import inspect
 from spectralx.checkpoints.official import export_official, load_official
 from spectralx.checkpoints.report import Loaded
@@ -30,6 +38,7 @@ __all__ = [
     "load_adapters",
     "load_official",
     "read_adapters",
+    "read_manifest",
     "save",
     "save_adapters",
 ]
