@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectralx import checkpoints
+from spectralx.checkpoints.reading import sha256_of
 from spectralx.cli import InputError
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
@@ -111,3 +112,21 @@ def initialise(
     if settings.model.backbone_weights is not None:
         return checkpoints.initialise_backbone(model, settings.model.backbone_weights)
     return None
+
+
+def start_identity(stage: str, settings: Settings) -> str | None:
+    """Hash of the file of weights that `stage` starts from; None where it starts without.
+
+    Raises
+    ------
+    ValueError : the file is missing.
+    """
+    stage1 = stage1_checkpoint(settings) if stage == "stage2" else None
+    if stage1 is not None:
+        return str(checkpoints.read_manifest(stage1)[1]["tensors"]["sha256"])
+    weights = settings.model.backbone_weights
+    if weights is None:
+        return None
+    if not Path(weights).is_file():
+        raise InputError(f"model.backbone_weights: found no file {weights}; expected one")
+    return sha256_of(Path(weights))

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectralx.cli import refresh_seconds
+from spectralx.averaging import AverageWeights
+from spectralx.cli import one_line, refresh_seconds
+from spectralx.resume import SaveError
+from spectralx.training_state import whole_state_dict
 
-SaveModel = Callable[[Path, nn.Module, dict[str, Any]], object]
+# (folder, model, its state dict, what is worth noting about it)
+SaveModel = Callable[[Path, nn.Module, Mapping[str, Tensor], dict[str, Any]], object]
 
 
 class KeepCheckpoints(pl.Callback):
@@ -25,18 +31,36 @@ class KeepCheckpoints(pl.Callback):
     folder : of the run; holds ``best`` and ``last``.
     save : writes a model, with what is worth noting about it, to a folder in one step.
     monitor, mode : the logged quantity that decides, and "min" or "max".
+    patience : validations in a row without a better one after which training stops; None never.
+    average : weights that are kept in place of the trained ones, or None.
 
     Attributes
     ----------
     best_score : of the best checkpoint; None before the first.
+    since_best : validations since then.
+    figures : of the latest validation.
     """
 
-    def __init__(self, folder: Path, save: SaveModel, monitor: str, mode: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        save: SaveModel,
+        monitor: str,
+        mode: str,
+        *,
+        patience: int | None = None,
+        average: AverageWeights | None = None,
+    ) -> None:
         self.folder = folder
         self.save = save
         self.monitor = monitor
         self.sign = 1.0 if mode == "max" else -1.0
+        self.patience = patience
+        self.average = average
         self.best_score: float | None = None
+        self.since_best = 0
+        self.figures: dict[str, float] = {}
+        self._written_at = -1
 
     @property
     def best(self) -> Path:
@@ -48,32 +72,81 @@ class KeepCheckpoints(pl.Callback):
         """Folder of the last checkpoint."""
         return self.folder / "last"
 
-    def _write(self, folder: Path, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        noted = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/") and math.isfinite(float(value))
-        }
+    @property
+    def stopped(self) -> bool:
+        """Whether there is no more patience."""
+        return self.patience is not None and self.since_best >= self.patience
+
+    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, *folders: Path) -> None:
+        """All processes take part, one writes."""
         model = module.model
         assert isinstance(model, nn.Module)
-        self.save(folder, model, {"step": trainer.global_step, "scores": noted})
+        with nullcontext() if self.average is None else self.average.in_place(model):
+            tensors = whole_state_dict(model)
+            if not trainer.is_global_zero:
+                return
+            # Only a validation of these weights speaks of them.
+            figures = self.figures if trainer.validating else {}
+            scores = {f"val/{k}": v for k, v in figures.items() if math.isfinite(v)}
+            for folder in folders:
+                try:
+                    self.save(
+                        folder, model, tensors, {"step": trainer.global_step, "scores": scores}
+                    )
+                except (OSError, SafetensorError) as error:
+                    raise SaveError(
+                        f"{folder}: could not be saved: {one_line(error)}; what was saved before "
+                        "is whole"
+                    ) from error
+
+    def write_last(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Bring ``last`` up to date, unless it is."""
+        if self._written_at != trainer.global_step:
+            self._write(trainer, module, self.last)
+            self._written_at = trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.figures = validation_figures(trainer.callback_metrics)
         # Weights before the first step are validated too, but not worth keeping.
-        if trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._write(self.last, trainer, pl_module)
         score = float(trainer.callback_metrics[self.monitor])
         better = self.best_score is None or self.sign * (score - self.best_score) > 0
-        if better and math.isfinite(score):
-            self._write(self.best, trainer, pl_module)
-            self.best_score = score
+        better = better and math.isfinite(score)
+        self._write(trainer, pl_module, self.last, *([self.best] if better else []))
+        self._written_at = trainer.global_step
+        self.best_score = score if better else self.best_score
+        self.since_best = 0 if better else self.since_best + 1
+        if self.stopped:
+            trainer.should_stop = True
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
-            self._write(self.last, trainer, pl_module)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.write_last(trainer, pl_module)
+
+    def values(self) -> dict[str, Any]:
+        """What a saved state holds of this."""
+        return {
+            "best_score": self.best_score,
+            "since_best": self.since_best,
+            "figures": self.figures,
+            "written_at": self._written_at,
+        }
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Put back what `values` gave."""
+        self.best_score = values["best_score"]
+        self.since_best = values["since_best"]
+        self.figures = dict(values["figures"])
+        self._written_at = values["written_at"]
+
+
+def validation_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a validation by name, without their ``val/``."""
+    return {
+        name.removeprefix("val/"): float(value)
+        for name, value in metrics.items()
+        if name.startswith("val/")
+    }
 
 
 class Progress(pl.Callback):
@@ -95,7 +168,11 @@ class Progress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.bar = tqdm(
-                total=self.steps, desc=self.name, unit="step", mininterval=refresh_seconds()
+                total=self.steps,
+                initial=trainer.global_step,
+                desc=self.name,
+                unit="step",
+                mininterval=refresh_seconds(),
             )
 
     def on_train_batch_end(

@@ -1,7 +1,8 @@
 """What all commands share: one line for every error, and an exit status that says whose it is.
 
 Status 0 is success, 2 is input that cannot be used (options, configuration, data, checkpoints),
-1 is a failure while running, 130 an interruption. ``--debug`` shows the traceback instead.
+1 is a failure while running, 130 an interruption (Ctrl-C), 143 a stop on request (SIGTERM) after
+which the same command goes on. ``--debug`` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+from spectralx.storage import put_in_place
+
 INPUT_STATUS = 2
 RUN_STATUS = 1
 INTERRUPT_STATUS = 130
+STOP_STATUS = 143
 
 
 class InputError(ValueError):
     """Input that cannot be used: names the file or key, what was found and what is expected."""
+
+
+class StopRequested(Exception):  # noqa: N818 (no error)
+    """SIGTERM has asked the run to stop, and what it needs to go on is saved: says where."""
 
 
 # Readers, argument checks and the file system raise these about what the user handed in ...
@@ -47,6 +55,8 @@ def status_of(error: BaseException) -> int:
     """Exit status that `error` ends a command with."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPT_STATUS
+    if isinstance(error, StopRequested):
+        return STOP_STATUS
     if isinstance(error, _INPUT_ERRORS) and not isinstance(error, _RUN_ERRORS):
         return INPUT_STATUS
     return RUN_STATUS
@@ -72,6 +82,9 @@ def run_command(name: str, body: Callable[[], int | None], *, debug: bool = Fals
             raise
         status = status_of(error)
         message = one_line(error)
+        if status == STOP_STATUS:
+            print(f"{name}: {message}", file=sys.stderr)
+            return status
         if status == INTERRUPT_STATUS and not str(error):
             message = "interrupted"
         elif status == RUN_STATUS and not isinstance(error, (RuntimeError, ArithmeticError)):
@@ -94,7 +107,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     partial = target.with_name(f".{target.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        put_in_place(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 

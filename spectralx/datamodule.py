@@ -8,10 +8,12 @@ from typing import Any, TypedDict
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from spectralx.cli import InputError
 from spectralx.data import FixedStatistics, ImageMinMax, Sample, Task, TileDataset, build_task
 from spectralx.data.normalise import restore_normalisation as restore_normalisation
+from spectralx.sampling import Augmented, Shared, TrainingOrder
 from spectralx.settings import DataSettings, RunSettings
 
 # Image files up to this size together are all read before training starts.
@@ -70,16 +72,18 @@ class TaskData(pl.LightningDataModule):
     """Training on, validation on and tests of one task.
 
     An epoch is the whole training: images are drawn in random order, all of them before any comes
-    again, until `run.steps` batches are full.
+    again, until `run.steps` steps are full.
 
     Parameters
     ----------
     settings : of the data.
     run : batch size and number of steps.
     normalisation : scaling of a model that is trained already, instead of the settings'.
+    seed : of the order of training images and of their augmentation.
 
     Attributes
     ----------
+    first_step : the step that training begins with; set it before the training loader is made.
     task : the datasets.
     tests : name -> dataset; "source" first, then "target", or "target ..." for each of several.
 
@@ -94,9 +98,12 @@ class TaskData(pl.LightningDataModule):
         run: RunSettings,
         *,
         normalisation: ImageMinMax | FixedStatistics | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.run = run
+        self.seed = seed
+        self.first_step = 0
         self.workers = settings.workers
         self.task = build_task(
             settings.task,
@@ -127,31 +134,54 @@ class TaskData(pl.LightningDataModule):
             self._cache[key] = CachedImages(dataset)
         return self._cache[key]
 
-    def _loader(self, dataset: Dataset[Sample], steps: int | None = None) -> DataLoader[Sample]:
-        sampler = None
-        if steps is not None:
-            sampler = RandomSampler(dataset, num_samples=steps * self.run.batch_size)  # type: ignore[arg-type]
+    def _loader(self, dataset: Dataset[Sample], batches: Sampler[list[Any]]) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
-            batch_size=self.run.batch_size,
-            sampler=sampler,
+            batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=collate,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # Its own, so that reading leaves the randomness of training alone.
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
+    def _process(self) -> tuple[int, int]:
+        """The number of this process, and of all that train."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Batches of random, augmented images: `run.steps` of them."""
-        return self._loader(self._dataset("train", self.task.train), self.run.steps)
+        """Batches of random, augmented images: those of step `first_step` to the last."""
+        run, (rank, processes) = self.run, self._process()
+        order = TrainingOrder(
+            len(self.task.train),
+            batch_size=run.batch_size,
+            batches=(run.steps - self.first_step) * run.accumulate,
+            start=self.first_step * run.accumulate,
+            seed=self.seed,
+            rank=rank,
+            processes=processes,
+        )
+        return self._loader(Augmented(self._dataset("train", self.task.train), self.seed), order)
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """The validation images, in order."""
-        return self._loader(self._dataset("validation", self.task.validation))
+        """The validation images, in order; each process gets other batches of them."""
+        dataset, (rank, processes) = self.task.validation, self._process()
+        size = self.run.batch_size
+        if len(dataset) <= size * (processes - 1):
+            raise InputError(
+                f"run.batch_size: found {size} for {len(dataset)} validation images; expected "
+                f"at least one batch for each of {processes} processes"
+            )
+        batches = Shared(len(dataset), batch_size=size, rank=rank, processes=processes)
+        return self._loader(self._dataset("validation", dataset), batches)
 
     def test_loader(self, name: str) -> DataLoader[Sample]:
         """The test images of ``tests[name]``, in order."""
-        return self._loader(self._dataset(f"test {name}", self.tests[name]))
+        dataset = self.tests[name]
+        batches = Shared(len(dataset), batch_size=self.run.batch_size)
+        return self._loader(self._dataset(f"test {name}", dataset), batches)
 
     def check(self) -> None:
         """Read images and labels once, so that damage is found before anything is written.

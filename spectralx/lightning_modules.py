@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from spectralx.datamodule import Batch
+from spectralx.machine import shard
 from spectralx.metrics import SegmentationScores
 from spectralx.reconstruction import MaskedReconstruction, Reconstruction
+from spectralx.sampling import derive_seed
 from spectralx.segmentation import Segmentation
 from spectralx.settings import OptimizerSettings
+from spectralx.training_state import processes
 from spectralx_kernels import (
     masked_patch_loss,
     upsample_argmax,
@@ -79,18 +84,41 @@ def masked_error(model: MaskedReconstruction, result: Reconstruction, images: Te
     return masked_patch_loss(result.prediction, images, result.mask, model.patch_size)
 
 
-class _Stage(pl.LightningModule):
-    """What both stages share. Subclasses set `monitor` and `mode`, which choose the best."""
+class Stage(pl.LightningModule):
+    """What both stages share.
+
+    Subclasses set `monitor` and `mode`, which choose the best, and `logged`, all that they log.
+    """
 
     monitor: str
     mode: str
+    logged: tuple[str, ...]
     model: nn.Module
 
-    def __init__(self, optimizer: OptimizerSettings, total_steps: int) -> None:
+    def __init__(self, optimizer: OptimizerSettings, total_steps: int, seed: int) -> None:
         super().__init__()
         self.optimizer_settings = optimizer
         self.total_steps = total_steps
-        self._plateau: ReduceLROnPlateau | None = None
+        self.seed = seed
+        self.plateau: ReduceLROnPlateau | None = None
+        self.work_begins: Callable[[], None] | None = None
+        self._losses: list[Tensor] = []  # of the batches of this step
+
+    def configure_model(self) -> None:
+        # Lightning has a mesh of devices for FSDP2 alone; a second call must not shard again.
+        mesh = self.device_mesh
+        if mesh is not None and not any(isinstance(p, DTensor) for p in self.model.parameters()):
+            shard(self.model, mesh["data_parallel"])
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Noise follows from the batch's number alone, so interruptions and the number of
+        # processes do not matter. `ready` counts this batch already.
+        trainer = self.trainer
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
+        place = number * trainer.world_size + trainer.global_rank
+        torch.manual_seed(derive_seed(self.seed, "model", place))
+        if self.work_begins is not None:
+            self.work_begins()
 
     def configure_optimizers(self) -> Any:
         settings = self.optimizer_settings
@@ -101,7 +129,7 @@ class _Stage(pl.LightningModule):
             weight_decay=settings.weight_decay,
         )
         if settings.schedule == "plateau":
-            self._plateau = ReduceLROnPlateau(
+            self.plateau = ReduceLROnPlateau(
                 optimizer, factor=PLATEAU_FACTOR, patience=settings.patience
             )
             return optimizer
@@ -113,44 +141,77 @@ class _Stage(pl.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    def on_validation_start(self) -> None:
+        # All processes score the model that one of them keeps.
+        if processes() > 1:
+            for buffer in self.model.buffers():
+                distributed.broadcast(buffer, src=0)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.log("lr", optimizer.param_groups[0]["lr"])
 
     def on_validation_epoch_end(self) -> None:
-        if self._plateau is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._plateau.step(self.trainer.callback_metrics["val/loss"])
+        if self.plateau is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.plateau.step(self.trainer.callback_metrics["val/loss"])
 
     def log_training_loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Log `loss`, and refuse it where it is not finite.
+        """Log the mean of `loss` over the batches of a step and over all processes.
 
         Raises
         ------
-        NonFiniteLossError : before the weights are changed.
+        NonFiniteLossError : before the weights are changed, on every process.
         """
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"loss: found {loss.item()} at step {self.global_step}; expected a finite number; "
-                f"images of the batch: {', '.join(batch['path'])}"
-            )
-        self.log("train/loss", loss, batch_size=len(batch["path"]))
+        mean = loss.detach().float()
+        if self.trainer.world_size > 1:
+            mean = self.all_gather(mean).mean()
+        if not torch.isfinite(mean):
+            self._refuse(loss.detach(), batch)
+        self._losses.append(mean)
+        if not self.trainer.fit_loop._should_accumulate():
+            self.log("train/loss", torch.stack(self._losses).mean(), batch_size=1)
+            self._losses.clear()
         return loss
+
+    def _refuse(self, loss: Tensor, batch: Batch) -> None:
+        if torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"loss: found one that is not finite in another process at step "
+                f"{self.global_step}; expected a finite number (that process names the images)"
+            )
+        raise NonFiniteLossError(
+            f"loss: found {loss.item()} at step {self.global_step}; expected a finite number; "
+            f"images of the batch: {', '.join(batch['path'])}"
+        )
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What a validation hands on to the next, by name; all processes together."""
+        return {}
+
+    def restore_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `extra_state` gave."""
 
     def log_validation(self, name: str, value: Tensor | float, size: int) -> None:
         """Log the mean over validation of `value`, weighted by `size` images."""
         self.log(f"val/{name}", value, on_epoch=True, batch_size=size, sync_dist=True)
 
 
-class ReconstructionStage(_Stage):
+class ReconstructionStage(Stage):
     """Stage 1: masked reconstruction."""
 
     monitor = "val/loss"
     mode = "min"
+    logged = ("lr", "train/loss", "val/loss", "val/masked_loss")
     model: MaskedReconstruction
 
     def __init__(
-        self, model: MaskedReconstruction, optimizer: OptimizerSettings, total_steps: int
+        self,
+        model: MaskedReconstruction,
+        optimizer: OptimizerSettings,
+        total_steps: int,
+        *,
+        seed: int = 0,
     ) -> None:
-        super().__init__(optimizer, total_steps)
+        super().__init__(optimizer, total_steps, seed)
         self.model = model
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -159,19 +220,22 @@ class ReconstructionStage(_Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images = batch["image"]
-        noise = fixed_mask_noise(batch_idx, (len(images), self.model.patches), images)
+        trainer = self.trainer
+        # The batch's number among those of all processes (`spectralx.sampling.Shared`).
+        number = batch_idx * trainer.world_size + trainer.global_rank
+        noise = fixed_mask_noise(number, (len(images), self.model.patches), images)
         result = self.model(images, noise)
         self.log_validation("loss", result.loss, len(images))
         self.log_validation("masked_loss", masked_error(self.model, result, images), len(images))
 
 
-class SegmentationStage(_Stage):
+class SegmentationStage(Stage):
     """Stage 2: semantic segmentation.
 
     Parameters
     ----------
     model : a `Segmentation`.
-    optimizer, total_steps : of the run.
+    optimizer, total_steps, seed : of the run.
     class_names : index 0 first, the unlabelled class.
     class_weights : float [K] or None.
     label_smoothing : of the training loss.
@@ -180,6 +244,15 @@ class SegmentationStage(_Stage):
 
     monitor = "val/miou"
     mode = "max"
+    logged = (
+        "lr",
+        "train/loss",
+        "val/f1",
+        "val/kappa",
+        "val/loss",
+        "val/miou",
+        "val/overall_accuracy",
+    )
     model: Segmentation
     class_weights: Tensor | None
 
@@ -193,8 +266,9 @@ class SegmentationStage(_Stage):
         class_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
         official: bool = False,
+        seed: int = 0,
     ) -> None:
-        super().__init__(optimizer, total_steps)
+        super().__init__(optimizer, total_steps, seed)
         self.model = model
         self.label_smoothing = label_smoothing
         self.official = official
@@ -220,6 +294,16 @@ class SegmentationStage(_Stage):
             found = upsample_cross_entropy_argmax(part, truth, ignore_index=0)
             self.scores.update(found.label, truth)
             self.log_validation("loss", found.loss, len(part))
+
+    def extra_state(self) -> dict[str, Tensor]:
+        matrix = self.scores.matrix
+        return {"scores": matrix if processes() == 1 else self.all_gather(matrix).sum(0)}
+
+    def restore_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
+        # Scores are summed over processes: one of them holds all that was counted before.
+        first = self.trainer.is_global_zero
+        matrix = tensors["scores"] if first else torch.zeros_like(tensors["scores"])
+        self.scores.matrix = matrix.to(self.scores.matrix.device)
 
     def on_validation_epoch_end(self) -> None:
         scores = self.scores.compute()

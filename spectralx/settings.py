@@ -9,17 +9,25 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spectralx.cli import InputError
+from spectralx.run_settings import OptimizerSettings, RunSettings, TrainerSettings
+from spectralx.run_settings import require as _require
+
+__all__ = [
+    "FROM_STAGE1",
+    "DataSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "RunSettings",
+    "Settings",
+    "Stage1Settings",
+    "Stage2Settings",
+    "TrainerSettings",
+]
 
 FROM_STAGE1 = "stage1"
 
 Family = Literal["scalemae", "satmae++", "dinov3"]
 Adapter = Literal["aomoa", "lora", "slr", "ia3"]
-
-
-def _require(condition: bool, key: str, found: object, expected: str) -> None:
-    if not condition:
-        raise InputError(f"{key}: found {found}; expected {expected}")
 
 
 @dataclass
@@ -154,74 +162,6 @@ class ModelSettings:
 
 
 @dataclass
-class OptimizerSettings:
-    """AdamW and its learning rate.
-
-    Parameters
-    ----------
-    lr
-        Learning rate.
-    betas
-        Decay of the two moments.
-    weight_decay
-        Decoupled weight decay.
-    schedule
-        "constant", "cosine" (down to 0 over the run) or "plateau" (a tenth whenever the
-        validation loss has not fallen for more than `patience` validations).
-    warmup
-        Steps of linear warm-up, for constant and cosine.
-    patience
-        See schedule.
-    clip
-        Largest norm of the gradient; null does not clip.
-    """
-
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 1e-4
-    schedule: Literal["constant", "cosine", "plateau"] = "constant"
-    warmup: int = 0
-    patience: int = 5
-    clip: float | None = None
-
-    def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
-        _require(
-            self.schedule != "plateau" or self.warmup == 0,
-            "optimizer.warmup",
-            self.warmup,
-            "0 with the plateau schedule",
-        )
-
-
-@dataclass
-class RunSettings:
-    """How long a stage trains, and on how much at a time.
-
-    Parameters
-    ----------
-    steps
-        Optimiser steps.
-    batch_size
-        Images a step (and device).
-    validate_every
-        Steps between validations.
-    pictures
-        Images drawn after training; 0 draws none.
-    """
-
-    steps: int = 10_000
-    batch_size: int = 32
-    validate_every: int = 500
-    pictures: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validate_every"):
-            value = getattr(self, name)
-            _require(value >= 1, f"run.{name}", value, "at least 1")
-
-
-@dataclass
 class Stage1Settings:
     """Masked reconstruction.
 
@@ -297,34 +237,6 @@ class Stage2Settings:
 
 
 @dataclass
-class TrainerSettings:
-    """The machine.
-
-    Parameters
-    ----------
-    accelerator
-        "auto", "cpu" or "gpu".
-    devices
-        Number of devices, or "auto".
-    precision
-        As Lightning names it: 32-true, bf16-mixed, 16-mixed.
-    threads
-        CPU threads; null leaves torch's own choice (OMP_NUM_THREADS).
-    log_every
-        Steps between logged training losses.
-    progress
-        Show a progress bar.
-    """
-
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | Literal["auto"] = 1
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    threads: int | None = None
-    log_every: int = 10
-    progress: bool = True
-
-
-@dataclass
 class Settings:
     """One experiment.
 
@@ -353,6 +265,17 @@ class Settings:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     out: str = "runs/spectralx"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
+        for stage in ("stage1", "stage2"):
+            patience = getattr(self, stage).run.early_stopping
+            _require(
+                patience is None or not self.data.official,
+                f"{stage}.run.early_stopping",
+                patience,
+                "null with data.official, which validates on the target domain",
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries and lists, as YAML and JSON hold them."""

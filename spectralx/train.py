@@ -2,7 +2,8 @@
 
 Options override the configuration, e.g. ``--data.root DIR --stage2.run.steps 500``;
 ``--help`` lists them all, ``--print_config`` prints what would run. `fit` does the same in a
-program.
+program. The same command again goes on from where a run was interrupted; ``--fresh`` starts again.
+Several processes: ``torchrun --nproc-per-node N -m spectralx.train ...``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from spectralx.cli import run_command
-from spectralx.fit import FitResult, Stage, fit
+from spectralx.finished import FitResult
+from spectralx.fit import Stage, fit
+from spectralx.machine import leave_processes
 from spectralx.options import load_settings, make_parser, parse_settings
 from spectralx.settings import Settings
 
@@ -37,13 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         parser = make_parser("spectralx.train")
+        parser.add_argument(
+            "--fresh", action="store_true", help="forget what an earlier run left in its folder"
+        )
         parser.add_argument("stage", choices=["stage1", "stage2", "both"], help="what to train")
         settings, others = parse_settings(parser, arguments)
         stages: tuple[Stage, ...] = (
             ("stage1", "stage2") if others["stage"] == "both" else (others["stage"],)
         )
-        for stage in stages:
-            print(report(stage, fit(stage, settings)), flush=True)
+        try:
+            for stage in stages:
+                result = fit(stage, settings, fresh=others["fresh"])
+                if result.evaluation is not None:
+                    print(report(stage, result), flush=True)
+        finally:
+            leave_processes()
 
     return run_command("spectralx.train", body, debug="--debug" in arguments)
 

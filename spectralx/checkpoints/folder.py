@@ -27,6 +27,7 @@ from spectralx.checkpoints.reading import load_safetensors, sha256_of
 from spectralx.cli import one_line
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
+from spectralx.storage import put_in_place
 from spectralx_kernels import __version__
 
 FORMAT = "spectralx-checkpoint"
@@ -102,6 +103,7 @@ def save(
     normalisation: Mapping[str, Any] | str | None = None,
     base: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint of `model` into the folder `path`, replacing the one there.
 
@@ -116,6 +118,8 @@ def save(
     base : name and sha256 of the weights the model started from; by default those that
         `initialise_backbone` or `initialise_from_stage1` noted on the model.
     extra : anything else worth keeping (step, scores, ...), as JSON holds it.
+    tensors : the state dict to write, where it is not the model's own (averaged weights, weights
+        gathered from several processes).
 
     Returns
     -------
@@ -151,14 +155,13 @@ def save(
         raise CheckpointError(f"{folder}: got a file, expected a folder or nothing")
     folder.mkdir(parents=True, exist_ok=True)
 
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+    state = model.state_dict() if tensors is None else tensors
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
         new = Path(scratch, "model")
         new.touch()
         mode = new.stat().st_mode  # safetensors makes files that only their owner reads
-        save_file(tensors, new)
+        save_file(written, new)
         new.chmod(mode)
         digest = sha256_of(new)
         tensor_file = folder / f"model-{digest[:16]}.safetensors"
@@ -169,8 +172,8 @@ def save(
         }
         new_manifest = Path(scratch, MANIFEST)
         new_manifest.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, tensor_file)
-        os.replace(new_manifest, folder / MANIFEST)
+        put_in_place(new, tensor_file)
+        put_in_place(new_manifest, folder / MANIFEST)
     for old in folder.glob("model-*.safetensors"):
         if old != tensor_file:
             old.unlink(missing_ok=True)

@@ -1,0 +1,167 @@
+"""Stop training in other ways than by killing it: ``python -m tests.harden.faults``.
+
+SIGTERM at a random moment, a full disk at a random saving, a data-loading process killed. After each,
+what was saved before must be whole, the message one line, the status the documented one; a killed
+data-loading process must end the run within 10 seconds. The same command then goes on to the end, and
+what it leaves is compared with an undisturbed run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spectralx.cli import RUN_STATUS, STOP_STATUS
+from spectralx.data.scenes import write_scenes
+from tests.harden.runs import (
+    CONTEXT,
+    LONGEST,
+    Case,
+    Pace,
+    child,
+    differences,
+    finish,
+    measure,
+    outcome,
+    start,
+    tell,
+    unloadable,
+)
+
+WITHIN = 10.0  # seconds from a data-loading process's end to the run's
+
+
+def terminate(case: Case, folder: Path, pace: Pace, draw: random.Random) -> list[str]:
+    """SIGTERM while it trains; returns what was wrong."""
+    process, connection = start(case, folder)
+    connection.recv()  # the first saving: it trains
+    time.sleep(draw.uniform(0, pace.seconds / 2))
+    if process.is_alive():
+        tell(process, signal.SIGTERM)
+    process.join(LONGEST)
+    text = (folder / "output.txt").read_text()
+    wrong = []
+    if process.exitcode == STOP_STATUS and "the same command goes on" not in text:
+        wrong.append(f"said {text!r}")
+    if process.exitcode not in (0, STOP_STATUS, -signal.SIGTERM):
+        wrong.append(f"status {process.exitcode}")
+    return wrong + unloadable(folder / "run" / case.stage)
+
+
+def full_child(case: Case, folder: Path, bytes_left: int) -> None:
+    """`child` on a disk that takes no file of more than `bytes_left`."""
+    # Writing past the limit fails as on a full disk: Python ignores the signal that comes with it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, resource.RLIM_INFINITY))
+    child(case, folder, None)
+
+
+def fill(case: Case, folder: Path, pace: Pace, draw: random.Random) -> list[str]:
+    """Run some way, then go on with the disk full at the next saving; returns what was wrong."""
+    process, connection = start(case, folder)
+    for _ in range(2 * draw.randrange(3, 6)):
+        connection.recv()
+    process.kill()
+    process.join()
+    run = folder / "run" / case.stage
+    kept = sorted(path.name for path in (run / "resume").glob("step-*"))
+    size = min(path.stat().st_size for path in (run / "resume").glob("step-*"))
+    process = CONTEXT.Process(target=full_child, args=(case, folder, draw.randrange(size // 2, size)))
+    process.start()
+    process.join(LONGEST)
+    text = (folder / "output.txt").read_text()
+    wrong = []
+    if process.exitcode != RUN_STATUS or "could not be" not in text.splitlines()[-1]:
+        wrong.append(f"status {process.exitcode}, said {text!r}")
+    if kept != sorted(path.name for path in (run / "resume").glob("step-*")):
+        wrong.append("the states before are not those before")
+    return wrong + unloadable(run)
+
+
+def _workers(pid: int) -> list[int]:
+    """Processes that `pid` started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(each) for each in (task / "children").read_text().split()]
+    return found
+
+
+def bereave(case: Case, folder: Path, pace: Pace, draw: random.Random) -> list[str]:
+    """Kill a data-loading process; returns what was wrong."""
+    process, connection = start(case, folder)
+    connection.recv()
+    time.sleep(draw.uniform(0, pace.seconds / 8))
+    while not (workers := _workers(process.pid)) and process.is_alive():
+        time.sleep(0.01)
+    began = time.monotonic()
+    os.kill(draw.choice(workers), signal.SIGKILL)
+    process.join(LONGEST)
+    seconds = time.monotonic() - began
+    text = (folder / "output.txt").read_text()
+    wrong = []
+    if process.exitcode == RUN_STATUS and "spectralx.train: error: DataLoader worker" not in text:
+        wrong.append(f"said {text!r}")
+    # It may have ended on its own: the last batches were there already.
+    if process.exitcode not in (0, RUN_STATUS):
+        wrong.append(f"status {process.exitcode}, said {text!r}")
+    if process.exitcode == RUN_STATUS and "Traceback" in text:
+        wrong.append(f"more than a line: {text!r}")
+    if seconds > WITHIN:
+        wrong.append(f"took {seconds:.1f} s")
+    return wrong + unloadable(folder / "run" / case.stage)
+
+
+FAULTS: dict[str, tuple[int, Callable[[Case, Path, Pace, random.Random], list[str]]]] = {
+    "SIGTERM": (0, terminate),
+    "full disk": (0, fill),
+    "killed worker": (2, bereave),
+}
+
+
+def main() -> int:
+    """Prints one line for each failure, and a figure for each fault; status 1 if any failed."""
+    parser = argparse.ArgumentParser(prog="tests.harden.faults")
+    parser.add_argument("--count", type=int, default=20, help="of each fault")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        folder = Path(name)
+        scenes = write_scenes("whu-ohs", folder / "scenes", size=32, count=10, progress=False)
+        for fault, (workers, inflict) in FAULTS.items():
+            wanted: dict[str, tuple[Case, Pace, dict[str, Any]]] = {}
+            for stage in ("stage1", "stage2"):
+                case = Case(stage, workers, scenes)
+                calm = folder / f"calm-{stage}-{workers}"
+                shutil.rmtree(calm, ignore_errors=True)
+                pace = measure(case, calm)
+                wanted[stage] = case, pace, outcome(calm / "run" / stage)
+            wrong_runs = 0
+            for number in range(options.count):
+                case, pace, expected = wanted[("stage1", "stage2")[number % 2]]
+                trial = folder / f"trial-{number}"
+                wrong = inflict(case, trial, pace, draw)
+                status = finish(case, trial)
+                run = trial / "run" / case.stage
+                wrong += differences(expected, outcome(run)) if status == 0 else [f"then {status}"]
+                for each in wrong:
+                    print(f"{fault} {number} ({case.stage}): {each}")
+                wrong_runs += bool(wrong)
+                shutil.rmtree(trial)
+            print(f"{fault}: {options.count} runs, {options.count - wrong_runs} as they must be")
+            failures += wrong_runs
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Two processes over gloo on a CPU: the losses of one process, one writer, and going on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectralx import checkpoints
+from spectralx.cli import InputError
+from spectralx.logs import METRICS
+from spectralx.machine import join_processes, trainer_options
+from spectralx.pictures import Curve, read_curves
+from spectralx.run_settings import TrainerSettings
+from tests.harden import runs
+
+BATCHES = "--{stage}.run.accumulate=2"  # of one process: what two have together
+STEADY = "--{stage}.optimizer.schedule=constant"
+
+
+def _curves(folder: Path, stage: str) -> dict[str, Curve]:
+    return read_curves(folder / "run" / stage / METRICS)
+
+
+def _alone(stage: str, scenes: Path, folder: Path) -> dict[str, Curve]:
+    case = runs.Case(stage, 0, scenes, options=(BATCHES, STEADY))
+    assert runs.finish(case, folder) == 0, (folder / "output.txt").read_text()
+    return _curves(folder, stage)
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy"), [("stage1", "ddp"), ("stage2", "ddp"), ("stage2", "fsdp2")]
+)
+def test_two_processes_have_the_losses_of_one(
+    tiny_scenes: Path, tmp_path: Path, stage: str, strategy: str
+) -> None:
+    one = _alone(stage, tiny_scenes, tmp_path / "one")
+    together = tmp_path / "two"
+    case = runs.Case(
+        stage, 0, tiny_scenes, options=(STEADY, f"--trainer.strategy={strategy}")
+    )
+    output = together / "output.txt"
+    assert runs.finish_together(case, together, 2) == [0, 0], output.read_text()
+    two = _curves(together, stage)
+    assert two["train/loss"][0] == one["train/loss"][0] == list(range(8))
+    assert two["train/loss"][1] == pytest.approx(one["train/loss"][1], rel=1e-4)
+    # Before training, figures over all validation images are those of one process; later the
+    # running statistics of batch norms are of half as many batches.
+    for name in one:
+        if name.startswith("val/"):
+            assert two[name][0] == one[name][0]
+            assert two[name][1][0] == pytest.approx(one[name][1][0], rel=1e-5)
+    for name in ("best", "last"):
+        tensors = checkpoints.load(together / "run" / stage / name).tensors
+        expected = checkpoints.load(tmp_path / "one" / "run" / stage / name).tensors
+        assert {k: v.shape for k, v in tensors.items()} == {
+            k: v.shape for k, v in expected.items()
+        }
+    # One wrote: each figure is there once, and each line was printed once.
+    assert len(runs.scalars(together / "run" / stage)) == sum(
+        len(steps) for steps, _ in two.values()
+    )
+    assert output.read_text().count("parameters train") == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_go_on_after_a_kill(
+    tiny_scenes: Path, tmp_path: Path, strategy: str
+) -> None:
+    case = runs.Case("stage1", 0, tiny_scenes, options=(f"--trainer.strategy={strategy}",))
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    assert runs.finish_together(case, calm, 2) == [0, 0], (calm / "output.txt").read_text()
+    group = runs.start_together(case, killed, 2)
+    states = killed / "run" / "stage1" / "resume"
+    until = time.monotonic() + runs.LONGEST
+    while not list(states.glob("step-000000004-*")) and time.monotonic() < until:
+        time.sleep(0.005)
+    for process in group:
+        process.kill()
+        process.join()
+    assert runs.finish_together(case, killed, 2) == [0, 0], (killed / "output.txt").read_text()
+    assert "going on at step" in (killed / "output.txt").read_text()
+    expected = runs.outcome(calm / "run" / "stage1")
+    assert runs.differences(expected, runs.outcome(killed / "run" / "stage1")) == []
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(
+    tiny_scenes: Path, tmp_path: Path
+) -> None:
+    case = runs.Case("stage2", 0, tiny_scenes, options=("--stage2.optimizer.lr=1e30", STEADY))
+    began = time.monotonic()
+    assert runs.finish_together(case, tmp_path, 2) == [1, 1]
+    assert time.monotonic() - began < 60
+    text = (tmp_path / "output.txt").read_text()
+    assert text.count("spectralx.train: error: loss: found") == 2
+    assert str(tiny_scenes) in text
+
+
+def test_devices_without_their_processes_are_refused() -> None:
+    with pytest.raises(InputError, match="torchrun --nproc-per-node 2"):
+        join_processes(TrainerSettings(devices=2))
+    alone = join_processes(TrainerSettings())
+    assert (alone.rank, alone.count) == (0, 1)
+    with pytest.raises(InputError, match=r"trainer\.strategy: found fsdp2 with one process"):
+        trainer_options(TrainerSettings(accelerator="cpu", strategy="fsdp2"), alone)
+    assert not torch.distributed.is_initialized()
