@@ -109,8 +109,14 @@ def initialise(
     stage1 = stage1_checkpoint(settings) if isinstance(model, Segmentation) else None
     if stage1 is not None:
         return checkpoints.initialise_from_stage1(model, stage1)
-    if settings.model.backbone_weights is not None:
-        return checkpoints.initialise_backbone(model, settings.model.backbone_weights)
+    own = settings.model
+    if own.backbone_weights is not None:
+        return checkpoints.initialise_backbone(
+            model,
+            own.backbone_weights,
+            bands=own.backbone_bands,
+            wavelengths=own.backbone_wavelengths,
+        )
     return None
 
 

@@ -117,6 +117,13 @@ class ModelSettings:
     backbone_weights
         File of the backbone's public weights to start from; stage 2 takes them only where it
         does not start from stage 1.
+    backbone_bands
+        Where that file has other bands than the data: "wavelength" fits its patch convolution (and
+        the heads of stage 1) by wavelength, "official" repeats its bands as the published code
+        does, "start" leaves the model's at their start. HyperT has no patch convolution.
+    backbone_wavelengths
+        Of that file's bands, in micrometres; null where they are known (RGB, SatMAE++ on
+        Sentinel-2).
     resolution
         Metres on the ground a pixel covers, for positions.
     stem_dim
@@ -138,6 +145,8 @@ class ModelSettings:
     feature_blocks: list[int] | None = None
     trainable: Literal["adapters", "all"] = "adapters"
     backbone_weights: str | None = None
+    backbone_bands: Literal["wavelength", "official", "start"] = "wavelength"
+    backbone_wavelengths: list[float] | None = None
     resolution: float = 10.0
     stem_dim: int = 512
     tokenizer_heads: int = 8

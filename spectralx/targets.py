@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Block = int | tuple[int, ...]
 
@@ -81,12 +83,34 @@ def check_called(name: str, layer: nn.Module, parent: nn.Module, *, by_weight: b
         )
     if not by_weight:
         return
-    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+    plain = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+    if not plain and not masks_bias(layer):
         raise ValueError(
             f"targets: {name} is a {type(layer).__name__} with a forward of its own, expected a "
-            "plain nn.Linear for aomoa"
+            "plain nn.Linear for aomoa, or one whose bias_mask multiplies its bias"
         )
     if any(getattr(layer, hooks) for hooks in _HOOKS):
         raise ValueError(
             f"targets: {name} has hooks, which aomoa would not call; expected a layer without"
         )
+
+
+def masks_bias(layer: nn.Module) -> bool:
+    """Whether a linear layer is one but for its ``bias_mask``, as DINOv3's joint projection is.
+
+    The mask multiplies the bias. What the layer says of two tokens shows that it does no more;
+    without values (on the meta device) its names are taken for it.
+    """
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    mask = getattr(layer, "bias_mask", None)
+    if not all(isinstance(each, Tensor) for each in (weight, bias, mask)):
+        return False
+    if mask.shape != bias.shape or "forward" in vars(layer):
+        return False
+    if weight.is_meta:
+        return True
+    tokens = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=torch.float64)
+    tokens = tokens.to(weight).unflatten(0, (2, -1))
+    with torch.no_grad():
+        expected = F.linear(tokens, weight, bias * mask.to(bias.dtype))
+        return torch.allclose(layer(tokens), expected, equal_nan=True)

@@ -1,7 +1,8 @@
 """What training changed, alone: a small file that fits the model it was trained on and no other.
 
 One safetensors file; its header's metadata holds a manifest as JSON. Base is everything that is
-not in the file: its hash is in the manifest, and a model whose base has another is refused.
+not in the file: its hash is in the manifest, and a model whose base has another is refused. A
+tokenizer that is frozen at its random start is base too, unless it is included.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +70,30 @@ def _trained(model: nn.Module) -> set[str]:
     return names
 
 
+def _matches(pattern: str | None, name: str) -> bool:
+    return pattern is not None and re.search(pattern, name) is not None
+
+
+def _stored(where: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` as it goes to the file: matrices in `dtype`."""
+    if dtype is None or tensor.ndim < 2 or not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if not torch.equal(stored.isfinite(), tensor.isfinite()):
+        largest = tensor.abs().max().item()
+        raise CheckpointError(f"{where}: got values up to {largest:g}, expected some {dtype} holds")
+    return stored
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of tensors by the parts of their model, numbers and what is inside a layer left out."""
+    found: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        words = [word for word in name.split(".")[:-1] if not word.isdigit()]
+        found[".".join(words[:4]) or name] += tensor.nbytes
+    return dict(found)
+
+
 def _base_sha256(state: Mapping[str, Tensor], without: Collection[str]) -> str:
     return tensors_sha256({name: each for name, each in state.items() if name not in without})
 
@@ -77,6 +103,8 @@ def save_adapters(
     model: nn.Module,
     *,
     leave_out: str | None = None,
+    include: str | None = None,
+    dtype: torch.dtype | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what trains of `model`, and the statistics of its batch norms, to one file.
@@ -87,18 +115,26 @@ def save_adapters(
     model : any model; frozen parameters and other buffers are its base.
     leave_out : regular expression, searched for in names; what trains under such a name is not
         kept (``r"^(neck|head)\\."`` leaves the decoder of stage 2 out).
+    include : regular expression; what is frozen under such a name is kept too and is no base
+        (``r"^vit_backbone\\.patch_embed\\."``: HyperT, which no public file has).
+    dtype : ``torch.float16`` or ``torch.bfloat16`` to store matrices and convolutions in half the
+        bytes. Vectors (norms, scales, biases, batch norms' statistics) keep theirs. They are
+        converted back on loading.
     extra : anything else worth keeping, as JSON holds it.
 
     Raises
     ------
-    CheckpointError : nothing is left to keep, or `extra` is not JSON.
+    CheckpointError : nothing is left to keep, values that `dtype` cannot hold, or `extra` is not
+        JSON.
     """
     state = model.state_dict()
-    trained = [name for name in state if name in _trained(model)]
-    pattern = None if leave_out is None else re.compile(leave_out)
-    dropped = [name for name in trained if pattern is not None and pattern.search(name)]
+    changed = _trained(model)
+    wanted = [name for name in state if name in changed or _matches(include, name)]
+    dropped = [name for name in wanted if _matches(leave_out, name)]
     kept = {
-        name: state[name].detach().cpu().contiguous() for name in trained if name not in dropped
+        name: _stored(f"{path}: {name}", state[name].detach().cpu(), dtype).contiguous()
+        for name in wanted
+        if name not in dropped
     }
     if not kept:
         raise CheckpointError(f"{path}: got a model of which nothing trains, expected adapters")
@@ -109,7 +145,7 @@ def save_adapters(
         "model": type(model).__name__,
         "config": getattr(model, "config", None),
         "base": getattr(model, "base_weights", None),
-        "base_sha256": _base_sha256(state, {*trained}),
+        "base_sha256": _base_sha256(state, {*wanted}),
         "sha256": tensors_sha256(kept),
         "left_out": dropped,
         "extra": dict(extra or {}),

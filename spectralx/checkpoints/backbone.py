@@ -16,6 +16,7 @@ from spectralx.adapters import ConvAdapter, LinearAdapter
 from spectralx.backbones.dinov3 import DINOv3
 from spectralx.backbones.positions import sincos_positions
 from spectralx.checkpoints.errors import CheckpointError, some
+from spectralx.checkpoints.folder import note_base
 from spectralx.checkpoints.official import without_prefixes
 from spectralx.checkpoints.reading import Source, read_file
 from spectralx.checkpoints.report import Loaded
@@ -27,7 +28,7 @@ from spectralx.checkpoints.resample import (
     resample_positions,
 )
 from spectralx.checkpoints.sources import Weights, translate
-from spectralx.checkpoints.transfer import backbone_tensors, note_base
+from spectralx.checkpoints.transfer import backbone_tensors
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
 from spectralx_kernels import AoMoALinear, HyperT

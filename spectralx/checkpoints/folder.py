@@ -78,6 +78,7 @@ class Checkpoint:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path / MANIFEST}: config: {one_line(error)}") from error
         self.load_into(model)
+        note_base(model, self.manifest.get("base"))
         return model.eval()
 
     def load_into(self, model: nn.Module) -> None:
@@ -91,6 +92,11 @@ class Checkpoint:
         found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         check_names(str(self.path), found, own)
         model.load_state_dict(self.tensors)
+
+
+def note_base(model: nn.Module, base: Mapping[str, Any] | None) -> None:
+    """Keep on `model` what it started from, for the manifest of its checkpoints."""
+    object.__setattr__(model, "base_weights", None if base is None else dict(base))
 
 
 def save(
@@ -190,6 +196,11 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     folder = Path(path)
     if folder.name == MANIFEST:
         folder = folder.parent
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder}: got a file, expected a checkpoint folder (python -m spectralx.checkpoints "
+            "inspect says what it is)"
+        )
     file = folder / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"{folder}: got no {MANIFEST}, expected a checkpoint folder")

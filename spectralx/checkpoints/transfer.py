@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from spectralx.checkpoints.errors import CheckpointError
-from spectralx.checkpoints.folder import Checkpoint, load
+from spectralx.checkpoints.folder import Checkpoint, load, note_base
 from spectralx.checkpoints.report import Loaded
 from spectralx.segmentation import Segmentation
 
@@ -36,11 +35,6 @@ def backbone_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
         for name, tensor in model.state_dict().items()
         if name.startswith(prefix)
     }
-
-
-def note_base(model: nn.Module, base: Mapping[str, Any] | None) -> None:
-    """Keep on `model` what it started from, for the manifest of its checkpoints."""
-    object.__setattr__(model, "base_weights", None if base is None else dict(base))
 
 
 def initialise_from_stage1(

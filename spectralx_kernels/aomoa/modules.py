@@ -20,7 +20,9 @@ class AoMoALinear(OfficialNames):
 
     Parameters
     ----------
-    linear : the layer to adapt; it is kept as ``.linear`` and its parameters are frozen.
+    linear : the layer to adapt; it is kept as ``.linear`` and its parameters are frozen. Its weight
+        and bias are read, it is not called; a buffer ``bias_mask`` of it (DINOv3's fused
+        query-key-value projection) multiplies the bias.
     attributes : equal parts of the input's channels that are routed on their own (2: spatial and
         spectral). It divides in_features and out_features. 1 is a plain mixture of adapters.
     experts : number of experts E. 1 is a single adapter.
@@ -127,6 +129,12 @@ class AoMoALinear(OfficialNames):
         return self.linear.bias
 
     @property
+    def acting_bias(self) -> Tensor | None:
+        """[out] or None: what the frozen layer adds, its bias times its ``bias_mask`` if any."""
+        bias, mask = self.linear.bias, getattr(self.linear, "bias_mask", None)
+        return bias if bias is None or mask is None else bias * mask.to(bias.dtype)
+
+    @property
     def in_features(self) -> int:
         return self.linear.in_features
 
@@ -170,7 +178,7 @@ class AoMoALinear(OfficialNames):
             noise = self.draw_noise(x.numel() // x.shape[-1], x)
         weight: Tensor = self.linear.weight
         scaler: Tensor = self.scaler
-        bias: Tensor | None = self.linear.bias
+        bias: Tensor | None = self.acting_bias
         if self.parts > 1:
             weight, scaler = self._by_attribute(weight), self._by_attribute(scaler)
             bias = None if bias is None else self._by_attribute(bias)

@@ -135,12 +135,50 @@ def test_errors(model: ToyViT, arguments: dict, names: str) -> None:
     assert [name for name, _ in model.named_modules()] == before
 
 
+class Doubled(nn.Linear):
+    """Does more than its weight and bias say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 def test_aomoa_refuses_a_linear_layer_with_another_forward() -> None:
     attention = nn.ModuleDict({"attn": RotaryAttention(16, 2)})
-    with pytest.raises(ValueError, match=r"attn\.qkv is a KeyMaskedLinear"):
+    attention["attn"].qkv = Doubled(16, 48)
+    with pytest.raises(ValueError, match=r"attn\.qkv is a Doubled with a forward of its own"):
+        adapt(attention, method="aomoa", targets="qkv")
+    # A mask beside it does not make it a layer that only masks its bias.
+    attention["attn"].qkv.register_buffer("bias_mask", torch.ones(48))
+    with pytest.raises(ValueError, match=r"attn\.qkv is a Doubled with a forward of its own"):
         adapt(attention, method="aomoa", targets="qkv")
     adapt(attention, method="lora", targets="qkv")
     assert isinstance(attention["attn"].qkv, LoRALinear)
+
+
+def test_aomoa_on_the_key_masked_projection_of_dinov3() -> None:
+    """As on a plain layer whose bias is zero in the key third from the start."""
+    attention = nn.ModuleDict({"attn": RotaryAttention(16, 2)})
+    nn.init.normal_(attention["attn"].qkv.bias)
+    before = copy.deepcopy(attention.state_dict())
+    plain = nn.ModuleDict({"attn": RotaryAttention(16, 2, mask_key_bias=False)})
+    weights = {name: tensor for name, tensor in before.items() if not name.endswith("bias_mask")}
+    plain.load_state_dict(weights)
+    plain["attn"].qkv.bias.data[16:32] = 0
+    for model in (attention, plain):
+        torch.manual_seed(1)
+        assert "of 3 parts" in str(adapt(model, method="aomoa", targets="qkv"))
+    x = torch.randn(2, 5, 16)
+    found, expected = [], []
+    for model, results in ((attention, found), (plain, expected)):
+        torch.manual_seed(2)  # the gates' noise
+        out = model["attn"](x)
+        out.square().mean().backward()
+        trained = [p.grad for p in model.parameters() if p.requires_grad]
+        results += [out, *trained]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    unadapt(attention)
+    after = attention.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectralx import adapt
 from spectralx.checkpoints import CheckpointError, initialise_backbone
 from spectralx.checkpoints.reading import sha256_of
 from spectralx.reconstruction import MaskedReconstruction
@@ -189,6 +190,22 @@ def test_dinov3(tmp_path, names):
     constants = {"constant", "adapter"}
     assert set(report.missing.values()) <= constants
     assert set(report.left_out) <= {"mask_token", "local_cls_norm.weight", "local_cls_norm.bias"}
+
+
+def test_dinov3_with_aomoa_on_its_joint_projection():
+    state = dinov3()
+    model = stage2("dinov3", adapter=None, tokenizer="conv", wavelengths=RGB).eval()
+    initialise_backbone(model, state)
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(images)
+        adapt(model.vit_backbone, method="aomoa", targets="qkv$", blocks=[5])
+        initialise_backbone(model, state)
+        layer = model.get_submodule("vit_backbone.blocks.5.attn.qkv")
+        assert torch.equal(layer.linear.bias, state["blocks.5.attn.qkv.bias"])
+        assert layer.linear.bias[WIDTH : 2 * WIDTH].any()  # which the mask hides
+        layer.scaler.zero_()  # the adapter adds nothing
+        torch.testing.assert_close(model(images), expected)
 
 
 def test_dinov3_bias_mask_is_held_to_what_it_means():

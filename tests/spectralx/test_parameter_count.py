@@ -62,13 +62,25 @@ def test_trainable_parameters_of_the_paper() -> None:
     )
     ours = sum(trainable.values())
     account = dict.fromkeys(EXPECTED, 0)
+    half = dict.fromkeys(EXPECTED, 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.startswith(("neck.", "head.")):
             account[part_of(name)] += parameter.numel()
+            half[part_of(name)] += parameter.numel() * (2 if parameter.ndim > 1 else 4)
     for part, count in account.items():
-        print(f"{count:>12,}  {part}")
+        print(f"{count:>12,}  {4 * count / 1e6:5.1f} MB, {half[part] / 1e6:5.1f} MB half  {part}")
+    tokenizer = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if part_of(name) == "HyperT" and not parameter.requires_grad
+    )
+    print(
+        f"a file of adapters takes {4 * ours / 1e6:.1f} MB, {sum(half.values()) / 1e6:.1f} MB in "
+        f"half precision; with the frozen tokenizer {4 * tokenizer / 1e6:.1f} MB more"
+    )
     print(f"{ours:,} of {total:,} train; {inert + VALUE_HALVES:,} more in the published model")
     assert trainable == {"vit_backbone": 8_136_976, "AreApt": 2_647_081}
     assert account == EXPECTED
+    assert (round(4 * ours / 1e6, 1), round(sum(half.values()) / 1e6, 1)) == (43.1, 21.9)
     assert ours / total < 0.04
     assert round((ours + inert + VALUE_HALVES) / 1e6, 1) == 11.8

@@ -19,13 +19,12 @@ from torch import nn
 from spectralx.checkpoints import (
     CheckpointError,
     export_official,
+    initialise_from_stage1,
     inspect,
     load,
-    load_adapters,
     load_official,
     read_adapters,
     save,
-    save_adapters,
 )
 from spectralx.checkpoints.__main__ import main
 from spectralx.checkpoints.official import official_state_dict
@@ -275,83 +274,18 @@ def test_lightning_files_are_told_apart(tmp_path):
     again = stage2()
     load_official(again, path)
     assert torch.equal(again(images()), model(images()))
-    with pytest.raises(CheckpointError, match=r"got no manifest\.json"):
-        load(path)
-
-
-# Adapters alone.
-
-
-def test_adapters_go_onto_the_same_base_only(tmp_path):
-    torch.manual_seed(0)
-    trained = stage2(adapter="lora")
-    base = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01)
-    trained.train()(images().expand(2, -1, -1, -1))  # moves the batch norms' statistics
-    trained.eval()
-    path = save_adapters(tmp_path / "adapters.safetensors", trained, extra={"step": 3})
-    file = read_adapters(path)
-    assert file.manifest["extra"] == {"step": 3}
-    frozen = {name for name, parameter in trained.named_parameters() if not parameter.requires_grad}
-    assert frozen
-    assert not frozen & set(file.tensors)
-    again = stage2(adapter="lora")
-    again.load_state_dict(base)
-    assert load_adapters(again, path) == []
-    assert torch.equal(again(images()), trained(images()))
-    other = stage2(adapter="lora")
-    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(CheckpointError, match="these adapters belong on another base"):
-        load_adapters(other, path)
-    with pytest.raises(CheckpointError, match=r"tensors not expected|of another shape"):
-        load_adapters(stage2(adapter="ia3"), path)
-    for name, tensor in other.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    assert any("kind: spectralx-adapters of a Segmentation" in line for line in inspect(path))
-
-
-def test_adapters_of_any_model_and_without_a_part(tmp_path):
-    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4), nn.Linear(4, 2))
-    path = save_adapters(tmp_path / "a.safetensors", model, leave_out=r"^2\.")
-    assert set(read_adapters(path).tensors) == {"1.weight", "1.bias"}
-    again = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
-    again[0].load_state_dict(model[0].state_dict())
-    assert load_adapters(again, path) == ["2.weight", "2.bias"]
-    assert torch.equal(again.state_dict()["1.weight"], model.state_dict()["1.weight"])
-    with pytest.raises(CheckpointError, match="of which nothing trains"):
-        save_adapters(tmp_path / "b.safetensors", model[0])
-
-
-def test_damaged_and_foreign_adapters(tmp_path):
-    path = save_adapters(tmp_path / "a.safetensors", nn.Linear(2, 2))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"got tensors of sha256 .*: the file is damaged"):
-        read_adapters(path)
-    save_file({"weight": torch.zeros(2)}, tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match="format: got None, expected 'spectralx-adapters'"):
-        read_adapters(tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match="no such file, expected adapters"):
-        read_adapters(tmp_path / "c.safetensors")
-
-
-def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
-    model = nn.Linear(2, 2)
-    path = save_adapters(tmp_path / "a.safetensors", model)
-    before = path.read_bytes()
-
-    def fail(*unused: Any) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("spectralx.checkpoints.adapters.save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save_adapters(path, nn.Linear(2, 2))
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    for read, expected in (
+        (load, "got a file, expected a checkpoint folder"),
+        (read_adapters, "not a safetensors file, expected adapters"),
+    ):
+        with pytest.raises(CheckpointError, match=expected):
+            read(path)
+    with pytest.raises(CheckpointError, match="got a file, expected a checkpoint folder"):
+        initialise_from_stage1(again, path)
+    # What is published holds nothing of it, and is no file to resume from.
+    folder = save(tmp_path / "published", model)
+    assert not any("resume" in line for line in inspect(folder))
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors"}
 
 
 # What is it?
