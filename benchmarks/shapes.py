@@ -154,7 +154,7 @@ class DecoderShape(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape(Shape):
-    """One stage-2 training step: forward, loss, backward, AdamW."""
+    """One training step of either stage: forward, loss, backward, AdamW."""
 
     family: Literal["scalemae", "satmae++", "dinov3"]
     batch: int
@@ -268,6 +268,15 @@ STEPS: tuple[StepShape, ...] = (
     StepShape(name="scalemae-vitl-dfc-b8", family="scalemae", batch=8, sensor="dfc"),
 )
 
+RECONSTRUCTION_STEPS: tuple[StepShape, ...] = tuple(
+    StepShape(
+        name=f"stage1-{family}-vitl-{sensor}-b{batch}", family=family, batch=batch, sensor=sensor,
+        small=family == "scalemae" and batch == 2,
+    )
+    for batch, sensor in ((2, "dfc"), (8, "dfc"))
+    for family in ("scalemae", "satmae++")
+)  # fmt: skip
+
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "aomoa": AOMOA,
     "hypert": HYPERT,
@@ -276,7 +285,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "upsample_conv": UPSAMPLE_CONV,
     "upsample_ce": UPSAMPLE_CE,
     "decoder": DECODER,
-    "step": STEPS,
+    "step": STEPS + RECONSTRUCTION_STEPS,
 }
 # Only layers with experts have a per-expert algorithm to stand against.
 WITH_DISPATCH = ("aomoa", "step")
