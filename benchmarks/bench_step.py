@@ -1,10 +1,11 @@
 """One training step of either stage: forward, loss, backward and AdamW, on the whole model.
 
 Below float32 the step runs under autocast, on float32 weights. ``eager`` runs the reference
-operators and, in stage 2, a decoder that forms every upsampled map; ``dispatch`` is that with the
-per-expert algorithm in every adapted layer; ``compile`` is ``torch.compile`` of it. Dropout is off
-and gate noise is drawn from the same seed, so that implementations can be compared. Two images are
-the least that UPerNet's batch statistics allow; see `use_running_statistics`.
+operators and, in stage 1, a head of plain modules, in stage 2 a decoder that forms every upsampled
+map; ``dispatch`` is that with the per-expert algorithm in every adapted layer; ``compile`` is
+``torch.compile`` of it. Dropout is off and gate noise is drawn from the same seed, so that
+implementations can be compared. Two images are the least that UPerNet's batch statistics allow; see
+`use_running_statistics`.
 """
 
 from __future__ import annotations

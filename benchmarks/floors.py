@@ -20,6 +20,7 @@ from benchmarks.shapes import (
     TRAINING,
     AomoaShape,
     DecoderShape,
+    HeadShape,
     HypertShape,
     MatchShape,
     StepShape,
@@ -246,22 +247,22 @@ def step(shape: StepShape, tokenizer: HypertShape, head: DecoderShape) -> list[P
     return work + hypert(tokenizer, TRAINING) + decoder(head, TRAINING)
 
 
-def satmaepp_head(shape: StepShape) -> list[Product]:
+def satmaepp_head(shape: StepShape | HeadShape, mode: str) -> list[Product]:
     """SatMAE++'s upsampling block, all of which trains; 3x3 convolutions by definition."""
     bands, pixels = shape.bands, shape.batch * shape.image_size**2
     wide = 4 * bands
-    return trained(
-        [
-            Product(pixels, bands, wide),
-            Product(pixels, wide, wide, count=16),
-            Product(4 * pixels, wide, wide, count=18),
-            Product(4 * pixels, wide, bands, count=9),
-        ]
-    )
+    products = [
+        Product(pixels, bands, wide),
+        Product(pixels, wide, wide, count=16),
+        Product(4 * pixels, wide, wide, count=18),
+        Product(4 * pixels, wide, bands, count=9),
+    ]
+    return products if mode == FORWARD else trained(products)
 
 
-def scalemae_head(shape: StepShape, width: int = 512) -> list[Product]:
+def scalemae_head(shape: StepShape | HeadShape, mode: str) -> list[Product]:
     """ScaleMAE's pyramid and both heads, frozen but for the last layer of each."""
+    width = 512
     grid, half = (shape.image_size // 16) ** 2 * shape.batch, width // 2
     products = [Product(grid, width, 4 * width, count=2), Product(4 * grid, width, 4 * width)]
     last = []
@@ -273,7 +274,7 @@ def scalemae_head(shape: StepShape, width: int = 512) -> list[Product]:
             Product(16 * pixels, half // 2, half),
         ]
         last.append(Product(16 * pixels, half, 4 * shape.bands))
-    return frozen(products) + trained(last)
+    return products + last if mode == FORWARD else frozen(products) + trained(last)
 
 
 def reconstruction_step(shape: StepShape, tokenizer: HypertShape) -> list[Product]:
@@ -287,5 +288,5 @@ def reconstruction_step(shape: StepShape, tokenizer: HypertShape) -> list[Produc
             depth=shape.depth, adapted=len(shape.blocks),
         ),
         *_blocks(shape, tokens, width=512, heads=16, depth=depth, adapted=depth),
-        *(scalemae_head if scalemae else satmaepp_head)(shape),
+        *(scalemae_head if scalemae else satmaepp_head)(shape, TRAINING),
     ]  # fmt: skip

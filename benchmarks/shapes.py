@@ -121,6 +121,20 @@ class ReconstructionShape(Shape):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadShape(Shape):
+    """The prediction head of a masked-reconstruction family: tokens [batch, 196, 512] to images."""
+
+    family: Literal["scalemae", "satmae++"]
+    batch: int
+    sensor: str
+    image_size: int = 224
+
+    @property
+    def bands(self) -> int:
+        return len(WAVELENGTHS[self.sensor])
+
+
+@dataclass(frozen=True, kw_only=True)
 class UpsampleConvShape(Shape):
     """A 3 x 3 convolution of a map [batch, in, low, low] upsampled to [high, high]."""
 
@@ -230,6 +244,16 @@ RECONSTRUCTION: tuple[ReconstructionShape, ...] = tuple(
     for family in ("satmae++", "scalemae")
 )  # fmt: skip
 
+HEADS: tuple[HeadShape, ...] = tuple(
+    HeadShape(
+        name=f"{family}-{sensor}-b{batch}", family=family, batch=batch, sensor=sensor,
+        small=batch == 1 and sensor == "dfc", compiled=(FORWARD,) if family == "scalemae" else (),
+    )
+    for batch in (1, 8)
+    for sensor in ("dfc", "whu")
+    for family in ("satmae++", "scalemae")
+)  # fmt: skip
+
 UPSAMPLE_CONV: tuple[UpsampleConvShape, ...] = tuple(
     UpsampleConvShape(
         name=f"{name}-b{batch}", batch=batch, in_channels=channels[0], out_channels=channels[1],
@@ -282,6 +306,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "hypert": HYPERT,
     "match": MATCH,
     "reconstruction": RECONSTRUCTION,
+    "heads": HEADS,
     "upsample_conv": UPSAMPLE_CONV,
     "upsample_ce": UPSAMPLE_CE,
     "decoder": DECODER,

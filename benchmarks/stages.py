@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.case import Draw, Tensors
 from benchmarks.shapes import RECONSTRUCTION_STEPS, STEPS, WAVELENGTHS, StepShape
-from benchmarks.variants import share, use_running_statistics, with_plain_decoder
+from benchmarks.variants import use_running_statistics, with_plain_decoder, with_plain_head
 from benchmarks.watch import Watch
 from spectralx.backbones.encoder import Embedded
 from spectralx.reconstruction import MaskedReconstruction
@@ -205,7 +205,7 @@ STAGES = {
         parts=("tokenizer", "encoder", "decoder", "head", "loss", "optimizer"),
         model_of=reconstruction_of,
         input_set=masked_images,
-        plain=share,
+        plain=with_plain_head,
         loss=reconstruction_loss,
         watched=watched_reconstruction,
     ),

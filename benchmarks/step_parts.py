@@ -3,11 +3,11 @@
     python -m benchmarks.step_parts [stage1|stage2] [--device cpu|cuda] [--dtype float32]
                                     [--shape NAME] [--rounds N] [--out DIR]
 
-"before" runs the reference operators and, in stage 2, a decoder that forms every upsampled map;
-"after" is what runs by default. Both are the model of `benchmarks.stages` on the same weights and
-the same noise. First the loss and the gradients of "after" are held against those of "before";
-where they disagree the run ends with status 1 and no numbers. Then the two run in turns, `rounds`
-times each.
+"before" runs the reference operators and, in stage 1, a head of plain modules, in stage 2 a decoder
+that forms every upsampled map; "after" is what runs by default. Both are the model of
+`benchmarks.stages` on the same weights and the same noise. First the loss and the gradients of
+"after" are held against those of "before"; where they disagree the run ends with status 1 and no
+numbers. Then the two run in turns, `rounds` times each.
 
 For each part it prints
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx.adapt import Method, adapt, adapter_blocks, check_method, freeze
@@ -274,8 +273,9 @@ class MaskedReconstruction(MaskedAutoencoder):
         # The class token takes part in `decoder_pred`: AoMoA's gates draw noise for it too.
         prediction = self.decoder_pred(tokens)[:, 1:]
         image = unpatchify(prediction, self.patch_size, self.image_size)
-        upsampled = self.up_block(self.proj_up_norm(F.gelu(self.proj_up_conv(image))))
-        return prediction, upsampled
+        # All maps behind have their channels side by side, as the norms over them want it.
+        image = image.contiguous(memory_format=torch.channels_last)
+        return prediction, self.up_block(self.proj_up_conv(image), self.proj_up_norm)
 
     def score(
         self, predicted: tuple[Tensor, Tensor], images: Tensor, mask: Tensor
