@@ -20,6 +20,7 @@ from benchmarks.shapes import (
     TRAINING,
     AomoaShape,
     DecoderShape,
+    HeadShape,
     HypertShape,
     MatchShape,
     StepShape,
@@ -214,24 +215,78 @@ def decoder(shape: DecoderShape, mode: str) -> list[Product]:
     return products if mode == FORWARD else trained(products)
 
 
-def step(shape: StepShape, tokenizer: HypertShape, head: DecoderShape) -> list[Product]:
-    """Backbone with frozen weights, adapters, tokenizer, match and decoder, there and back."""
-    width, tokens = shape.embed_dim, tokenizer.tokens
-    layers = block(tokens + 1, width, shape.num_heads, batch=shape.batch)
+def _blocks(
+    shape: StepShape, tokens: int, *, width: int, heads: int, depth: int, adapted: int
+) -> list[Product]:
+    """Frozen transformer blocks on `tokens` an image, `adapted` of them with adapters."""
+    layers = block(tokens, width, heads, batch=shape.batch)
     attention = (1, 2)  # scores and values: both operands have gradients
-    backbone = [
+    there_and_back = [
         direction
         for place, product in enumerate(layers)
         for direction in (trained([product]) if place in attention else frozen([product]))
     ]
-    work = [replace(product, count=shape.depth) for product in backbone]
-    adapted = len(shape.blocks)
+    work = [replace(product, count=depth) for product in there_and_back]
     for ins, outs in ((width, 4 * width), (4 * width, width)):
-        rows = shape.batch * (tokens + 1)
-        layer = AomoaShape(name="", tokens=rows, in_features=ins, out_features=outs)
+        layer = AomoaShape(name="", tokens=shape.batch * tokens, in_features=ins, out_features=outs)
         # The frozen layer itself, forward and back, is in `layers`.
         adapter = aomoa(layer, TRAINING)[2:]
         work += [replace(product, count=product.count * adapted) for product in adapter]
+    return work
+
+
+def step(shape: StepShape, tokenizer: HypertShape, head: DecoderShape) -> list[Product]:
+    """A step of stage 2: backbone with frozen weights, adapters, tokenizer, match and decoder."""
+    tokens, adapted = tokenizer.tokens, len(shape.blocks)
+    work = _blocks(
+        shape, tokens + 1, width=shape.embed_dim, heads=shape.num_heads, depth=shape.depth,
+        adapted=adapted,
+    )  # fmt: skip
     for keys, features in ((tokenizer.positions, STEM_WIDTH), (STEM_WIDTH, tokenizer.positions)):
         work.append(Product(tokens, features // 2, keys, batch=shape.batch, count=adapted))
     return work + hypert(tokenizer, TRAINING) + decoder(head, TRAINING)
+
+
+def satmaepp_head(shape: StepShape | HeadShape, mode: str) -> list[Product]:
+    """SatMAE++'s upsampling block, all of which trains; 3x3 convolutions by definition."""
+    bands, pixels = shape.bands, shape.batch * shape.image_size**2
+    wide = 4 * bands
+    products = [
+        Product(pixels, bands, wide),
+        Product(pixels, wide, wide, count=16),
+        Product(4 * pixels, wide, wide, count=18),
+        Product(4 * pixels, wide, bands, count=9),
+    ]
+    return products if mode == FORWARD else trained(products)
+
+
+def scalemae_head(shape: StepShape | HeadShape, mode: str) -> list[Product]:
+    """ScaleMAE's pyramid and both heads, frozen but for the last layer of each."""
+    width = 512
+    grid, half = (shape.image_size // 16) ** 2 * shape.batch, width // 2
+    products = [Product(grid, width, 4 * width, count=2), Product(4 * grid, width, 4 * width)]
+    last = []
+    for pixels in (16 * grid, 4 * grid):
+        products += [
+            Product(pixels, width, width, count=3),
+            Product(pixels, half, width, count=2),
+            Product(pixels, width, 16 * half),
+            Product(16 * pixels, half // 2, half),
+        ]
+        last.append(Product(16 * pixels, half, 4 * shape.bands))
+    return products + last if mode == FORWARD else frozen(products) + trained(last)
+
+
+def reconstruction_step(shape: StepShape, tokenizer: HypertShape) -> list[Product]:
+    """A step of stage 1: tokenizer, encoder of a quarter of the tokens, decoder and head."""
+    scalemae = shape.family == "scalemae"
+    depth, tokens = (3, tokenizer.tokens) if scalemae else (8, tokenizer.tokens + 1)
+    return [
+        *hypert(tokenizer, TRAINING),
+        *_blocks(
+            shape, tokenizer.tokens // 4 + 1, width=shape.embed_dim, heads=shape.num_heads,
+            depth=shape.depth, adapted=len(shape.blocks),
+        ),
+        *_blocks(shape, tokens, width=512, heads=16, depth=depth, adapted=depth),
+        *(scalemae_head if scalemae else satmaepp_head)(shape, TRAINING),
+    ]  # fmt: skip

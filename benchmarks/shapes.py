@@ -121,6 +121,20 @@ class ReconstructionShape(Shape):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadShape(Shape):
+    """The prediction head of a masked-reconstruction family: tokens [batch, 196, 512] to images."""
+
+    family: Literal["scalemae", "satmae++"]
+    batch: int
+    sensor: str
+    image_size: int = 224
+
+    @property
+    def bands(self) -> int:
+        return len(WAVELENGTHS[self.sensor])
+
+
+@dataclass(frozen=True, kw_only=True)
 class UpsampleConvShape(Shape):
     """A 3 x 3 convolution of a map [batch, in, low, low] upsampled to [high, high]."""
 
@@ -154,7 +168,7 @@ class DecoderShape(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape(Shape):
-    """One stage-2 training step: forward, loss, backward, AdamW."""
+    """One training step of either stage: forward, loss, backward, AdamW."""
 
     family: Literal["scalemae", "satmae++", "dinov3"]
     batch: int
@@ -230,6 +244,16 @@ RECONSTRUCTION: tuple[ReconstructionShape, ...] = tuple(
     for family in ("satmae++", "scalemae")
 )  # fmt: skip
 
+HEADS: tuple[HeadShape, ...] = tuple(
+    HeadShape(
+        name=f"{family}-{sensor}-b{batch}", family=family, batch=batch, sensor=sensor,
+        small=batch == 1 and sensor == "dfc", compiled=(FORWARD,) if family == "scalemae" else (),
+    )
+    for batch in (1, 8)
+    for sensor in ("dfc", "whu")
+    for family in ("satmae++", "scalemae")
+)  # fmt: skip
+
 UPSAMPLE_CONV: tuple[UpsampleConvShape, ...] = tuple(
     UpsampleConvShape(
         name=f"{name}-b{batch}", batch=batch, in_channels=channels[0], out_channels=channels[1],
@@ -268,15 +292,25 @@ STEPS: tuple[StepShape, ...] = (
     StepShape(name="scalemae-vitl-dfc-b8", family="scalemae", batch=8, sensor="dfc"),
 )
 
+RECONSTRUCTION_STEPS: tuple[StepShape, ...] = tuple(
+    StepShape(
+        name=f"stage1-{family}-vitl-{sensor}-b{batch}", family=family, batch=batch, sensor=sensor,
+        small=family == "scalemae" and batch == 2,
+    )
+    for batch, sensor in ((2, "dfc"), (8, "dfc"))
+    for family in ("scalemae", "satmae++")
+)  # fmt: skip
+
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "aomoa": AOMOA,
     "hypert": HYPERT,
     "match": MATCH,
     "reconstruction": RECONSTRUCTION,
+    "heads": HEADS,
     "upsample_conv": UPSAMPLE_CONV,
     "upsample_ce": UPSAMPLE_CE,
     "decoder": DECODER,
-    "step": STEPS,
+    "step": STEPS + RECONSTRUCTION_STEPS,
 }
 # Only layers with experts have a per-expert algorithm to stand against.
 WITH_DISPATCH = ("aomoa", "step")

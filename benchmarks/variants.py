@@ -1,7 +1,8 @@
 """Whole models as the other implementations run them, around the same parameters and buffers.
 
-``eager`` runs the reference operators and forms each upsampled map in the decoder before it
-convolves it; ``compile`` compiles that; ``dispatch`` replaces the adapted layers in it.
+``eager`` runs the reference operators; in stage 2 it forms each upsampled map in the decoder before
+it convolves it, in stage 1 its head is plain modules. ``compile`` compiles that; ``dispatch``
+replaces the adapted layers in it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import dispatch
+from spectralx.backbones.scalemae import ConvHead
 from spectralx.decoder import UPerHead, set_plain
-from spectralx_kernels import AoMoALinear, use_backend
+from spectralx.reconstruction import MaskedReconstruction
+from spectralx_kernels import AoMoALinear, unpatchify, use_backend
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -66,6 +70,36 @@ def with_plain_decoder(model: ModuleType) -> ModuleType:
     """`share` of `model` whose decoder resizes, concatenates and convolves by definition."""
     plain = share(model)
     set_plain(plain)
+    return plain
+
+
+class PlainReconstruction(MaskedReconstruction):
+    """A masked autoencoder whose head is its modules one after another, as published."""
+
+    def predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As `MaskedReconstruction.predict`."""
+        if self.family == "scalemae":
+            x = tokens.transpose(1, 2).unflatten(2, self.grid)
+            high, low = self.fpn.fpn1(x), self.fpn.fpn2(x)
+            return _plain_head(self.fcn_high, high), _plain_head(self.fcn_low, low)
+        prediction = self.decoder_pred(tokens)[:, 1:]
+        image = unpatchify(prediction, self.patch_size, self.image_size)
+        block = self.up_block
+        x = block.up_conv(self.proj_up_norm(F.gelu(self.proj_up_conv(image))))
+        x = F.leaky_relu(block.up_norm(x))
+        x = x + 0.5 * block.res_block.conv2(F.relu(block.res_block.conv1(x)))
+        return prediction, block.proj_out(block.res_norm(x))
+
+
+def _plain_head(head: ConvHead, x: Tensor) -> Tensor:
+    out: Tensor = head.pred(head.conv_blocks(head.proj(x)))
+    return out
+
+
+def with_plain_head(model: MaskedReconstruction) -> MaskedReconstruction:
+    """`share` of `model` with the head of `PlainReconstruction`."""
+    plain = share(model)
+    plain.__class__ = PlainReconstruction
     return plain
 
 

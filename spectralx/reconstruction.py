@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx.adapt import Method, adapt, adapter_blocks, check_method, freeze
@@ -262,20 +261,34 @@ class MaskedReconstruction(MaskedAutoencoder):
         """Uniform noise [B, patches] in float32 on the device of `images`."""
         return torch.rand(images.shape[0], self.patches, device=images.device)
 
-    def _satmaepp(self, tokens: Tensor, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the family's loss scores, of the decoder's tokens [B, N, decoder_embed_dim].
+
+        SatMAE++: patches [B, patches, P*P*C] and the image of twice the side. ScaleMAE: the high
+        frequencies at twice the side [B, C, 2H, 2W] and the image [B, C, H, W].
+        """
+        if self.family == "scalemae":
+            high, low = self.fpn(tokens.transpose(1, 2).unflatten(2, self.grid))
+            return self.fcn_high(high), self.fcn_low(low)
         # The class token takes part in `decoder_pred`: AoMoA's gates draw noise for it too.
         prediction = self.decoder_pred(tokens)[:, 1:]
         image = unpatchify(prediction, self.patch_size, self.image_size)
-        upsampled = self.up_block(self.proj_up_norm(F.gelu(self.proj_up_conv(image))))
+        # All maps behind have their channels side by side, as the norms over them want it.
+        image = image.contiguous(memory_format=torch.channels_last)
+        return prediction, self.up_block(self.proj_up_conv(image), self.proj_up_norm)
+
+    def score(
+        self, predicted: tuple[Tensor, Tensor], images: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of what `predict` gave, and the predicted patches [B, patches, P*P*C]."""
+        if self.family == "scalemae":
+            high, low = predicted
+            loss = band_reconstruction_loss(high, low, images, mask, grid=self.grid)
+            return loss, patchify(low, self.patch_size)
+        prediction, upsampled = predicted
         loss = PATCH_WEIGHT * masked_patch_loss(prediction, images, mask, self.patch_size)
         loss = loss + UPSAMPLED_WEIGHT * upsampled_l1_loss(upsampled, images)
         return loss, prediction
-
-    def _scalemae(self, tokens: Tensor, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        high, low = self.fpn(tokens.transpose(1, 2).unflatten(2, self.grid))
-        high, low = self.fcn_high(high), self.fcn_low(low)
-        loss = band_reconstruction_loss(high, low, images, mask, grid=self.grid)
-        return loss, patchify(low, self.patch_size)
 
     def forward(self, images: Tensor, mask_noise: Tensor | None = None) -> Reconstruction:
         """Loss and prediction of images [B, C, H, W], normalised by the caller.
@@ -295,9 +308,8 @@ class MaskedReconstruction(MaskedAutoencoder):
             raise ValueError(f"images: got shape {list(images.shape)}, expected [B, {wanted}]")
         noise = self.draw_mask_noise(images) if mask_noise is None else mask_noise
         latent, mask, ids_restore = self.encode(images, noise)
-        tokens = self.decode(latent, ids_restore)
-        head = self._scalemae if self.family == "scalemae" else self._satmaepp
-        loss, prediction = head(tokens, images, mask)
+        predicted = self.predict(self.decode(latent, ids_restore))
+        loss, prediction = self.score(predicted, images, mask)
         return Reconstruction(loss, prediction, mask)
 
     @torch.no_grad()

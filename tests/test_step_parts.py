@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from benchmarks import step_parts
 from benchmarks.case import Setting
 from benchmarks.memory import SavedBytes, peaks_by_label
 from benchmarks.shapes import StepShape
-from benchmarks.step_parts import BACKWARD, PARTS, Found, Watch, measure, table
+from benchmarks.stages import STAGES
+from benchmarks.step_parts import Found, measure, table
+from benchmarks.watch import BACKWARD, Watch
 
 SHAPE = StepShape(
     name="tiny", family="scalemae", batch=2, sensor="dfc", embed_dim=64, depth=2, num_heads=4,
@@ -20,37 +24,54 @@ SHAPE = StepShape(
 )  # fmt: skip
 
 
-def test_a_step_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before, after = measure(SHAPE, Setting(), 1)
+@pytest.mark.parametrize(
+    ("name", "family", "widest"),
+    [
+        ("stage2", "scalemae", "decoder"),
+        ("stage1", "scalemae", "head"),
+        ("stage1", "satmae++", "head"),
+    ],
+)
+def test_a_step_is_the_sum_of_its_parts(
+    name: str, family: Literal["scalemae", "satmae++"], widest: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    stage = STAGES[name]
+    before, after = measure(stage, replace(SHAPE, family=family), Setting(), 1)
     for found in (before, after):
         (seconds,) = found.rounds
-        ways = {*PARTS, *(part + BACKWARD for part in PARTS if part != "optimizer")}
+        ways = {*stage.parts, *(part + BACKWARD for part in stage.parts if part != "optimizer")}
         assert seconds.keys() == {*ways, ""}
         assert all(seconds[way] > 0 for way in ways)
-        assert found.saved.keys() <= set(PARTS)
-        assert found.saved["decoder"] > found.saved["loss"] > 0
+        assert found.saved.keys() <= set(stage.parts)
+        assert found.saved[widest] > found.saved["loss"]
         assert found.peaks.keys() == seconds.keys()
-    assert after.saved["decoder"] < before.saved["decoder"]
+    assert after.saved[widest] < before.saved[widest]
     assert after.peaks["loss"] < before.peaks["loss"]
-    rows = table(before, after)
-    assert [row[0] for row in rows] == ["part", *PARTS, "step"]
+    rows = table(before, after, stage.parts)
+    assert [row[0] for row in rows] == ["part", *stage.parts, "step"]
     assert len({len(row) for row in rows}) == 1
     monkeypatch.setattr(step_parts, "measure", lambda *_: (before, after))
-    assert step_parts.main(["--out", str(tmp_path)]) == 0
+    assert step_parts.main([name, "--out", str(tmp_path)]) == 0
     (page,) = tmp_path.glob("*-step-*-float32.md")
-    assert "| decoder |" in page.read_text()
+    assert f"| {widest} |" in page.read_text()
 
 
-def test_a_step_that_disagrees_gets_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_of_the_other_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step_parts.main(["stage1", "--shape", STAGES["stage2"].shapes[0].name]) == 2
+    assert "expected one of stage1-scalemae" in capsys.readouterr().err
+
+
+def test_a_step_that_disagrees_gets_no_numbers() -> None:
     def wrong(model: nn.Module) -> nn.Module:
         plain = plain_of(model)
         plain.head.conv_seg.register_forward_hook(lambda *given: 1.1 * given[2])  # type: ignore[operator, union-attr]
         return plain
 
-    plain_of = step_parts.with_plain_decoder
-    monkeypatch.setattr(step_parts, "with_plain_decoder", wrong)
+    stage = STAGES["stage2"]
+    plain_of = stage.plain
     with pytest.raises(AssertionError, match="gradient of head"):
-        measure(SHAPE, Setting(), 1)
+        measure(replace(stage, plain=wrong), SHAPE, Setting(), 1)
 
 
 def test_a_crossing_charges_both_ways() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx.backbones.channel_norm import ChannelNorm
+from spectralx_kernels import channel_norm, channel_norm_conv2d
 
 
 class ResidualBlock(nn.Module):
@@ -21,10 +21,14 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H, W]."""
-        out: Tensor = x + 0.5 * self.conv2(F.relu(self.conv1(x)))
-        return out
+    def forward(self, x: Tensor, norm: ChannelNorm) -> Tensor:
+        """The block behind ``leaky_relu(norm(x))``; maps [B, C, H, W].
+
+        Norm and leaky ReLU are formed where they are used, twice, and kept nowhere.
+        """
+        convolved = channel_norm_conv2d(x, norm, self.conv1, after="leaky_relu")
+        convolved = channel_norm_conv2d(convolved, None, self.conv2, after="relu")
+        return channel_norm(x, norm, after="leaky_relu", addend=convolved, scale=0.5)
 
 
 class UpsamplingBlock(nn.Module):
@@ -46,8 +50,8 @@ class UpsamplingBlock(nn.Module):
         self.res_norm = ChannelNorm(channels)
         self.proj_out = nn.Conv2d(channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] to [B, out_channels, 2H, 2W]."""
-        x = F.leaky_relu(self.up_norm(self.up_conv(x)))
-        out: Tensor = self.proj_out(self.res_norm(self.res_block(x)))
-        return out
+    def forward(self, x: Tensor, norm: ChannelNorm) -> Tensor:
+        """The block behind ``norm(gelu(x))``: [B, channels, H, W] to [B, out_channels, 2H, 2W]."""
+        x = channel_norm_conv2d(x, norm, self.up_conv, before="gelu")
+        x = self.res_block(x, self.up_norm)
+        return channel_norm_conv2d(x, self.res_norm, self.proj_out)

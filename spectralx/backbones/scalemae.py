@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from spectralx.backbones.channel_norm import ChannelNorm
+from spectralx_kernels import channel_norm, channel_norm_conv2d, pixel_head
 
 
 class _NamedNorm(nn.Module):
@@ -41,7 +42,9 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, H, W] to the high [B, C, 4H, 4W] and the low map [B, C, 2H, 2W]."""
-        return self.fpn1(x), self.fpn2(x)
+        double, norm, _, again = self.fpn1
+        high = channel_norm_conv2d(double(x), norm.ln, again, after="gelu")
+        return high, self.fpn2(x)
 
 
 def _grouped_convolution(channels: int) -> nn.Conv2d:
@@ -103,5 +106,7 @@ class ConvHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out_channels, 8H, 8W]."""
-        out: Tensor = self.pred(self.conv_blocks(self.proj(x)))
-        return out
+        norm, expand, _, grouped, _, mix, _, project = self.pred
+        x = channel_norm(self.conv_blocks(self.proj(x)), norm.ln)
+        layers = ((layer.weight, layer.bias) for layer in (expand, grouped, mix, project))
+        return pixel_head(x, *layers)

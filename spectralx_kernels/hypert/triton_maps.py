@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spectralx_kernels._triton_gelu import below, gelu_slope
+
 
 @triton.jit
 def columns(table, c, there, C: tl.constexpr):
@@ -21,16 +23,10 @@ def columns(table, c, there, C: tl.constexpr):
 
 
 @triton.jit
-def below(z):
-    """The normal distribution's share below z."""
-    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-
-
-@triton.jit
 def through(grad, z, GELU: tl.constexpr):
     """Gradient of z for that of GELU(z)."""
     if GELU:
-        grad *= below(z) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        grad *= gelu_slope(z)
     return grad
 
 

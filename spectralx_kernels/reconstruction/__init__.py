@@ -1,5 +1,10 @@
-"""Masked reconstruction: random masking, patches and the losses of SatMAE++ and ScaleMAE."""
+"""Masked reconstruction: masking, patches, prediction heads and losses of both families."""
 
+from spectralx_kernels.reconstruction.heads import (
+    channel_norm,
+    channel_norm_conv2d,
+    pixel_head,
+)
 from spectralx_kernels.reconstruction.masking import (
     gather_tokens,
     random_masking,
@@ -16,9 +21,12 @@ from spectralx_kernels.reconstruction.patches import patchify, unpatchify
 __all__ = [
     "band_reconstruction_loss",
     "band_targets",
+    "channel_norm",
+    "channel_norm_conv2d",
     "gather_tokens",
     "masked_patch_loss",
     "patchify",
+    "pixel_head",
     "random_masking",
     "restore_tokens",
     "unpatchify",

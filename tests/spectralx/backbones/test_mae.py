@@ -95,7 +95,7 @@ def test_channel_norm_is_over_channels() -> None:
 
 
 def test_upsampling_block_doubles_the_side() -> None:
-    assert UpsamplingBlock(8, 2)(torch.randn(2, 8, 5, 7)).shape == (2, 2, 10, 14)
+    assert UpsamplingBlock(8, 2)(torch.randn(2, 8, 5, 7), ChannelNorm(8)).shape == (2, 2, 10, 14)
 
 
 def test_scalemae_heads_reach_sixteen_and_thirty_two_times_the_side() -> None:

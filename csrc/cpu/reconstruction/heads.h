@@ -1,0 +1,71 @@
+// Passes of the prediction heads over channels-last maps, on the calling thread.
+//
+// Compiled once for each instruction set (heads_*.cpp) and chosen at run time.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+
+#include "cpu/instruction_sets.h"
+
+namespace spectralx::cpu {
+
+enum class Activation { kNone, kGelu, kRelu, kLeakyRelu };
+
+// after(norm(before(x))) of a row of channels.
+template <typename A>
+struct RowNorm {
+  const A *weight, *bias;  // [channels]; null: no norm between the activations
+  A eps;
+  Activation before, after;
+  int64_t channels;
+};
+
+// Rows that norms work on together, so that their activations run over one long line.
+inline int64_t rows_together(int64_t channels) { return channels < 512 ? 1024 / channels : 1; }
+
+// S is what maps hold, A what is computed in: float for float and bfloat16. Rows are dense, and a line
+// is a row of pixels of a map.
+template <typename S, typename A>
+struct HeadKernels {
+  const char* instruction_set;
+
+  // out = after(norm(before(x))) + scale addend; addend may be null. scratch: [rows_together, channels].
+  void (*norm)(const S* x, const S* addend, int64_t rows, const RowNorm<A>& norm, A scale,
+               A* scratch, S* out);
+
+  // x_grad, and weight_grad and bias_grad [channels] added to; null: not wanted. scratch: three times
+  // that of `norm`.
+  void (*norm_gradient)(const S* grad, const S* x, int64_t rows, const RowNorm<A>& norm, A* scratch,
+                        S* x_grad, A* weight_grad, A* bias_grad);
+
+  // out = GELU(x); slope = its derivative there, may be null. out may be x.
+  void (*gelu)(const S* x, int64_t count, S* out, S* slope);
+
+  // A line of GELU(v), v = bias + a 3x3 convolution in which channel j comes of 2j and 2j + 1 of the
+  // lines above, here and below (null: zeros), [width, 2 channels]; slope, may be null, is the
+  // derivative at v. weight: [9, 2 channels] by tap. scratch: [2 channels].
+  void (*grouped)(const S* const* lines, int64_t width, int64_t channels, const A* weight,
+                  const A* bias, A* scratch, S* out, S* slope);
+
+  // twice[2i] = twice[2i + 1] = grad[i] slope[i].
+  void (*twice)(const S* grad, const S* slope, int64_t count, S* out);
+
+  // A line of the convolution of `twice` lines [width, channels] with weight [9, channels], a channel
+  // each, times slope. `together` pixels lie side by side in `out`, the next ones `stride` on.
+  void (*depthwise)(const S* const* lines, int64_t width, int64_t channels, const A* weight,
+                    const S* slope, int64_t together, int64_t stride, A* scratch, S* out);
+
+  // sums [9, channels] += grad times what lies under each tap, in channels [first, last).
+  void (*tap_gradients)(const S* grad, const S* const* lines, int64_t width, int64_t channels,
+                        int64_t first, int64_t last, A* sums);
+};
+
+// The best table this processor runs.
+template <typename S, typename A>
+const HeadKernels<S, A>& head_kernels() {
+  return best_table<HeadKernels<S, A>, S>();
+}
+
+}  // namespace spectralx::cpu

@@ -1,0 +1,86 @@
+"""The prediction heads of both families in plain PyTorch: the specification and ``eager`` backend.
+
+Notation in README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LAST = torch.channels_last
+
+
+def activated(x: Tensor, name: str) -> Tensor:
+    """ "none", "gelu" (exact), "relu" or "leaky_relu" (slope 0.01) of `x`."""
+    if name == "none":
+        return x
+    function = {"gelu": F.gelu, "relu": F.relu, "leaky_relu": F.leaky_relu}[name]
+    return function(x)
+
+
+def _normed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, before: str, after: str
+) -> Tensor:
+    x = activated(x, before)
+    if weight is not None:
+        # A map's channels are its last axis here, side by side.
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
+        x = normed.permute(0, 3, 1, 2)
+    return activated(x, after)
+
+
+def channel_norm(
+    x: Tensor,
+    addend: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    before: str,
+    after: str,
+    scale: float,
+) -> Tensor:
+    """after(norm(before(x))) + scale * addend; maps [B, C, H, W]."""
+    out = _normed(x, weight, bias, eps, before, after)
+    if addend is not None:
+        out = out + scale * addend
+    return out.contiguous(memory_format=_LAST)
+
+
+def channel_norm_conv2d(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    before: str,
+    after: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    stride: list[int],
+    padding: list[int],
+) -> Tensor:
+    """The convolution of after(norm(before(x))), or the transposed one."""
+    normed = _normed(x, norm_weight, norm_bias, eps, before, after)
+    convolve = F.conv_transpose2d if transposed else F.conv2d
+    return convolve(normed, weight, bias, stride, padding).contiguous(memory_format=_LAST)
+
+
+def pixel_head(
+    x: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    grouped: Tensor,
+    grouped_bias: Tensor,
+    mix: Tensor,
+    mix_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+) -> Tensor:
+    """x [B, D, h, w] -> [B, C, n k h, n k w], k and n the two transposed convolutions' strides."""
+    x = F.gelu(F.conv_transpose2d(x, expand, expand_bias, stride=expand.shape[2]))
+    x = F.gelu(F.conv2d(x, grouped, grouped_bias, padding=1, groups=grouped.shape[0]))
+    x = F.gelu(F.conv2d(x, mix, mix_bias))
+    out = F.conv_transpose2d(x, project, project_bias, stride=project.shape[2])
+    return out.contiguous(memory_format=_LAST)
