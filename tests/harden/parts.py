@@ -99,8 +99,9 @@ PARTS: dict[str, Part] = {
         10,
         "hostile checkpoints: pickle gadgets, sparse and huge tensors, wrong shapes, mutations of "
         "safetensors and .pth",
-        "10,050 files: no code run, no crash, memory <= twice the file + 200 MB",
-        10050,
+        "60 gadgets, 20 sizes, 10,000 mutations: no code run, no crash, memory <= twice the file + "
+        "200 MB",
+        10080,
         "checkpoints",
         120,
     ),
