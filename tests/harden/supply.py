@@ -49,10 +49,14 @@ def pins(path: Path = LOCK) -> dict[str, tuple[str, int]]:
     return found
 
 
+def without_hash(path: Path) -> list[str]:
+    """Pins of a lock without a hash."""
+    return [f"{name}: no hash" for name, (_, hashes) in pins(path).items() if not hashes]
+
+
 def lock_failures() -> list[str]:
     """Pins without a hash, and dependencies of the package without a pin that fits."""
-    found = pins()
-    failures = [f"{name}: no hash" for name, (_, hashes) in found.items() if not hashes]
+    found, failures = pins(), without_hash(LOCK)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     wanted = [
