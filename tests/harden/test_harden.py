@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harden import accuracy, contract, page, record, routing
+from tests.harden import accuracy, contract, mutations, page, record, routing
 from tests.harden.draws import LAYOUTS, Draw, arrange, laid_out
 from tests.harden.operators import REGISTRY, missing
 from tests.harden.parts import PARTS
@@ -132,3 +132,17 @@ def test_a_lock_without_a_hash_is_refused(tmp_path: Path) -> None:
     lock.write_text("a>=1\n")
     with pytest.raises(ValueError, match="expected a pin or a hash"):
         without_hash(lock)
+
+
+def test_every_planted_fault_has_its_place() -> None:
+    """`python -m tests.harden mutations` runs them; here only that the list fits the sources."""
+    found = mutations.faults()
+    assert len(found) >= PARTS["mutations"].count
+    assert len({fault["name"] for fault in found}) == len(found)
+    for fault in found:
+        text = (record.ROOT / fault["file"]).read_text()
+        assert mutations.planted_in(text, fault) != text
+        for test in fault["tests"]:
+            assert not test.startswith("tests/") or (record.ROOT / test).exists()
+    with pytest.raises(ValueError, match="0 places"):
+        mutations.planted_in("", found[0])
