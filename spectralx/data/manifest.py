@@ -1,9 +1,9 @@
 """Checksums of a data set: ``python -m spectralx.data.manifest ROOT``.
 
-Writes ``sha256sums.txt`` at the root, in the format of ``sha256sum``, for every tile below it. Where
-a folder or one above it holds such a file, every tile listed there is held to its checksum each
-time it is read, so that a changed byte is an error and never a training sample. ``--check`` goes
-through all of them at once. A process reads the list of a folder once.
+Writes ``sha256sums.txt`` at the root, in the format of ``sha256sum``, for every tile below it.
+Where a folder or one above it holds such a file, every tile listed there is held to its checksum
+each time it is read, so that a changed byte is an error and never a training sample. ``--check``
+goes through all of them at once. A process reads the list of a folder once.
 """
 
 from __future__ import annotations

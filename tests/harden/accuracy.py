@@ -174,8 +174,10 @@ def sample(number: int) -> tuple[Entry, list[str], dict[str, float]]:
             ratios[side] = max(ratios[side], ratio)
             if not ratio <= factor:
                 failures.append(f"{where}: error {error:.3g}, the reference's {own[name]:.3g}")
-        for name in exact.keys() - found.keys():
-            failures.append(f"sample {number}: {entry.name}, {backend}, {dtype}: no {name}")
+        failures += [
+            f"sample {number}: {entry.name}, {backend}, {dtype}: no {name}"
+            for name in exact.keys() - found.keys()
+        ]
     return entry, failures, ratios
 
 

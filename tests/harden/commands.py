@@ -1,10 +1,10 @@
 """Row 6: configurations, lists and command lines that cannot be used, or must not be.
 
 Each sample is one mistake or one attempt: an unknown or misspelt option, a value of another type,
-YAML with tags, bombs or broken text, lists of tiles that leave the data set, paths of GDAL's virtual
-file systems and URLs, output where none can be, manifests that point elsewhere. The command must
-end with status 2 and one line on stderr that starts with its name, and write nothing: no file beside
-the output folder changes, and that folder does not appear.
+YAML with tags, bombs or broken text, lists of tiles that leave the data set, paths of GDAL's
+virtual file systems and URLs, output where none can be, manifests that point elsewhere. The command
+must end with status 2 and one line on stderr that starts with its name, and write nothing: no file
+beside the output folder changes, and that folder does not appear.
 """
 
 from __future__ import annotations
@@ -278,9 +278,7 @@ def failure_of(number: int, folder: Path) -> str | None:
     if len(errors) != 1 or lines[-1] != errors[0]:
         return f"{where}: {len(lines)} lines: {' / '.join(lines)[:300]}"
     after = sandbox.listing()
-    changed = sorted(
-        path for path in {*before, *after} if before.get(path) != after.get(path)
-    )
+    changed = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
     if changed:
         return f"{where}: written: {', '.join(changed)[:200]}"
     return None

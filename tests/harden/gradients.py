@@ -22,9 +22,7 @@ def failure_of(number: int) -> str | None:
     entry = DIFFERENTIABLE[number % len(DIFFERENTIABLE)]
     draw = Draw(number)
     args = entry.draw(draw)
-    leaves = arrange(
-        args, draw.layouts(args), torch.float64, grad=True, constants=entry.constants
-    )
+    leaves = arrange(args, draw.layouts(args), torch.float64, grad=True, constants=entry.constants)
     numbers = sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
     operators = [("operator", entry.operator.op), ("reference", entry.operator.reference)]
     for name, operator in operators[: 1 + (number // len(DIFFERENTIABLE)) % 2]:

@@ -44,17 +44,23 @@ def planted_in(text: str, fault: Mapping[str, Any]) -> str:
     return text.replace(fault["old"], fault["new"])
 
 
-def copy_tree(folder: Path) -> Path:
-    """The tracked and new files of the tree, and its extension module, in a new folder."""
+def copy_tree(folder: Path, *, extension: bool = True) -> Path:
+    """The tracked and new files of the tree, and its extension module, in `folder`.
+
+    Files that are there with the same bytes are left alone.
+    """
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, check=True,
     ).stdout.decode()  # fmt: skip
     names = [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
-    for name in [*names, *(str(p.relative_to(ROOT)) for p in extension_files())]:
+    if extension:
+        names += [str(path.relative_to(ROOT)) for path in extension_files()]
+    for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, target)
+        if not target.exists() or target.read_bytes() != (ROOT / name).read_bytes():
+            shutil.copyfile(ROOT / name, target)
     return folder
 
 
@@ -62,13 +68,14 @@ def extension_files() -> list[Path]:
     return sorted((ROOT / "spectralx_kernels").glob("_C*.so"))
 
 
-def compiled(tree: Path, file: str) -> Path:
+def compiled(tree: Path, file: str, *flags: str) -> Path:
     """A library of the kernels of one .cpp file, linked to the extension module of the tree."""
     extension = next((tree / "spectralx_kernels").glob("_C*.so"))
     library = tree / "planted.so"
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"], tree / "csrc"]
     command = [
         os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC", "-fopenmp", "-w",
+        *flags,
         *(f"-I{path}" for path in includes), str(tree / file), str(extension), "-o", str(library),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)

@@ -58,9 +58,9 @@ def text() -> str:
     lines = [
         "# Reliability",
         "",
-        "Written by `python -m tests.harden page` from the figures in `docs/reliability/`, which the",
-        "commands named below write. A `+` after a commit: the tree held changes. What was not run is",
-        "said to be not run.",
+        "Written by `python -m tests.harden page` from the figures in `docs/reliability/`, which",
+        "the commands named below write. A `+` after a commit: the tree held changes. What was not",
+        "run is said to be not run.",
         "",
         "| # | what | asked | found |",
         "|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The parts of ``make harden``: the page's rows, what each asks for, and the module that runs it."""
+"""The parts of ``make harden``: the page's rows, what each asks for, and what runs it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ PARTS: dict[str, Part] = {
         11,
         "C++ built with AddressSanitizer and UndefinedBehaviorSanitizer: samples of rows 1, 4, 5",
         "clean; a planted overflow is caught",
-        1,
+        500,
         "sanitizers",
     ),
     "poison": Part(

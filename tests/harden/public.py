@@ -112,8 +112,9 @@ PUBLIC: dict[str, Public] = {
     "upsample_conv2d_moments": Public(
         _plain(kernels.upsample_conv2d),
         lambda named: {
-            **_convolution_arguments(named), "norm": _norm_of(named["weight"].shape[0])
-        },  # fmt: skip
+            **_convolution_arguments(named),
+            "norm": _norm_of(named["weight"].shape[0]),
+        },
     ),
     "upsample_cross_entropy": Public(_plain(kernels.upsample_cross_entropy), _loss_arguments),
     "upsample_cross_entropy_argmax": Public(

@@ -8,8 +8,8 @@ that has figures for the page calls `append` as the parts here do.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
-import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -77,11 +77,6 @@ def load(part: str) -> list[dict[str, Any]]:
 
 def append(part: str, seed: int, count: int, seconds: float, outcome: Outcome) -> Path:
     """Add a slice to the part's file, written whole or not at all."""
-    before = [
-        slice_
-        for slice_ in load(part)
-        if slice_["seed"] + slice_["count"] <= seed or slice_["seed"] >= seed + count
-    ]
     new = {
         "seed": seed,
         "count": count,
@@ -93,10 +88,17 @@ def append(part: str, seed: int, count: int, seconds: float, outcome: Outcome) -
     }
     path = path_of(part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    slices = sorted([*before, new], key=lambda slice_: slice_["seed"])
-    partial.write_text(json.dumps(slices, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    with path.parent.joinpath(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # slices of a part may end at the same time
+        before = [
+            slice_
+            for slice_ in load(part)
+            if slice_["seed"] + slice_["count"] <= seed or slice_["seed"] >= seed + count
+        ]
+        slices = sorted([*before, new], key=lambda slice_: slice_["seed"])
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(slices, indent=1, sort_keys=True) + "\n")
+        partial.replace(path)
     return path
 
 

@@ -145,9 +145,7 @@ def run_of(
     """Outputs and gradients by name."""
     names = [argument.name for argument in operator.op._schema.arguments]
     leaves = cast(args, dtype, grad=hasattr(operator, "backward_op"))
-    outputs, grads = run_with_gradients(
-        lambda *given: operator(*given, backend=backend), leaves
-    )
+    outputs, grads = run_with_gradients(lambda *given: operator(*given, backend=backend), leaves)
     found = {f"output {place}": output for place, output in enumerate(outputs)}
     return {**found, **{names[int(name.split()[1])]: grad for name, grad in grads.items()}}
 

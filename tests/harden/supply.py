@@ -25,6 +25,8 @@ SOURCES = ("spectralx", "spectralx_kernels", "benchmarks", "examples", "setup.py
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+) *\\?$")
 _HASH = re.compile(r"^ +--hash=sha256:[0-9a-f]{64} *\\?$")
 
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
 # Files that may use what is forbidden elsewhere, and why.
 ALLOWED: dict[tuple[str, str], str] = {
     ("spectralx/checkpoints/pickles.py", "pickle"): "its Unpickler calls nothing that a file names",
@@ -114,7 +116,15 @@ def unsafe_uses(text: str) -> list[tuple[int, str]]:
             names = [each.name for each in node.names]
             module = getattr(node, "module", None)
             roots = {(module or name).split(".")[0] for name in names}
-            bad = roots & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+            bad = roots & {
+                "pickle",
+                "cPickle",
+                "dill",
+                "cloudpickle",
+                "joblib",
+                "marshal",
+                "shelve",
+            }
             found += [(node.lineno, name) for name in sorted(bad)]
             if module in ("torch", "yaml", "builtins") and set(names) & {"load", "eval", "exec"}:
                 found.append((node.lineno, f"{module}.load by a name of its own"))

@@ -1,4 +1,4 @@
-"""The quick part of every row of docs/RELIABILITY.md; `python -m tests.harden PART` runs the rest."""
+"""The quick part of the rows of docs/RELIABILITY.md; `python -m tests.harden PART` is the rest."""
 
 from __future__ import annotations
 

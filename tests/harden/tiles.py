@@ -2,8 +2,8 @@
 
 Sample 0 is a virtual raster named .tif, sample 1 a file that declares 960 GB; then every second one
 is truncated anywhere, and every second one has one bit flipped anywhere and a manifest beside it.
-Each must end in a `DataError` of one line with the file's name. Nothing is ever skipped: there is no
-setting that would.
+Each must end in a `DataError` of one line with the file's name. Nothing is ever skipped: there is
+no setting that would.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def failure_of(number: int, folder: Path, sound: list[Path]) -> str | None:
     """Why a damaged tile was not found, or how its error is wrong."""
     whole = {path: path.read_bytes() for path in sound}
     path = damaged(number, folder, sound)
-    kind = "virtual" if number == 0 else "bomb" if number == 1 else "flipped" if number % 2 else "cut"
+    kind = (
+        "virtual" if number == 0 else "bomb" if number == 1 else "flipped" if number % 2 else "cut"
+    )
     where = f"sample {number}: {kind} {path.name} of {path.stat().st_size} bytes"
     reset_peak()
     before = peak()

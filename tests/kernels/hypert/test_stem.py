@@ -190,3 +190,12 @@ def test_rejects(change, error, message):
     }
     with pytest.raises(error, match=message):
         residual_halving(**(options | change))
+
+
+def test_gradients_share_no_memory(backend):
+    """An operator's outputs are its own, each of them."""
+    leaves = ladder.cast(CASES["no lift"], torch.float32, grad=True)
+    out = RESIDUAL_HALVING(*leaves, backend=backend)[0]
+    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    grads = torch.autograd.grad(out.sum(), wanted)
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
