@@ -7,6 +7,7 @@ SpectralX trains.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -81,6 +82,16 @@ def check_method(method: str) -> Method:
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
     return method
+
+
+def _check_options(method: Method, options: Mapping[str, Any]) -> None:
+    """Every option is a keyword of the method's adapter."""
+    parameters = inspect.signature(LINEAR[method]).parameters.values()
+    known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else "none"
+            raise ValueError(f"options of {method}: got {name!r}, expected {expected}")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -185,12 +196,14 @@ def adapt(
 
     Raises
     ------
-    ValueError : unknown method; no layer matches, none in one of `blocks`, or only adapted ones; a
-        layer the method cannot adapt, or that the model does not call. The model is unchanged.
+    ValueError : unknown method or option; no layer matches, none in one of `blocks`, or only
+        adapted ones; a layer the method cannot adapt, or that the model does not call. The model is
+        unchanged.
 
     Source: SpectralX, sections on AoMoA and on the baselines.
     """
     check_method(method)
+    _check_options(method, options)
     found = _found(model, re.compile(TARGETS[method] if targets is None else targets), blocks)
     trained = {
         layer: [name for name, p in layer.named_parameters() if p.requires_grad]

@@ -47,7 +47,8 @@ def _check_keys(values: object, kind: type, where: str, path: str = "") -> None:
     for key, value in values.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in hints:
-            raise InputError(f"{where}: found unknown key {name}; expected {one_of(key, hints)}")
+            close = one_of(str(key), hints)  # YAML's keys may be numbers and booleans too
+            raise InputError(f"{where}: found unknown key {name}; expected {close}")
         if dataclasses.is_dataclass(hints[key]):
             assert isinstance(hints[key], type)
             _check_keys(value, hints[key], where, name)
@@ -78,6 +79,8 @@ def _check_config(path: Path) -> None:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not YAML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: found YAML nested too deeply; expected settings") from error
     _check_keys(values, Settings, str(path))
     parse(make_parser("spectralx"), ["--config", str(path)], str(path))
 

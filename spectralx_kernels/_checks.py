@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spectralx_kernels import _backends
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -77,3 +79,15 @@ def pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
     if len(sides) != 2 or min(sides) < low:
         raise ValueError(f"{name}: got {value}, expected two integers of at least {low}")
     return sides
+
+
+def values_are_free(tensor: Tensor) -> bool:
+    """Whether looking at the values costs no synchronisation: a plain CPU tensor, not traced."""
+    return (
+        tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    )
+
+
+def looks_itself(operator: str, backend: str | None) -> bool:
+    """Whether CPU tensors go to a kernel that refuses wrong values in its own pass."""
+    return _backends.choose(operator, "cpu", backend) == "cpp"

@@ -183,7 +183,8 @@ class ResidualHalving {
                          const std::array<bool, 11>& wanted, int first,
                          std::array<Tensor, 11>& found) {
     for (int i = 0; i < 2; ++i) {
-      if (wanted[first + i]) found[first + i] = both[i].to(like->scalar_type());
+      // A copy: two outputs of an operator may not share their memory.
+      if (wanted[first + i]) found[first + i] = both[i].to(like->scalar_type(), false, true);
     }
   }
 

@@ -124,6 +124,21 @@ def empty_bands(images: Sequence[Path], bands: int, nodata: float | None) -> tup
     return tuple(suspects)
 
 
+def _listed(root: Path, name: str, where: str) -> Path:
+    """The file `name` of a list, which lies below `root` and does not link out of it."""
+    path = root / name
+    try:
+        whole = path.is_file()
+        inside = path.resolve().is_relative_to(root.resolve())
+    except ValueError as error:  # a NUL in the name
+        raise data_error(where, f"{name!r} ({error})", "the path of a GeoTIFF") from error
+    if not whole:
+        raise data_error(where, f"no file {path}", "a GeoTIFF")
+    if not inside:
+        raise data_error(where, f"{name}, which is not below {root}", "a GeoTIFF of the data set")
+    return path
+
+
 def _rows(root: Path, table: Path) -> list[Pair]:
     with table.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
@@ -141,11 +156,7 @@ def _rows(root: Path, table: Path) -> list[Pair]:
         names = [(row[column] or "").strip() for column in COLUMNS]
         if not all(names):
             raise data_error(f"{table} line {number}", "an empty entry", "an image and a mask")
-        pair = Pair(root / names[0], root / names[1])
-        for path in pair:
-            if not path.is_file():
-                raise data_error(f"{table} line {number}", f"no file {path}", "a GeoTIFF")
-        pairs.append(pair)
+        pairs.append(Pair(*(_listed(root, name, f"{table} line {number}") for name in names)))
     return pairs
 
 

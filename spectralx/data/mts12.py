@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.io import loadmat
 
 from .normalise import Normalisation
-from .raster import data_error, list_rasters, whole_numbers
+from .raster import check_listed, data_error, list_rasters, whole_numbers
 from .tiles import UNLABELLED, Pair, TileDataset
 
 MONTHS = ("March", "June", "September", "December")
@@ -68,6 +68,7 @@ class Mts12(TileDataset):
 
 def read_mat_label(path: Path) -> npt.NDArray[np.int64]:
     """Label map [rows, columns] of a MATLAB file. Raises DataError where it holds none."""
+    check_listed(path)
     try:
         # Damaged files make scipy raise errors of many types (zlib, struct, numpy and its own).
         content: dict[str, Any] = loadmat(path)

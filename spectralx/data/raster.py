@@ -22,10 +22,12 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
+from .manifest import damage
 from .tiff import missing_bytes
 
 Array = npt.NDArray[Any]
 SUFFIXES = (".tif", ".tiff")
+LARGEST_READ = 16 << 30  # bytes of pixels; a header may declare any number
 
 _UNITS = {"nm": 1e-3, "nanometer": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "micrometer": 1.0,
           "micron": 1.0}  # fmt: skip
@@ -45,6 +47,13 @@ class DataError(ValueError):
 def data_error(where: str | Path, found: str, expected: str) -> DataError:
     """The :class:`DataError` about `where`, its text folded onto one line."""
     return DataError(" ".join(f"{where}: found {found}; expected {expected}".split()))
+
+
+def check_listed(path: Path) -> None:
+    """Raises DataError where a manifest lists `path` with another checksum than it has."""
+    changed = damage(path)
+    if changed:
+        raise data_error(path, changed, "the file that was listed")
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,9 @@ def read_raster(
     Raises
     ------
     DataError
-        The file is missing, not a GeoTIFF, truncated or damaged, or `bands` or `window` reach
-        outside of it.
+        The file is missing, not a GeoTIFF, truncated or damaged, not the one of the folder's
+        manifest (`spectralx.data.manifest`), or declares more than `LARGEST_READ` bytes; `bands` or
+        `window` reach outside of it.
     """
     with _open(path) as source:
         return _read(Path(path), source, bands, window)
@@ -334,6 +344,15 @@ def _read(
             )
         area = Window(column, row, columns, rows)
     indexes = None
+    count = source.count if bands is None else len(bands)
+    rows, columns = (source.height, source.width) if window is None else window[2:]
+    size = count * rows * columns * np.dtype(source.dtypes[0]).itemsize
+    if size > LARGEST_READ:
+        raise data_error(
+            path,
+            f"{count} bands of {rows}x{columns} pixels, {size:,} bytes",
+            f"at most {LARGEST_READ:,} bytes at once: read a window",
+        )
     if bands is not None:
         if any(not 0 <= band < source.count for band in bands):
             raise data_error(path, f"{source.count} bands", f"bands {list(bands)}, counted from 0")
@@ -357,6 +376,7 @@ def _open(path: str | Path) -> Iterator[Any]:
     path = Path(path)
     if not path.is_file():
         raise data_error(path, "no such file", "a GeoTIFF")
+    check_listed(path)
     try:
         with without_georeference_warning():
             source = rasterio.open(path, driver="GTiff")

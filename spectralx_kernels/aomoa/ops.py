@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralx_kernels._checks import check_floating, check_like, check_range, check_shape
+from spectralx_kernels._checks import (
+    check_device,
+    check_floating,
+    check_like,
+    check_range,
+    check_shape,
+)
 from spectralx_kernels._operator import Operator, Saving
 from spectralx_kernels.aomoa import reference
 
@@ -196,13 +202,17 @@ def aomoa(
     if bias is not None:
         shapes["bias"] = (bias, (out_width,))
     tokens = x.numel() // max(width, 1)
-    if noise is not None:
-        shapes["noise"] = (noise, (attributes, tokens, experts))
     for name, (tensor, shape) in shapes.items():
         check_shape(name, tensor, shape)
-        check_floating(name, tensor)
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {x.device} as x")
+        check_like(name, tensor, "x", x)
+    for name, tensor in (("weight", weight), ("gate", gate), ("fc1_weight", fc1_weight)):
+        check_like(name, tensor, "x", x)
+    if noise is not None:
+        check_shape("noise", noise, (attributes, tokens, experts))
+        if noise.dtype == torch.float32:
+            check_device("noise", noise, "x", x)
+        else:
+            check_like("noise", noise, "x", x)
     check_range("top_k", top_k, 1, experts)
     rows = x.reshape(tokens, width)
     arguments = (

@@ -17,7 +17,8 @@ def _batch_norm(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if weight is None or bias is None:
         return x, x.new_empty(4, 0, dtype=wide)
-    weight, bias = weight.to(wide), bias.to(wide)
+    # Contiguous: torch's backward reads a strided weight as if it were, on channels_last maps.
+    weight, bias = weight.to(wide).contiguous(), bias.to(wide).contiguous()
     if x.numel() == 0:  # the mean of nothing
         return x, x.new_full((4, x.shape[1]), torch.nan, dtype=wide)
     normed, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralx_kernels._checks import check_device, check_floating, check_range, check_shape
+from spectralx_kernels._checks import (
+    check_device,
+    check_floating,
+    check_range,
+    check_shape,
+    looks_itself,
+    values_are_free,
+)
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.reconstruction import reference
 
@@ -44,6 +51,18 @@ def check_indices(name: str, ids: Tensor) -> None:
     """`ids` is int64, as torch.gather wants it."""
     if ids.dtype != torch.int64:
         raise TypeError(f"{name}: got dtype {ids.dtype}, expected torch.int64")
+
+
+def check_values(
+    name: str, ids: Tensor, tokens: int, operator: Operator, backend: str | None
+) -> None:
+    """`ids` are 0 to `tokens` - 1, where looking costs nothing and no kernel looks itself."""
+    if ids.numel() == 0 or not values_are_free(ids) or looks_itself(operator.name, backend):
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= tokens:
+        wrong = low if low < 0 else high
+        raise IndexError(f"{name}: got {wrong}, expected 0 to {tokens - 1}")
 
 
 def random_masking(
@@ -93,12 +112,14 @@ def gather_tokens(tokens: Tensor, ids: Tensor, *, backend: str | None = None) ->
     Raises
     ------
     TypeError, ValueError : an argument of the wrong dtype, device or shape.
+    IndexError : an index outside, of CPU tensors (with backend "eager" outside torch.compile only).
     """
     check_floating("tokens", tokens)
     check_shape("tokens", tokens, ("batch", "tokens", "width"))
     check_shape("ids", ids, (tokens.shape[0], "kept"))
     check_indices("ids", ids)
     check_device("ids", ids, "tokens", tokens)
+    check_values("ids", ids, tokens.shape[1], GATHER_TOKENS, backend)
     return _as_they_are(GATHER_TOKENS, tokens, ids, backend=backend)
 
 
@@ -121,6 +142,7 @@ def restore_tokens(
     Raises
     ------
     TypeError, ValueError : an argument of the wrong dtype, device or shape.
+    IndexError : an index outside, of CPU tensors (with backend "eager" outside torch.compile only).
     """
     check_floating("tokens", tokens)
     check_floating("mask_token", mask_token)
@@ -138,4 +160,5 @@ def restore_tokens(
         check_shape("mask_token", mask_token, (tokens.shape[2],))
     check_device("ids_restore", ids_restore, "tokens", tokens)
     check_device("mask_token", mask_token, "tokens", tokens)
+    check_values("ids_restore", ids_restore, ids_restore.shape[1], RESTORE_TOKENS, backend)
     return _as_they_are(RESTORE_TOKENS, tokens, ids_restore, mask_token, backend=backend)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralx_kernels import _backends
-from spectralx_kernels._checks import check_device, check_integer, check_shape
+from spectralx_kernels._checks import (
+    check_device,
+    check_integer,
+    check_shape,
+    looks_itself,
+    values_are_free,
+)
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.upsample import reference
 
@@ -50,18 +55,6 @@ def check_labels(
             f"{name}: got label {low if low < 0 else high}, expected 0 to {num_classes - 1} "
             f"or ignore_index {ignore_index}"
         )
-
-
-def values_are_free(tensor: Tensor) -> bool:
-    """Whether looking at the values costs no synchronisation: a plain CPU tensor, not traced."""
-    return (
-        tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
-    )
-
-
-def looks_itself(operator: Operator, backend: str | None) -> bool:
-    """Whether CPU tensors go to a kernel that refuses wrong values in its own pass."""
-    return _backends.choose(operator.name, "cpu", backend) == "cpp"
 
 
 def check_confusion(confusion: Tensor) -> None:
@@ -110,7 +103,7 @@ def confusion_matrix_update(
     check_device("prediction", prediction, "confusion", confusion)
     check_device("target", target, "confusion", confusion)
     free = values_are_free(target) and values_are_free(prediction)
-    if free and not looks_itself(CONFUSION_MATRIX_UPDATE, backend):
+    if free and not looks_itself(CONFUSION_MATRIX_UPDATE.name, backend):
         check_labels(target, classes, ignore_index)
         counted = torch.where(target == ignore_index, torch.zeros_like(prediction), prediction)
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spectralx_kernels._checks import check_map, check_shape
+from spectralx_kernels._checks import check_device, check_floating, check_map, check_shape
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.upsample import reference
 
@@ -69,13 +69,20 @@ def batch_norm_relu(
 
     Raises
     ------
-    ValueError : an argument of the wrong shape; fewer than two values a channel to average over.
+    TypeError, ValueError : an argument of the wrong dtype, device or shape; fewer than two values
+        a channel to average over.
 
     Source: SpectralX, stage 2: UPerNet's convolutions, each followed by batch norm and ReLU.
     """
     check_map("x", x, "channels")
     check_shape("x", x, (x.shape[0], norm.num_features, "rows", "columns"))
     mean, variance = norm.running_mean, norm.running_var
+    for held in (*norm.parameters(), *norm.buffers()):
+        check_device("norm", held, "x", x)
+    if moments is not None:
+        check_floating("moments", moments)
+        check_device("moments", moments, "x", x)
+        check_shape("moments", moments, (2, norm.num_features))
     batch = norm.training or mean is None or variance is None
     device = x.device.type
     with torch.autocast(device if device != "meta" else "cpu", enabled=False):
@@ -88,7 +95,6 @@ def batch_norm_relu(
                 )
             if moments is None:
                 moments = CHANNEL_MOMENTS(x.detach(), backend=backend)
-            check_shape("moments", moments, (2, norm.num_features))
             if norm.training and norm.track_running_stats:
                 _follow(norm, moments, count)
         else:

@@ -15,16 +15,13 @@ from spectralx_kernels._checks import (
     check_map,
     check_range,
     check_shape,
+    looks_itself,
     pair,
+    values_are_free,
 )
 from spectralx_kernels._operator import Operator, Saving
 from spectralx_kernels.upsample import reference
-from spectralx_kernels.upsample.confusion import (
-    check_confusion,
-    check_labels,
-    looks_itself,
-    values_are_free,
-)
+from spectralx_kernels.upsample.confusion import check_confusion, check_labels
 from spectralx_kernels.upsample.reference import REDUCTIONS, accumulation_dtype
 
 _LOSS_OPTIONS = (
@@ -151,7 +148,7 @@ def _check_loss(
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    if values_are_free(target) and not looks_itself(operator, backend):
+    if values_are_free(target) and not looks_itself(operator.name, backend):
         check_labels(target, classes, ignore_index)
     return _LossArguments(
         out_size,

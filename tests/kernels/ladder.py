@@ -6,7 +6,8 @@ same draw serves every dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -184,3 +185,16 @@ def check_repeats(
             assert torch.equal(one, two), backend
         for name, one in first[1].items():
             assert torch.equal(one, second[1][name]), (backend, name)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that torch allocates starts as NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -363,3 +363,13 @@ def test_aomoa_refuses_what_it_would_pass_by(model: ToyViT) -> None:
     layer.forward = lambda x: x
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2 is a Linear with a forward of its"):
         adapt(model, method="aomoa")
+
+
+@pytest.mark.parametrize(
+    ("method", "option"), [("aomoa", "rang"), ("lora", "top_k"), ("ia3", "rank")]
+)
+def test_unknown_options_are_named_and_change_nothing(method, option):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=f"options of {method}: got '{option}', expected"):
+        adapt(model, method=method, targets="0", **{option: 2})
+    assert type(model[0]) is nn.Linear

@@ -77,6 +77,8 @@ def test_a_file_goes_before_a_packaged_name(
         ("dta: {}", "found unknown key dta; expected one of data"),
         ("stage1: {optimizer: {lr: fast}}", "stage1.optimizer.lr: found fast; expected float"),
         ("data: {scaling: 3", "not YAML: "),
+        ("true: false", "found unknown key True; expected one of"),
+        ("{a: " * 5000, "found YAML nested too deeply; expected settings"),
         ("", "found nothing as the whole; expected keys"),
         ("data: 3", "found 3 as data; expected keys"),
         ("model: {embed_dim: 10, num_heads: 3}", "model.embed_dim: found 10; expected a multiple"),

@@ -312,6 +312,13 @@ def test_bad_arguments_are_named() -> None:
             aomoa(**{**good, name: torch.zeros(1, 1, 1, 77, dtype=torch.float64)})
     with pytest.raises(TypeError, match=r"x: got dtype torch.int64"):
         aomoa(**{**good, "x": good["x"].long()})
+    for name in (*names[1:11], *names[12:-2]):
+        for wrong, found in ((torch.float32, "dtype torch.float32"), ("meta", "device meta")):
+            with pytest.raises((ValueError, TypeError), match=rf"{name}: got {found}"):
+                aomoa(**{**good, name: good[name].to(wrong)})
+    aomoa(**{**good, "noise": good["noise"].float()})
+    with pytest.raises(TypeError, match=r"noise: got dtype torch.bfloat16"):
+        aomoa(**{**good, "noise": good["noise"].bfloat16()})
     with pytest.raises(ValueError, match="top_k: got 9"):
         aomoa(**{**good, "top_k": 9})
     with pytest.raises(ValueError, match="backend: got 'fast'"):

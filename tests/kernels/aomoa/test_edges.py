@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from spectralx_kernels.aomoa.ops import AOMOA
 from tests.kernels.aomoa.by_name import NAMES, changed, check_shape, named, run
 from tests.kernels.aomoa.running import assert_close, assert_same_bits
 from tests.kernels.aomoa.test_aomoa import arguments
-from tests.kernels.ladder import cast, relative_error, run_with_gradients
+from tests.kernels.ladder import cast, poisoned, relative_error, run_with_gradients
 from tests.tolerances import ROUND_OFF
 
 EXPERTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -287,19 +286,6 @@ def test_each_gradient_alone_is_the_same(noisy: bool, backend: str) -> None:
             [output for output, _ in scored], leaves[place], [grad for _, grad in scored]
         )
         assert_close({name: alone}, {name: together[name]})
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that torch allocates starts as NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

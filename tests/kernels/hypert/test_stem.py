@@ -190,3 +190,30 @@ def test_rejects(change, error, message):
     }
     with pytest.raises(error, match=message):
         residual_halving(**(options | change))
+
+
+def test_gradients_share_no_memory(backend):
+    """An operator's outputs are its own, each of them."""
+    leaves = ladder.cast(CASES["no lift"], torch.float32, grad=True)
+    out = RESIDUAL_HALVING(*leaves, backend=backend)[0]
+    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    grads = torch.autograd.grad(out.sum(), wanted)
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+
+
+def test_strided_weights(backend):
+    """Weights of norms with gaps between them, maps channels last: the same gradients."""
+    plain = ladder.cast(CASES["no lift"], torch.float32, grad=True)
+    apart = ladder.cast(CASES["no lift"], torch.float32)
+    for place, value in enumerate(apart):
+        if isinstance(value, Tensor):
+            spread = value.repeat_interleave(2, dim=-1)[..., ::2] if value.dim() == 1 else value
+            if value.dim() == 4:
+                spread = value.contiguous(memory_format=torch.channels_last)
+            apart[place] = spread.detach().requires_grad_()
+    results = [
+        ladder.run_with_gradients(lambda *v: RESIDUAL_HALVING(*v, backend=backend)[0], args)
+        for args in (plain, apart)
+    ]
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], grad, rtol=1e-4, atol=1e-4, msg=name)

@@ -190,3 +190,13 @@ def test_everything_or_nothing_masked() -> None:
 def test_bad_arguments_are_named(call: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_indices_outside_are_named(backend: str, index: int) -> None:
+    tokens, ids = torch.zeros(2, 4, 3), torch.zeros(2, 4).long()
+    ids[1, 2] = index
+    with pytest.raises(IndexError, match=f"ids: got {index}, expected 0 to 3"):
+        gather_tokens(tokens, ids, backend=backend)
+    with pytest.raises(IndexError, match=f"ids_restore: got {index}, expected 0 to 3"):
+        restore_tokens(tokens, ids, torch.zeros(3), backend=backend)

@@ -212,6 +212,13 @@ def test_checked() -> None:
         batch_norm_relu(draw(2, 4, 2, 2).float(), norm)
     with pytest.raises(ValueError, match=r"moments: got shape \[3\], expected \[2, 3\]"):
         batch_norm_relu(draw(2, 3, 2, 2).float(), norm, moments=torch.ones(3))
+    with pytest.raises(TypeError, match=r"moments: got dtype torch.complex64"):
+        batch_norm_relu(draw(2, 3, 2, 2).float(), norm, moments=torch.ones(2, 3).cfloat())
+    with pytest.raises(ValueError, match="moments: got device meta, expected cpu as x"):
+        batch_norm_relu(draw(2, 3, 2, 2).float(), norm, moments=torch.ones(2, 3, device="meta"))
+    with pytest.raises(ValueError, match="norm: got device cpu, expected meta as x"):
+        batch_norm_relu(draw(2, 3, 2, 2).float().to("meta"), norm)
+    assert norm.num_batches_tracked == 0
     with pytest.raises(ValueError, match="norm: got one without running statistics"):
         fold_batch_norm(draw(3, 2, 1, 1), None, nn.BatchNorm2d(3, track_running_stats=False))
     assert batch_norm_relu(torch.empty(0, 3, 2, 2), norm.eval()).shape == (0, 3, 2, 2)

@@ -193,3 +193,15 @@ def test_real_tiles_are_read(real: Path) -> None:
         counts += np.bincount(sample["mask"].flatten().numpy(), minlength=7)
     assert (counts > 0).all()
     assert task.source_test[0]["mask"].shape == (32, 32)
+
+
+@pytest.mark.parametrize("name", ["../out.tif", "images/linked.tif", "{root}/../out.tif", "a\x00b"])
+def test_lists_stay_within_the_data_set(tmp_path: Path, name: str) -> None:
+    root = _folder(tmp_path / "set")
+    (tmp_path / "out.tif").write_bytes((root / "images/t0.tif").read_bytes())
+    (root / "images/linked.tif").symlink_to(tmp_path / "out.tif")
+    row = f"{name.format(root=root)},labels/t0.tif"
+    (root / "train.csv").write_text(f"image,mask\n{row}\n")
+    with pytest.raises(DataError, match=r"train\.csv line 2: found .*; expected") as caught:
+        FolderDataset(root)
+    assert "\n" not in str(caught.value)
