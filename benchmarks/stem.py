@@ -1,7 +1,8 @@
 """HyperT's stem alone against `eager`, and what its steps take: ``python -m benchmarks.stem 1 32``.
 
-Arguments: images and bands. Medians of interleaved runs in float32 on the CPU; peak memory of
-forward and backward with everything trained.
+Arguments: images and bands. Medians of interleaved runs in float32 on the CPU.
+``--memory``: instead, the peak memory of forward and backward with everything trained and, as
+published, with the tokenizer frozen; and the gradients of weights, which everyone holds at last.
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ def against_eager(name: str, run: Callable[[], object]) -> None:
     print(f"{name:36} eager {found['eager']:7.1f}  fused {found['fused']:7.1f} ms  {ratio:.2f}")
 
 
+def peaks(name: str, run: Callable[[], object], module: torch.nn.Module) -> None:
+    grads = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    eager, fused = (peak_bytes(each, "cpu") / 2**20 for each in (on_reference(run), run))
+    print(
+        f"{name}, peak: eager {eager:.0f}, fused {fused:.0f} MiB, {fused / eager:.2f}; "
+        f"gradients {grads / 2**20:.0f} MiB"
+    )
+
+
 def steps(batch: int, bands: int) -> None:
     """The convolutions in both layouts, and folded."""
     last = torch.channels_last
@@ -64,6 +74,7 @@ def main() -> None:
     parser.add_argument("images", type=int)
     parser.add_argument("bands", type=int)
     parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     given = parser.parse_args()
     batch, bands = given.images, given.bands
     if given.steps:
@@ -75,7 +86,7 @@ def main() -> None:
     stem, images = model.proj.downsample_module, torch.rand(batch, bands, 224, 224)
 
     def train(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> object:
-        return torch.autograd.grad(run(), list(module.parameters()))
+        return torch.autograd.grad(run(), [p for p in module.parameters() if p.requires_grad])
 
     def of_stem() -> object:
         return train(stem, lambda: stem(images).sum())
@@ -83,6 +94,14 @@ def main() -> None:
     def of_model() -> object:
         return train(model, lambda: torch.stack([out.sum() for out in model(images)]).sum())
 
+    if given.memory:
+        model.train()
+        for name, module, run in (("stem", stem, of_stem), ("HyperT", model, of_model)):
+            peaks(name, run, module)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith("proj."))
+        peaks("HyperT, tokenizer frozen", of_model, model)
+        return
     with torch.no_grad():
         model.eval()
         against_eager("stem, evaluation", lambda: stem(images))
@@ -90,10 +109,7 @@ def main() -> None:
         model.train()
         against_eager("stem, batch statistics, frozen", lambda: stem(images))
     against_eager("stem, forward + backward", of_stem)
-    for name, run in (("stem", of_stem), ("HyperT", of_model)):
-        found = [peak_bytes(each, "cpu") / 2**20 for each in (on_reference(run), run)]
-        eager, fused = found
-        print(f"{name}, peak: eager {eager:.0f}, fused {fused:.0f} MiB, {fused / eager:.2f}")
+    against_eager("HyperT, forward + backward", of_model)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ struct StemMaps {
   // out = z, or skip + GELU(z) where `skip` is defined; out may be x or skip.
   virtual void apply(const Tensor& x, const Tensor& table, const Tensor& skip,
                      const Tensor& out) const = 0;
-  // [2, C] like the table: gradients of weight and bias of the batch norm, for `grad` of what
+  // [2, C] like the table: gradients of bias and weight of the batch norm, for `grad` of what
   // `apply` gave.
   virtual Tensor norm_gradients(const Tensor& grad, const Tensor& x, const Tensor& table, bool gelu,
                                 double eps) const = 0;
@@ -37,8 +37,27 @@ struct StemMaps {
   virtual void gradient(const Tensor& grad, const Tensor& x, const Tensor& table,
                         const Tensor& norm_gradients, bool gelu, double eps,
                         const Tensor& out) const = 0;
-  // Images with one more channel, of ones.
-  virtual Tensor with_ones(const Tensor& images) const = 0;
+  // Images with one more channel, of ones, and zeros behind it up to `channels`.
+  virtual Tensor with_ones(const Tensor& images, int64_t channels) const = 0;
+  // Channels that a convolution of this many runs best with.
+  virtual int64_t padded(int64_t channels) const { return channels; }
+  // The 1x1 convolution `lift` [M, channels] of images, plus GELU(z); `own`: over x.
+  virtual Tensor lifted_sum(const Tensor& x, const Tensor& table, const Tensor& images,
+                            const Tensor& lift, bool /*own*/) const {
+    const Tensor sum = product_of(images, lift);
+    apply(x, table, sum, sum);
+    return sum;
+  }
+
+ protected:
+  // [B, M, H, W], channels-last: matrix [M, channels] times a channels-last map's channels.
+  static Tensor product_of(const Tensor& map, const Tensor& matrix) {
+    const int64_t images = map.size(0), height = map.size(2), width = map.size(3);
+    const Tensor rows = map.permute({0, 2, 3, 1}).reshape({images * height * width, map.size(1)});
+    return at::mm(rows, matrix.t())
+        .view({images, height, width, matrix.size(0)})
+        .permute({0, 3, 1, 2});
+  }
 };
 
 struct StemWeights {
@@ -72,20 +91,23 @@ class ResidualHalving {
 
   // out, both tables and, if they are kept, both convolutions' results; else [0] in their place.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(bool keep) {
-    const auto [skip, convolved] = convolutions();
+    Tensor skip;
+    if (!folded_) skip = lifted();
+    Tensor convolved = last(folded_ ? at::conv2d(images(), folded_weight(lift_matrix()), w_.bias, 1, 1)
+                                    : at::conv2d(skip, w_.weight, w_.bias, 1, 1));
     const Tensor table = table_of(convolved, w_.norm, w_.norm_bias);
-    // Only a lifted map and what is not kept are ours to write over.
-    Tensor sum = skip;
-    if (!w_.lift.has_value()) sum = keep ? at::empty_like(convolved, kLast) : convolved;
-    maps_.apply(convolved, table, skip, sum);
+    Tensor sum = summed(convolved, table, skip, !keep);
+    skip = images_ = Tensor();
     Tensor halved = last(at::conv2d(sum, w_.half, w_.half_bias, 2));
+    sum = Tensor();
+    if (!keep) convolved = kept(convolved, false);
     const Tensor half_table = table_of(halved, w_.half_norm, w_.half_norm_bias);
     Tensor out = halved;
     if (half_table.defined()) {
       if (keep) out = at::empty_like(halved, kLast);
       maps_.apply(halved, half_table, {}, out);
     }
-    return {out, shown(table), shown(half_table), kept(convolved, keep),
+    return {out, shown(table), shown(half_table), convolved,
             kept(halved, keep && half_table.defined())};
   }
 
@@ -112,13 +134,16 @@ class ResidualHalving {
     halved_grad = Tensor();
     if (!inside) return found;
 
-    Tensor convolved_grad = at::empty_like(sum_grad, kLast);
     Tensor both;
     if (table.defined()) {
       both = maps_.norm_gradients(sum_grad, convolved, table, true, eps_);
       norm_grads(both, w_.norm, wanted, 5, found);
     }
-    maps_.gradient(sum_grad, convolved, table, both, true, eps_, convolved_grad);
+    // What reaches the 3x3 convolution; over `to`.
+    const auto convolved_grad = [&](const Tensor& to) {
+      maps_.gradient(sum_grad, convolved, table, both, true, eps_, to);
+      return to;
+    };
     if (folded_) {
       folded_backward(convolved_grad, sum_grad, wanted, found);
     } else {
@@ -146,12 +171,17 @@ class ResidualHalving {
     return weight.has_value() ? maps_.table(map, *weight, *bias, eps_) : Tensor();
   }
 
-  // [M, C + 1]: the 1x1 convolution with its bias as the weight of a channel of ones.
+  int64_t channels() const { return maps_.padded(x_.size(1) + 1); }  // of images()
+
+  // [M, channels]: the 1x1 convolution with its bias as the weight of a channel of ones.
   Tensor lift_matrix() const {
-    return at::cat({w_.lift->flatten(1), w_.lift_bias->unsqueeze(1)}, 1);
+    const int64_t outs = w_.lift->size(0);
+    return at::cat({w_.lift->flatten(1), w_.lift_bias->unsqueeze(1),
+                    at::zeros({outs, channels() - x_.size(1) - 1}, w_.lift->options())},
+                   1);
   }
 
-  // [M, C + 1, 3, 3], the 3x3 convolution of what the 1x1 one gives. A channel of ones is zero in
+  // [M, channels, 3, 3], the 3x3 convolution of what the 1x1 one gives. A channel of ones is zero in
   // the padding, as the lifted map is.
   Tensor folded_weight(const Tensor& lift) const {
     const int64_t outs = w_.weight.size(0), middle = w_.weight.size(1);
@@ -160,23 +190,28 @@ class ResidualHalving {
   }
 
   const Tensor& images() {  // with their channel of ones
-    if (!images_.defined()) images_ = maps_.with_ones(x_);
+    if (!images_.defined()) images_ = maps_.with_ones(x_, channels());
     return images_;
   }
 
-  Tensor lifted() {
+  // What the 3x3 convolution is given where the 1x1 one is not folded into it.
+  Tensor lifted() const {
     if (!w_.lift.has_value()) return last(x_);
-    if (!folded_) return last(at::conv2d(last(x_), *w_.lift, w_.lift_bias));
-    return last(at::conv2d(images(), lift_matrix().unsqueeze(2).unsqueeze(3)));
+    // As a product of pixels, which takes images in planes as they are.
+    const Tensor rows = x_.flatten(2).transpose(1, 2);  // [B, H W, C]
+    const Tensor matrix = w_.lift->flatten(1).t().expand({x_.size(0), -1, -1});
+    return at::baddbmm(*w_.lift_bias, rows, matrix)
+        .view({x_.size(0), x_.size(2), x_.size(3), w_.lift->size(0)})
+        .permute({0, 3, 1, 2});
   }
 
-  std::tuple<Tensor, Tensor> convolutions() {
-    const Tensor skip = lifted();
-    const Tensor convolved =
-        folded_ ? at::conv2d(images(), folded_weight(lift_matrix()), w_.bias, 1, 1)
-                : at::conv2d(skip, w_.weight, w_.bias, 1, 1);
-    images_ = Tensor();
-    return {skip, last(convolved)};
+  // The residual sum, which the halving convolution is given; `own`: over x.
+  Tensor summed(const Tensor& convolved, const Tensor& table, const Tensor& skip, bool own) {
+    if (folded_) return maps_.lifted_sum(convolved, table, images(), lift_matrix(), own);
+    // A lifted map is ours to write over.
+    const Tensor sum = w_.lift.has_value() ? skip : own ? convolved : at::empty_like(convolved, kLast);
+    maps_.apply(convolved, table, skip, sum);
+    return sum;
   }
 
   static void norm_grads(const Tensor& both, const OptionalTensor& like,
@@ -184,7 +219,8 @@ class ResidualHalving {
                          std::array<Tensor, 11>& found) {
     for (int i = 0; i < 2; ++i) {
       // A copy: two outputs of an operator may not share their memory.
-      if (wanted[first + i]) found[first + i] = both[i].to(like->scalar_type(), false, true);
+      if (wanted[first + i])
+        found[first + i] = both[1 - i].to(like->scalar_type(), false, true);
     }
   }
 
@@ -203,11 +239,7 @@ class ResidualHalving {
     const bool bias = wanted[8] && !w_.half_norm.has_value();
     if (wanted[7] || bias) {
       Tensor sum = convolved;  // of the same shape
-      if (wanted[7]) {
-        const Tensor skip = lifted();
-        sum = w_.lift.has_value() ? skip : at::empty_like(convolved, kLast);
-        maps_.apply(convolved, table, skip, sum);
-      }
+      if (wanted[7]) sum = summed(convolved, table, folded_ ? Tensor() : lifted(), false);
       std::tie(std::ignore, found[7], found[8]) =
           convolution_backward(grad, sum, w_.half, 2, 0, {false, wanted[7], bias});
     }
@@ -219,48 +251,64 @@ class ResidualHalving {
         convolution_backward(grad, convolved, w_.half, 2, 0, {true, false, false})));
   }
 
-  void plain_backward(const Tensor& grad, Tensor& sum_grad, const std::array<bool, 11>& wanted,
-                      std::array<Tensor, 11>& found) {
+  template <typename Gradient>
+  void plain_backward(const Gradient& convolved_grad, Tensor& sum_grad,
+                      const std::array<bool, 11>& wanted, std::array<Tensor, 11>& found) {
     const bool before = wanted[0] || wanted[1] || wanted[2];
     const bool bias = wanted[4] && !w_.norm.has_value();
-    Tensor skip_grad;
-    if (before || wanted[3] || bias) {
-      std::tie(skip_grad, found[3], found[4]) = convolution_backward(
-          grad, wanted[3] ? lifted() : grad, w_.weight, 1, 1, {before, wanted[3], bias});
+    if (!before && !wanted[3] && !bias) return;
+    Tensor grad = convolved_grad(before ? at::empty_like(sum_grad, kLast) : sum_grad);
+    if (wanted[3] || bias) {
+      std::tie(std::ignore, found[3], found[4]) = convolution_backward(
+          grad, wanted[3] ? lifted() : grad, w_.weight, 1, 1, {false, wanted[3], bias});
     }
     if (!before) return;
-    skip_grad = last(skip_grad).add_(sum_grad);
+    // By itself: the lifted map is gone by now.
+    Tensor skip_grad = last(std::get<0>(
+        convolution_backward(grad, grad, w_.weight, 1, 1, {true, false, false})));
+    grad = Tensor();
+    skip_grad.add_(sum_grad);
     sum_grad = Tensor();
     if (!w_.lift.has_value()) {
       found[0] = skip_grad;
       return;
     }
-    std::tie(found[0], found[1], found[2]) = convolution_backward(
-        skip_grad, last(x_), *w_.lift, 1, 0, {wanted[0], wanted[1], wanted[2]});
+    const Tensor rows = skip_grad.permute({0, 2, 3, 1}).flatten(1, 2);  // [B, H W, M]
+    const Tensor matrix = w_.lift->flatten(1);
+    if (wanted[1]) {  // a product an image, as lie images in planes
+      found[1] = at::bmm(rows.transpose(1, 2), x_.flatten(2).transpose(1, 2))
+                     .sum(0, false, wide())
+                     .to(x_.scalar_type())
+                     .view_as(*w_.lift);
+    }
+    if (wanted[2]) found[2] = rows.sum({0, 1}, false, wide()).to(x_.scalar_type());
+    if (wanted[0]) {
+      found[0] = at::bmm(matrix.t().expand({x_.size(0), -1, -1}), rows.transpose(1, 2))
+                     .view(x_.sizes());
+    }
   }
 
-  void folded_backward(const Tensor& grad, const Tensor& sum_grad,
+  template <typename Gradient>
+  void folded_backward(const Gradient& convolved_grad, Tensor& sum_grad,
                        const std::array<bool, 11>& wanted, std::array<Tensor, 11>& found) {
     const bool weights = wanted[1] || wanted[2] || wanted[3];
     const bool bias = wanted[4] && !w_.norm.has_value();
     const Tensor lift = lift_matrix(), folded = folded_weight(lift);
     const int64_t bands = x_.size(1), outs = w_.weight.size(0), middle = lift.size(0);
-    Tensor image_grad, folded_grad;
-    if (wanted[0] || weights || bias) {
-      std::tie(image_grad, folded_grad, found[4]) =
-          convolution_backward(grad, images(), folded, 1, 1, {wanted[0], weights, bias});
-    }
-    Tensor skip_image_grad, lift_grad;
+    if (!wanted[0] && !weights && !bias) return;
+    Tensor image_grad, folded_grad, skip_image_grad, lift_grad;
     if (wanted[0] || wanted[1] || wanted[2]) {
       std::tie(skip_image_grad, lift_grad, std::ignore) =
           convolution_backward(sum_grad, images(), lift.unsqueeze(2).unsqueeze(3), 1, 0,
                                {wanted[0], wanted[1] || wanted[2], false});
     }
-    images_ = Tensor();
+    std::tie(image_grad, folded_grad, found[4]) = convolution_backward(
+        convolved_grad(sum_grad), images(), folded, 1, 1, {wanted[0], weights, bias});
+    images_ = sum_grad = Tensor();
     if (wanted[0]) found[0] = image_grad.add_(skip_image_grad).narrow(1, 0, bands);
     if (!weights) return;
-    // [outs * 9, C + 1]
-    const Tensor taps_grad = folded_grad.permute({0, 2, 3, 1}).reshape({outs * 9, bands + 1});
+    // [outs * 9, channels]
+    const Tensor taps_grad = folded_grad.permute({0, 2, 3, 1}).reshape({outs * 9, channels()});
     if (wanted[3]) {
       found[3] = at::mm(taps_grad, lift.t()).view({outs, 3, 3, middle}).permute({0, 3, 1, 2});
     }
@@ -284,6 +332,31 @@ inline Tensor laid_out_as(const Tensor& grad, const Tensor& input) {
   const Tensor to = at::empty_like(input, input.options().device(at::kMeta));
   if (grad.strides() == to.strides() && grad.scalar_type() == input.scalar_type()) return grad;
   return at::empty_like(input).copy_(grad);
+}
+
+// What `residual_halving_backward` returns: the gradients that `output_mask` names, of zeros where
+// there is no gradient of the output. `inputs`: the operator's, in the order of its schema, whose
+// types and layouts the gradients get; `x`, `weights`, `grad` and `saved` in what it is computed in.
+inline std::vector<Tensor> residual_halving_gradients(
+    const StemMaps& maps, const Tensor& x, const StemWeights& weights, double eps,
+    const OptionalTensor& grad, at::TensorList saved, const std::array<OptionalTensor, 11>& inputs,
+    const c10::List<bool>& output_mask) {
+  TORCH_CHECK(output_mask.size() == 13 && saved.size() == 4,
+              "output_mask, saved: expected 13 and 4 entries");
+  std::array<bool, 11> wanted{};
+  for (int i = 0; i < 11; ++i) wanted[i] = output_mask[i];
+  std::array<Tensor, 11> found;
+  if (grad.has_value() && grad->defined()) {
+    found = ResidualHalving(maps, x, weights, eps).backward(*grad, saved, wanted);
+  }
+  std::vector<Tensor> grads;
+  for (int i = 0; i < 11; ++i) {
+    if (!wanted[i]) continue;
+    grads.push_back(found[i].defined() ? laid_out_as(found[i], *inputs[i])
+                                       : at::zeros_like(*inputs[i]));
+    found[i] = Tensor();
+  }
+  return grads;
 }
 
 }  // namespace spectralx

@@ -70,6 +70,43 @@ def _rows(base, row, here, c, DIM: tl.constexpr):
     return tl.load(base + row[:, None] + c[None, :], here[:, None] & (c < DIM)[None, :], 0.0)
 
 
+@triton.jit
+def _program(
+    HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Head, window, image and tile of this program, and the columns [BV] of the head that it makes.
+
+    Programs: (images x windows x heads, tiles of queries or keys x blocks of columns).
+    """
+    chunks: tl.constexpr = (DIM + BV - 1) // BV
+    windows: tl.constexpr = ((HEIGHT + ROWS - 1) // ROWS) * ((WIDTH + COLUMNS - 1) // COLUMNS)
+    head = tl.program_id(0) % HEADS
+    window = tl.program_id(0) // HEADS % windows
+    image = (tl.program_id(0) // HEADS // windows).to(tl.int64)
+    c = tl.program_id(1) % chunks * BV + tl.arange(0, BV)
+    return head, window, image, tl.program_id(1) // chunks, c
+
+
+@triton.jit
+def _queries(
+    t, window, image, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of queries t: the row among an image's, whether there is one, and the row among all images'.
+
+    QUERIES: a number of plain rows; 0: the positions of the window.
+    """
+    if QUERIES > 0:
+        place = t
+        here = t < QUERIES
+        to = image * QUERIES + place
+    else:
+        place, here = _place(t, window, ROWS, COLUMNS, HEIGHT, WIDTH)
+        to = image * HEIGHT * WIDTH + place
+    return place, here, to
+
+
 @triton.jit(do_not_specialize=["q_image"])
 def attention(
     q, k, v, padding_k, padding_v, out, scale, q_image, q_row,
@@ -77,22 +114,10 @@ def attention(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(scale q k^T) v. QUERIES: a number of plain query rows; 0: those of the window.
-
-    Programs: (images x windows x heads, tiles of queries x blocks of columns).
-    """
-    chunks: tl.constexpr = (DIM + BV - 1) // BV
-    windows: tl.constexpr = ((HEIGHT + ROWS - 1) // ROWS) * ((WIDTH + COLUMNS - 1) // COLUMNS)
-    head = tl.program_id(0) % HEADS
-    window = tl.program_id(0) // HEADS % windows
-    image = (tl.program_id(0) // HEADS // windows).to(tl.int64)
-    t = tl.program_id(1) // chunks * BM + tl.arange(0, BM)
-    c = tl.program_id(1) % chunks * BV + tl.arange(0, BV)
-    if QUERIES > 0:
-        place = t
-        here = t < QUERIES
-    else:
-        place, here = _place(t, window, ROWS, COLUMNS, HEIGHT, WIDTH)
+    """out = softmax(scale q k^T) v."""
+    head, window, image, tile, c = _program(HEADS, DIM, ROWS, COLUMNS, HEIGHT, WIDTH, BV)
+    t = tile * BM + tl.arange(0, BM)
+    place, here, to = _queries(t, window, image, QUERIES, ROWS, COLUMNS, HEIGHT, WIDTH)
     q += image * q_image + head * DIM
     k += image * k_image + head * DIM
     v += image * k_image + head * DIM
@@ -121,12 +146,8 @@ def attention(
         value = _rows(v, key, known, c, DIM)
         acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         largest = highest
-    if QUERIES > 0:
-        to = (image * QUERIES + place) * (HEADS * DIM) + head * DIM
-    else:
-        to = (image * HEIGHT * WIDTH + place) * (HEADS * DIM) + head * DIM
     tl.store(
-        out + to[:, None] + c[None, :],
+        out + (to * (HEADS * DIM) + head * DIM)[:, None] + c[None, :],
         (acc / total[:, None]).to(out.dtype.element_ty),
         here[:, None] & (c < DIM)[None, :],
     )
@@ -142,30 +163,19 @@ def query_gradient(
     """The gradient of q, and for `key_gradient` the log of the sum of exponentials and the mean
     gradient of the probabilities [HEADS, rows]. Two sweeps over the keys, as neither is kept.
 
-    parts [programs, 2, HEADS * DIM]: the gradient of the padded position's key and value. Programs
-    as in `attention`.
+    parts [programs, 2, HEADS * DIM]: the gradient of the padded position's key and value.
     """
-    chunks: tl.constexpr = (DIM + BV - 1) // BV
-    windows: tl.constexpr = ((HEIGHT + ROWS - 1) // ROWS) * ((WIDTH + COLUMNS - 1) // COLUMNS)
-    head = tl.program_id(0) % HEADS
-    window = tl.program_id(0) // HEADS % windows
-    image = (tl.program_id(0) // HEADS // windows).to(tl.int64)
-    tile = tl.program_id(1) // chunks
+    head, window, image, tile, c = _program(HEADS, DIM, ROWS, COLUMNS, HEIGHT, WIDTH, BV)
     t = tile * BM + tl.arange(0, BM)
-    c = tl.program_id(1) % chunks * BV + tl.arange(0, BV)
-    if QUERIES > 0:
-        place = t
-        here = t < QUERIES
-        to = image * QUERIES + place
-    else:
-        place, here = _place(t, window, ROWS, COLUMNS, HEIGHT, WIDTH)
-        to = image * HEIGHT * WIDTH + place
+    place, here, to = _queries(t, window, image, QUERIES, ROWS, COLUMNS, HEIGHT, WIDTH)
     q += image * q_image + head * DIM
     k += image * k_image + head * DIM
     v += image * k_image + head * DIM
     dout += head * DIM
     row = place * q_row
     upstream = to * (HEADS * DIM)
+    chunks: tl.constexpr = (DIM + BV - 1) // BV
+    windows: tl.constexpr = ((HEIGHT + ROWS - 1) // ROWS) * ((WIDTH + COLUMNS - 1) // COLUMNS)
     largest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     along = tl.zeros([BM], tl.float32)
@@ -196,7 +206,7 @@ def query_gradient(
         largest = highest
     along = along / total
     log_total = largest + tl.log(total)
-    if tl.program_id(1) % chunks == 0:
+    if tl.program_id(1) % chunks == 0:  # the other blocks of columns have found the same
         tl.store(log_sum + head.to(tl.int64) * rows + to, log_total, here)
         tl.store(slope + head.to(tl.int64) * rows + to, along, here)
     acc = tl.zeros([BM, BV], tl.float32)
@@ -236,17 +246,9 @@ def key_gradient(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of k and v, with strides like theirs; their sum to dk where dv is None.
-
-    Programs: (images x windows x heads, tiles of keys x blocks of columns).
-    """
-    chunks: tl.constexpr = (DIM + BV - 1) // BV
-    windows: tl.constexpr = ((HEIGHT + ROWS - 1) // ROWS) * ((WIDTH + COLUMNS - 1) // COLUMNS)
-    head = tl.program_id(0) % HEADS
-    window = tl.program_id(0) // HEADS % windows
-    image = (tl.program_id(0) // HEADS // windows).to(tl.int64)
-    n = tl.program_id(1) // chunks * BN + tl.arange(0, BN)
-    c = tl.program_id(1) % chunks * BV + tl.arange(0, BV)
+    """The gradients of k and v, with strides like theirs; their sum to dk where dv is None."""
+    head, window, image, tile, c = _program(HEADS, DIM, ROWS, COLUMNS, HEIGHT, WIDTH, BV)
+    n = tile * BN + tl.arange(0, BN)
     at, known = _place(n, window, ROWS, COLUMNS, HEIGHT, WIDTH)
     key = at * k_row
     q += image * q_image + head * DIM
@@ -258,13 +260,7 @@ def key_gradient(
     count: tl.constexpr = QUERIES if QUERIES > 0 else ROWS * COLUMNS
     for t0 in range(0, count, BM):
         t = t0 + tl.arange(0, BM)
-        if QUERIES > 0:
-            place = t
-            here = t < QUERIES
-            to = image * QUERIES + place
-        else:
-            place, here = _place(t, window, ROWS, COLUMNS, HEIGHT, WIDTH)
-            to = image * HEIGHT * WIDTH + place
+        place, here, to = _queries(t, window, image, QUERIES, ROWS, COLUMNS, HEIGHT, WIDTH)
         row = place * q_row
         upstream = to * (HEADS * DIM)
         log_total = tl.load(log_sum + head.to(tl.int64) * rows + to, here, 0.0)

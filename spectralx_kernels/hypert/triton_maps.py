@@ -23,6 +23,19 @@ def columns(table, c, there, C: tl.constexpr):
 
 
 @triton.jit
+def addresses(row, end, c, there, C: tl.constexpr, BR: tl.constexpr):
+    """Places [BR, BC] of channels c in BR rows from `row` on, and which of them there are."""
+    r = row + tl.arange(0, BR)
+    return r.to(tl.int64)[:, None] * C + c[None, :], (r < end)[:, None] & there[None, :]
+
+
+@triton.jit
+def wide(x, at, full):
+    """x at those places in float32."""
+    return tl.load(x + at, full, 0.0).to(tl.float32)
+
+
+@triton.jit
 def through(grad, z, GELU: tl.constexpr):
     """Gradient of z for that of GELU(z)."""
     if GELU:
@@ -40,10 +53,8 @@ def add_moments(x, parts, rows, span, C: tl.constexpr, BR: tl.constexpr, BC: tl.
     row = program * span
     end = tl.minimum(row + span, rows)
     while row < end:
-        r = row + tl.arange(0, BR)
-        full = (r < end)[:, None] & there[None, :]
-        at = r.to(tl.int64)[:, None] * C + c[None, :]
-        d = tl.where(full, tl.load(x + at, full, 0.0).to(tl.float32) - first, 0.0)
+        at, full = addresses(row, end, c, there, C, BR)
+        d = tl.where(full, wide(x, at, full) - first, 0.0)
         one += tl.sum(d, 0)
         two += tl.sum(d * d, 0)
         row += BR
@@ -65,11 +76,9 @@ def add_gradients(
     row = program * span
     end = tl.minimum(row + span, rows)
     while row < end:
-        r = row + tl.arange(0, BR)
-        full = (r < end)[:, None] & there[None, :]
-        at = r.to(tl.int64)[:, None] * C + c[None, :]
-        d = tl.load(x + at, full, 0.0).to(tl.float32) - mean
-        dz = through(tl.load(grad + at, full, 0.0).to(tl.float32), d * scale + shift, GELU)
+        at, full = addresses(row, end, c, there, C, BR)
+        d = wide(x, at, full) - mean
+        dz = through(wide(grad, at, full), d * scale + shift, GELU)
         one += tl.sum(tl.where(full, dz * d, 0.0), 0)
         two += tl.sum(tl.where(full, dz, 0.0), 0)
         row += BR
@@ -131,17 +140,15 @@ def apply(
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """out = z, or skip + GELU(z)."""
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     there = c < C
-    full = (r < rows)[:, None] & there[None, :]
-    at = r.to(tl.int64)[:, None] * C + c[None, :]
-    z = tl.load(x + at, full, 0.0).to(tl.float32)
+    at, full = addresses(tl.program_id(0) * BR, rows, c, there, C, BR)
+    z = wide(x, at, full)
     if NORM:
         mean, scale, shift = columns(table, c, there, C)
         z = (z - mean) * scale + shift
     if GELU:
-        z = tl.load(skip + at, full, 0.0).to(tl.float32) + z * below(z)
+        z = wide(skip, at, full) + z * below(z)
     tl.store(out + at, z.to(out.dtype.element_ty), full)
 
 
@@ -151,13 +158,11 @@ def gradient(
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x for that of what `apply` gave; both [2, C] from `make_gradients`."""
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     there = c < C
-    full = (r < rows)[:, None] & there[None, :]
-    at = r.to(tl.int64)[:, None] * C + c[None, :]
-    value = tl.load(x + at, full, 0.0).to(tl.float32)
-    upstream = tl.load(grad + at, full, 0.0).to(tl.float32)
+    at, full = addresses(tl.program_id(0) * BR, rows, c, there, C, BR)
+    value = wide(x, at, full)
+    upstream = wide(grad, at, full)
     if NORM:
         mean, scale, shift = columns(table, c, there, C)
         d = value - mean

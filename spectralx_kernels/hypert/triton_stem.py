@@ -137,11 +137,17 @@ class Given(NamedTuple):
         lift = self.lift
         return lift is not None and 4 * (lift.shape[1] + 1) <= 3 * lift.shape[0]
 
+    @property
+    def channels(self) -> int:
+        """Of `images`: the vendor's channels-last convolutions take 16 bytes of them at once."""
+        return triton.cdiv(self.x.shape[1] + 1, 8) * 8
+
     def lift_matrix(self) -> Tensor:
-        """[M, C + 1], the bias as the weight of a channel of ones."""
+        """[M, channels], the bias as the weight of a channel of ones."""
         assert self.lift is not None
         assert self.lift_bias is not None
-        return torch.cat([self.lift.flatten(1), self.lift_bias[:, None]], dim=1)
+        matrix = torch.cat([self.lift.flatten(1), self.lift_bias[:, None]], dim=1)
+        return F.pad(matrix, (0, self.channels - matrix.shape[1]))
 
     def taps(self) -> Tensor:
         """[M * 9, M] of the 3x3 convolution."""
@@ -152,9 +158,9 @@ class Given(NamedTuple):
         return taps.view(self.weight.shape[0], 3, 3, -1).permute(0, 3, 1, 2)
 
     def images(self) -> Tensor:
-        """x with a channel of ones."""
+        """x with a channel of ones, and zeros."""
         batch, bands, height, width = self.x.shape
-        images = self.x.new_empty(batch, height, width, bands + 1).permute(0, 3, 1, 2)
+        images = self.x.new_zeros(batch, height, width, self.channels).permute(0, 3, 1, 2)
         images[:, :bands].copy_(self.x)
         images[:, bands].fill_(1.0)
         return images
@@ -306,7 +312,7 @@ def _fill_folded(
         grads[0] = image_grad.add_(skip_image_grad)[:, :bands]
     if not weights:
         return
-    taps_grad = folded_grad.permute(0, 2, 3, 1).flatten(0, 2)  # [M * 9, C + 1]
+    taps_grad = folded_grad.permute(0, 2, 3, 1).flatten(0, 2)  # [M * 9, channels]
     grads[3] = g.as_weight(taps_grad @ lift.t())
     if lifts:
         lift_grad = lift_grad.flatten(1) + g.taps().t() @ taps_grad

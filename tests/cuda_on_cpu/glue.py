@@ -18,12 +18,14 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.aomoa import ops, reference
-from spectralx_kernels.hypert import attention
+from spectralx_kernels.hypert import attention, stem
 from spectralx_kernels.refine import ops as refine
 from spectralx_kernels.upsample import convolution, norm, prediction
 from spectralx_kernels.upsample import reference as upsample_reference
 from tests.cuda_on_cpu.build import BUILD, ROOT, compile_cuda, compiler
 from tests.cuda_on_cpu.test_aomoa import CASES, draw, upstream
+from tests.kernels.hypert.test_stem import CASES as CASES_OF_STEM
+from tests.kernels.hypert.test_stem import stem_args
 from tests.kernels.ladder import relative_error
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -286,6 +288,26 @@ def check_norm(last: bool, affine: bool, relu: bool, own: bool, needed: list[boo
     return passed
 
 
+def check_stem(args: list[Any], needed: list[bool]) -> bool:
+    """residual_halving in float64 with what it keeps, and the gradients needed."""
+    operator = stem.RESIDUAL_HALVING
+    found, expected = call(operator.name, *args), operator._forward_kernel(*args)
+    passed = compare(operator.name, list(found), list(expected), 1e-12)
+    passed &= same_strides(operator.name, [found[0]], [expected[0]])
+    mask = [isinstance(a, Tensor) and n for a, n in zip(args, needed, strict=True)]
+    for grads in ([torch.randn_like(found[0])], [None]):
+        found_grads = call(f"{operator.name}_backward", grads, *args, list(found[1:]), mask)
+        backward: tuple[Any, ...] = (grads, *args, [], mask)
+        # A bias before batch statistics: round-off in the reference.
+        expected_grads = [
+            torch.zeros_like(grad) if grad.numel() and grad.abs().max() < 1e-11 else grad
+            for grad in operator._backward_kernel(*backward)
+        ]
+        passed &= compare(f"{operator.name} backward", found_grads, expected_grads, 1e-11)
+        passed &= same_strides(f"{operator.name} backward", found_grads, expected_grads)
+    return passed
+
+
 def main() -> int:
     """0 if everything agrees."""
     if compiler() is None:
@@ -321,6 +343,10 @@ def main() -> int:
         for images, window in ((2, (3, 3)), (1, (5, 2)), (0, (3, 3)))
     ]
     results += [check_attention(2, (3, 3), [i == only for i in range(5)]) for only in range(5)]
+    for args in CASES_OF_STEM.values():
+        results.append(check_stem(args, [True] * 13))
+        results += [check_stem(args, [i == only for i in range(13)]) for only in range(11)]
+    results.append(check_stem(stem_args(batch=0), [True] * 13))
     results += check_refine()
     results += [
         check_moments(by_taps, last, batch)

@@ -19,6 +19,7 @@ from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, ROUND_OFF
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 DTYPES = list(TYPE_CODES)
 FOLDER = ROOT / "csrc" / "cuda" / "upsample"
+NORM = ROOT / "csrc" / "cuda" / "common" / "norm.cu"
 Pass = structure(FOLDER / "kernels.h", "SpectralxConvolution")
 
 
@@ -59,7 +60,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    loaded = load(compile_cuda([FOLDER / "convolution.cu", FOLDER / "norm.cu"], "-O1", "-shared"))
+    loaded = load(compile_cuda([FOLDER / "convolution.cu", NORM], "-O1", "-shared"))
     loaded.spectralx_convolution_places.restype = ctypes.c_int64
     for name in ("channel_parts", "tap_sum_parts", "moment_groups"):
         getattr(loaded, f"spectralx_{name}").restype = ctypes.c_int64

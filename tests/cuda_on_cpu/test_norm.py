@@ -17,8 +17,8 @@ from tests.kernels.ladder import relative_error
 from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, ROUND_OFF
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-FOLDER = ROOT / "csrc" / "cuda" / "upsample"
-Pass = structure(FOLDER / "kernels.h", "SpectralxNorm")
+HEADER = ROOT / "csrc" / "cuda" / "common" / "norm.h"
+Pass = structure(HEADER, "SpectralxNorm")
 DTYPES = pytest.mark.parametrize("dtype", list(TYPE_CODES), ids=lambda dtype: str(dtype)[6:])
 # Rows and channels: none, one, parts that are not full, packs and single channels, wide, and more
 # parts than are joined at once.
@@ -26,12 +26,18 @@ SHAPES = [(0, 3), (1, 8), (63, 5), (700, 16), (130, 272), (17000, 1)]
 EPS = 1e-3
 
 
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    loaded = load(compile_cuda([FOLDER / "norm.cu"], "-O1", "-shared"))
+def norm_library() -> ctypes.CDLL:
+    """Batch norms, and the stem's passes that only test_stem.py needs: compiled once for both."""
+    sources = [HEADER.with_suffix(".cu"), HEADER.parents[1] / "hypert" / "maps.cu"]
+    loaded = load(compile_cuda(sources, "-O1", "-shared"))
     for name in ("spectralx_moment_parts", "spectralx_moment_groups"):
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return norm_library()
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:
@@ -76,7 +82,7 @@ def run(
     out, dx = device.empty(x.shape, x.dtype), device.empty(x.shape, x.dtype)
     count = library.spectralx_moment_parts(ctypes.c_int64(rows))
     parts, totals = device.empty((count, 2, channels), wide), device.empty((2, channels), wide)
-    arguments = Pass(type=TYPE_CODES[x.dtype], rows=rows, channels=channels, relu=int(relu))
+    arguments = Pass(type=TYPE_CODES[x.dtype], rows=rows, channels=channels, activation=int(relu))
     arguments.eps = EPS
     kept = device.put(moments)
     for name, tensor in (

@@ -69,10 +69,10 @@ inline at::Tensor turned(const at::Tensor& weight) {
 }
 
 // The transpose of dout [m, n] times x [m, k]: the gradient of a layer's weight.
-inline at::Tensor weight_gradient(const at::Tensor& dout, const at::Tensor& x) {
-  return dout.scalar_type() == at::kFloat
-             ? linear_layer(dout.t().contiguous(), x.t().contiguous())
-             : at::mm(dout.t(), x);
+inline at::Tensor weight_gradient(const at::Tensor& dout, at::Tensor x) {
+  if (dout.scalar_type() != at::kFloat) return at::mm(dout.t(), x);
+  x = x.t().contiguous();  // what it was made of may go before the product
+  return linear_layer(dout.t().contiguous(), x);
 }
 
 }  // namespace spectralx::cpu

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/common/accumulation.h"
@@ -68,8 +69,10 @@ struct LayerGradients {
   bool want_weight, want_bias;
   Sum weight, bias;
 
-  void add(const Tensor& dout, const Tensor& x) {
-    if (want_weight) weight.add(weight_gradient(dout, x));
+  // `x` makes what the layer was given, if that is needed, and it is not held any longer than that.
+  template <typename Make>
+  void add(const Tensor& dout, Make x) {
+    if (want_weight) weight.add(weight_gradient(dout, x()));
     if (want_bias) bias.add(dout.sum(0, false, accumulation_type(dout.scalar_type())));
   }
 };
@@ -129,7 +132,8 @@ std::vector<Tensor> norm_linear_backward(const c10::List<Optional>& output_grads
   Norm norm{norm_weight, norm_bias, norm_eps, {}, {}};
   NormGradients norm_grads{output_mask[1], output_mask[2], {}, {}};
   LayerGradients layer_grads{output_mask[3], output_mask[4], {}, {}};
-  layer_grads.add(dout, norm.forward(rows));
+  Tensor normed = norm.forward(rows);
+  layer_grads.add(dout, [&] { return std::move(normed); });
   Tensor dx;
   if (output_mask[0] || output_mask[1] || output_mask[2]) {
     dx = norm.backward(input_gradient(dout, turned(weight)), rows, output_mask[0], norm_grads);
@@ -161,7 +165,7 @@ std::vector<Tensor> linear_add_backward(const c10::List<Optional>& output_grads,
   check_layer("weight", weight, bias, x.size(-1));
   const Tensor dout = rows_of_grad(output_grads, x, weight.size(0));
   LayerGradients layer_grads{output_mask[1], output_mask[2], {}, {}};
-  layer_grads.add(dout, rows_of(x));
+  layer_grads.add(dout, [&] { return rows_of(x); });
   std::vector<Tensor> wanted;
   if (output_mask[0]) wanted.push_back(input_gradient(dout, turned(weight)).view(x.sizes()));
   if (output_mask[1]) wanted.push_back(layer_grads.weight.of(weight));
@@ -214,21 +218,25 @@ std::vector<Tensor> feed_forward_backward(
   const bool to_norm = output_mask[0] || output_mask[1] || output_mask[2];
   const bool to_hidden = to_norm || output_mask[3] || output_mask[4];
   const Tensor dx = output_mask[0] ? at::empty_like(rows) : Tensor();
-  const Tensor turned_fc1 = to_norm ? turned(fc1) : Tensor();
-  const Tensor turned_fc2 = to_hidden ? turned(fc2_weight) : Tensor();
+  Tensor turned_fc1, turned_fc2;  // made where first needed, gone after the last chunk's use
   for (int64_t first = 0; first < count; first += kBackwardRows) {
     const int64_t size = std::min(kBackwardRows, count - first);
+    const bool last = first + size == count;
     const Tensor part = rows.narrow(0, first, size), dpart = dout.narrow(0, first, size);
     Norm norm{norm_weight, norm_bias, norm_eps, {}, {}};
     Tensor normed = norm.forward(part), hidden = linear_layer(normed, fc1, fc1_bias);
-    fc2_grads.add(dpart, output_mask[5] ? at::gelu(hidden) : hidden);
+    fc2_grads.add(dpart, [&] { return at::gelu(hidden); });
     if (!to_hidden) continue;
+    if (!turned_fc2.defined()) turned_fc2 = turned(fc2_weight);
     Tensor dhidden = input_gradient(dpart, turned_fc2);
+    if (last) turned_fc2.reset();
     at::gelu_backward_out(dhidden, dhidden, hidden);
     hidden.reset();
-    fc1_grads.add(dhidden, normed);
+    fc1_grads.add(dhidden, [&] { return std::move(normed); });
     if (!to_norm) continue;
+    if (!turned_fc1.defined()) turned_fc1 = turned(fc1);
     normed = input_gradient(dhidden, turned_fc1);
+    if (last) turned_fc1.reset();
     dhidden.reset();
     const Tensor dnorm = norm.backward(normed, part, output_mask[0], norm_grads);
     if (!output_mask[0]) continue;

@@ -5,8 +5,11 @@
 
 #include "common/residual_halving.h"
 
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
+#include "cpu/common/product.h"
 #include "cpu/hypert/maps.h"
 #include "cpu/upsample/lines.h"
 
@@ -79,8 +82,9 @@ class Maps final : public spectralx::StemMaps {
     Tensor found = at::empty({2, channels}, wide(x));
     const A* variance = table.const_data_ptr<A>() + channels;
     for (int64_t c = 0; c < channels; ++c) {
-      data<A>(found)[c] = static_cast<A>(sums[channels + c] / std::sqrt(variance[c] + eps));
-      data<A>(found)[channels + c] = static_cast<A>(sums[c]);
+      data<A>(found)[c] = static_cast<A>(sums[c]);
+      data<A>(found)[channels + c] =
+          static_cast<A>(sums[channels + c] / std::sqrt(variance[c] + eps));
     }
     return found;
   }
@@ -95,8 +99,8 @@ class Maps final : public spectralx::StemMaps {
       const A *to = norm_gradients.const_data_ptr<A>(), *variance = columns.affine.mean + channels;
       for (int64_t c = 0; c < channels; ++c) {
         const double share = -columns.affine.scale[c] / static_cast<double>(rows_of(x));
-        slope[c] = static_cast<A>(share * to[c] / std::sqrt(variance[c] + eps));
-        offset[c] = static_cast<A>(share * to[channels + c]);
+        slope[c] = static_cast<A>(share * to[channels + c] / std::sqrt(variance[c] + eps));
+        offset[c] = static_cast<A>(share * to[c]);
       }
     }
     tasks(x, [&](int64_t row, int64_t n) {
@@ -107,7 +111,43 @@ class Maps final : public spectralx::StemMaps {
     });
   }
 
-  Tensor with_ones(const Tensor& images) const override {
+  // The product by tiles that stay in the cache: the lifted map is never written.
+  Tensor lifted_sum(const Tensor& x, const Tensor& table, const Tensor& images, const Tensor& lift,
+                    bool own) const override {
+    constexpr int64_t kPixels = 128;
+    const int64_t channels = x.size(1), bands = images.size(1);
+    const Columns columns(x, table);
+    const Tensor matrix = lift.t().to(wide(x).dtype()).contiguous();  // [bands, channels]
+    Tensor sum = own ? x : at::empty_like(x, spectralx::kLast);
+    tasks(x, [&](int64_t row, int64_t n) {
+      std::vector<A> made(kPixels * channels), given(std::is_same_v<S, A> ? 0 : kPixels * bands);
+      std::vector<S> skip(std::is_same_v<S, A> ? 0 : kPixels * channels);
+      for (const int64_t end = row + n; row < end; row += kPixels) {
+        const int64_t count = std::min(kPixels, end - row);
+        const S* from = images.const_data_ptr<S>() + row * bands;
+        const auto multiply = [&](const A* left) {
+          spectralx::cpu::product(count, channels, bands, left, bands, matrix.const_data_ptr<A>(),
+                                  channels, made.data(), channels, false);
+        };
+        const S* add;
+        if constexpr (std::is_same_v<S, A>) {
+          multiply(from);
+          add = made.data();
+        } else {
+          std::copy_n(from, count * bands, given.data());
+          multiply(given.data());
+          std::copy_n(made.data(), count * channels, skip.data());
+          add = skip.data();
+        }
+        map_kernels<S, A>().apply(x.const_data_ptr<S>() + row * channels, add, count, channels,
+                                  columns.affine, data<S>(sum) + row * channels);
+      }
+      spectralx::cpu::end_products();
+    });
+    return sum;
+  }
+
+  Tensor with_ones(const Tensor& images, int64_t /*channels*/) const override {
     const int64_t bands = images.size(1), plane = images.size(2) * images.size(3);
     const Tensor planes = images.contiguous();
     Tensor to = at::empty({images.size(0), bands + 1, images.size(2), images.size(3)},
@@ -244,29 +284,16 @@ std::vector<Tensor> residual_halving_backward(
     const OptionalTensor& norm, const OptionalTensor& norm_bias, const Tensor& half,
     const Tensor& half_bias, const OptionalTensor& half_norm, const OptionalTensor& half_norm_bias,
     double eps, bool /*keep*/, at::TensorList saved, const c10::List<bool>& output_mask) {
-  TORCH_CHECK(output_grads.size() == 1 && output_mask.size() == 13 && saved.size() == 4,
-              "output_grads, output_mask, saved: expected 1, 13 and 4 entries");
+  TORCH_CHECK(output_grads.size() == 1 && saved.size() == 4,
+              "output_grads, saved: expected 1 and 4 entries");
   const std::array<OptionalTensor, 11> inputs{x,         lift, lift_bias, weight,    bias, norm,
                                               norm_bias, half, half_bias, half_norm, half_norm_bias};
   const Given g = given(x, lift, lift_bias, weight, bias, norm, norm_bias, half, half_bias, half_norm,
                         half_norm_bias);
-  std::array<bool, 11> wanted{};
-  for (int i = 0; i < 11; ++i) wanted[i] = output_mask[i];
-  std::array<Tensor, 11> found;
-  const OptionalTensor grad = output_grads[0];
-  if (grad.has_value() && grad->defined()) {
-    const std::vector<Tensor> kept{saved[0], saved[1], saved[2].to(g.type), saved[3].to(g.type)};
-    const spectralx::StemWeights weights = g.weights();
-    found = spectralx::ResidualHalving(maps_for(g.type), g.x, weights, eps)
-                .backward(grad->to(g.type), kept, wanted);
-  }
-  std::vector<Tensor> grads;
-  for (int i = 0; i < 11; ++i) {
-    if (!wanted[i]) continue;
-    grads.push_back(found[i].defined() ? spectralx::laid_out_as(found[i], *inputs[i])
-                                       : at::zeros_like(*inputs[i]));
-  }
-  return grads;
+  const std::vector<Tensor> kept{saved[0], saved[1], saved[2].to(g.type), saved[3].to(g.type)};
+  return spectralx::residual_halving_gradients(maps_for(g.type), g.x, g.weights(), eps,
+                                               converted(output_grads[0], g.type), kept, inputs,
+                                               output_mask);
 }
 
 }  // namespace

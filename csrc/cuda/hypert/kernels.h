@@ -34,4 +34,13 @@ struct SpectralxAttention {
 int64_t spectralx_attention_tiles(const SpectralxAttention* attention);
 int spectralx_attention(const SpectralxAttention* attention, void* stream);
 int spectralx_attention_backward(const SpectralxAttention* attention, void* stream);
+
+// table, wide [4, channels], of which rows 0 and 1 are mean and variance: rows 2 and 3 become
+// weight / sqrt(variance + eps) and bias.
+int spectralx_norm_table(int64_t type, const void* weight, const void* bias, int64_t channels,
+                         double eps, void* table, void* stream);
+
+// out [batch, pixels, channels]: images [batch, bands, pixels], a channel of ones, zeros.
+int spectralx_with_ones(int64_t type, const void* images, int64_t batch, int64_t pixels,
+                        int64_t bands, int64_t channels, void* out, void* stream);
 }

@@ -144,9 +144,7 @@ int sums(const void* x, int64_t rows, int64_t channels, void* parts, void* total
                                        static_cast<W*>(parts));
     if (error != 0) return error;
   }
-  return SPECTRALX_LAUNCH((channel_total<W>), static_cast<unsigned>(ceil_div(channels, kTile)),
-                          kTile, 0, on, static_cast<const W*>(parts), static_cast<int>(count),
-                          static_cast<int>(channels), static_cast<W*>(total));
+  return launch_total(static_cast<const W*>(parts), count, channels, static_cast<W*>(total), on);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 #pragma once
 #include "cuda/common/scalar.cuh"
 #include "cuda/upsample/axis.cuh"
-#include "cuda/upsample/norm.cuh"
+#include "cuda/common/norm.cuh"
 
 namespace spectralx::cuda {
 

@@ -10,7 +10,7 @@
 
 #include "cuda/common/glue.h"
 #include "cuda/upsample/kernels.h"
-#include "cuda/upsample/moments.h"
+#include "cuda/common/moments.h"
 
 namespace {
 

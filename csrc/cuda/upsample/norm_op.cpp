@@ -1,12 +1,11 @@
-// spectralx::channel_moments and batch_norm_relu on CUDA: memory and layouts around norm.cu.
+// spectralx::channel_moments and batch_norm_relu on CUDA: memory and layouts around common/norm.cu.
 #include <torch/library.h>
 
 #include <cstdint>
 #include <vector>
 
 #include "cuda/common/glue.h"
-#include "cuda/upsample/kernels.h"
-#include "cuda/upsample/moments.h"
+#include "cuda/common/moments.h"
 
 namespace {
 
@@ -30,7 +29,7 @@ struct Pass {
                       "moments: got shape ", given.sizes(), ", expected [2, channels] of x, ",
                       map.sizes());
     raw.type = type_code(map), raw.rows = pixels_of(map), raw.channels = map.size(1);
-    raw.relu = relu, raw.eps = eps;
+    raw.activation = relu ? 1 : 0, raw.eps = eps;
     raw.x = pointer(x), raw.grad = pointer(grad), raw.moments = pointer(moments);
     raw.weight = pointer(weight), raw.bias = pointer(bias);
   }

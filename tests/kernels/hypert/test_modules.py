@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import SavedBytes
 from spectralx_kernels.hypert import HyperT, SpatialSpectralTokenizer
 from tests.kernels import ladder
 
@@ -129,6 +131,38 @@ def test_official_trains_the_low_rank_path_and_the_scaler():
     everything = small(trainable="all")
     everything(images(2, 3, (32, 48)))[0].square().sum().backward()
     assert all(p.grad is not None for p in everything.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_frozen_tokenizer_saves_nothing(training):
+    """What is kept is the low-rank path's: its hidden map, and the sum before the scaler."""
+    model = small().train(training)
+    x = images(2, 3, (32, 48))
+    with SavedBytes([x, *model.parameters(), *model.buffers()]) as saved:
+        tokens, spatial, spectral = model(x)
+    hidden = model.low_rank * 8 * 12
+    assert saved.bytes == 4 * 2 * (hidden + tokens[0].numel())
+    assert not spatial.requires_grad
+    assert not spectral.requires_grad
+
+
+def test_a_frozen_stem_finds_no_weight_gradients():
+    """Where the images alone want a gradient no convolution is differentiated by its weight."""
+    stem = small().proj.downsample_module
+    masks = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.spectralx.residual_halving_backward.default:
+                masks.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    x = images(2, 3, (32, 48)).requires_grad_()
+    out = stem(x).sum()
+    with Watch():
+        out.backward()
+    assert masks == [[True] + [False] * 12] * 2
+    assert x.grad is not None
 
 
 def test_frozen_batch_norms_follow_the_mode():

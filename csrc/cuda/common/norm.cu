@@ -1,11 +1,11 @@
-// Launches of statistics, batch norm and ReLU.
-#include "cuda/upsample/norm.cuh"
+// Launches of statistics and batch norm.
+#include "cuda/common/norm.cuh"
 
 #include <algorithm>
 #include <type_traits>
 
 #include "cuda/common/dispatch.h"
-#include "cuda/upsample/kernels.h"
+#include "cuda/common/norm.h"
 
 namespace {
 
@@ -58,18 +58,27 @@ NormPass<S> pass_of(const SpectralxNorm& p, int packs) {
   return {p.rows,
           static_cast<int>(p.channels),
           packs,
-          p.relu != 0,
+          p.activation != 0,
           static_cast<W>(p.eps),
           static_cast<const S*>(p.x),
           static_cast<const S*>(p.grad),
+          static_cast<const S*>(p.skip),
           static_cast<const W*>(p.moments),
           static_cast<const W*>(p.weight),
+          static_cast<const W*>(p.scale),
           static_cast<const W*>(p.bias),
           static_cast<const W*>(p.totals),
           static_cast<S*>(p.out)};
 }
 
-bool aligned(const SpectralxNorm& p) { return on_16(p.x) && on_16(p.grad) && on_16(p.out); }
+// Calls run(Activation, S, N).
+template <typename Run>
+int with_pass(const SpectralxNorm& p, const Run& run) {
+  const bool aligned = on_16(p.x) && on_16(p.grad) && on_16(p.skip) && on_16(p.out);
+  return with_packs(p.type, p.channels, aligned, [&](auto tag, auto n) {
+    return p.activation == 2 ? run(Gelu(), tag, n) : run(Relu(), tag, n);
+  });
+}
 
 }  // namespace
 
@@ -80,7 +89,7 @@ int64_t spectralx_moment_groups(int64_t count) {
 }
 
 int64_t spectralx_moment_parts(int64_t rows) {
-  return std::min<int64_t>(ceil_div(rows, 64), 256);
+  return std::min<int64_t>(ceil_div(rows, 64), 1024);
 }
 
 int spectralx_join_moments(int64_t type, void* parts, void* counts, int64_t count, int64_t channels,
@@ -117,11 +126,12 @@ int spectralx_channel_moments(int64_t type, const void* x, int64_t rows, int64_t
 int spectralx_normalize(const SpectralxNorm* p, void* stream) {
   if (p->rows == 0) return 0;
   const auto on = static_cast<cudaStream_t>(stream);
-  return with_packs(p->type, p->channels, aligned(*p), [&](auto tag, auto n) {
+  return with_pass(*p, [&](auto activation, auto tag, auto n) {
+    using A = decltype(activation);
     using S = decltype(tag);
     constexpr int N = decltype(n)::value;
     const int packs = packs_of(ceil_div(p->channels, N));
-    return SPECTRALX_LAUNCH((normalize<S, N>),
+    return SPECTRALX_LAUNCH((normalize<A, S, N>),
                             grid_of(p->channels, N, packs, ceil_div(p->rows, int64_t(kNormRows))),
                             kTile, 0, on, pass_of<S>(*p, packs));
   });
@@ -130,33 +140,33 @@ int spectralx_normalize(const SpectralxNorm* p, void* stream) {
 int spectralx_norm_sums(const SpectralxNorm* p, void* parts, void* sums, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const int64_t count = spectralx_moment_parts(p->rows);
-  return with_packs(p->type, p->channels, aligned(*p), [&](auto tag, auto n) {
+  return with_pass(*p, [&](auto activation, auto tag, auto n) {
+    using A = decltype(activation);
     using S = decltype(tag);
     using W = Wide<S>;
     constexpr int N = decltype(n)::value;
     const int packs = packs_of(ceil_div(p->channels, N));
     if (count > 0) {
       const int error = SPECTRALX_LAUNCH(
-          (norm_parts<S, N>), grid_of(p->channels, N, packs, count), kTile,
+          (norm_parts<A, S, N>), grid_of(p->channels, N, packs, count), kTile,
           2 * kTile * N * sizeof(W), on, pass_of<S>(*p, packs), ceil_div(p->rows, count),
           static_cast<W*>(parts));
       if (error != 0) return error;
     }
-    const int width = static_cast<int>(2 * p->channels);
-    return SPECTRALX_LAUNCH((channel_total<W>), static_cast<unsigned>(ceil_div(width, kTile)), kTile,
-                            0, on, static_cast<const W*>(parts), static_cast<int>(count), width,
-                            static_cast<W*>(sums));
+    return launch_total(static_cast<const W*>(parts), count, 2 * p->channels, static_cast<W*>(sums),
+                        on);
   });
 }
 
 int spectralx_norm_gradient(const SpectralxNorm* p, void* stream) {
   if (p->rows == 0) return 0;
   const auto on = static_cast<cudaStream_t>(stream);
-  return with_packs(p->type, p->channels, aligned(*p), [&](auto tag, auto n) {
+  return with_pass(*p, [&](auto activation, auto tag, auto n) {
+    using A = decltype(activation);
     using S = decltype(tag);
     constexpr int N = decltype(n)::value;
     const int packs = packs_of(ceil_div(p->channels, N));
-    return SPECTRALX_LAUNCH((norm_gradient<S, N>),
+    return SPECTRALX_LAUNCH((norm_gradient<A, S, N>),
                             grid_of(p->channels, N, packs, ceil_div(p->rows, int64_t(kNormRows))),
                             kTile, 0, on, pass_of<S>(*p, packs));
   });

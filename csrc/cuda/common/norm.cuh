@@ -1,4 +1,5 @@
-// Statistics of the channels of rows [rows, C], and batch norm with ReLU on them, there and back.
+// Statistics of the channels of rows [rows, C], and batch norm with an activation on them, there and
+// back.
 //
 // A block is kTile threads: `packs` packs of channels side by side, times lanes that take rows in
 // turn. A part is a fixed run of rows; parts are joined in order by a second launch.
@@ -130,55 +131,79 @@ __global__ void join_moments(MomentParts<W> parts, int64_t count, int64_t share,
   if (!kFinal && c == 0) out.counts[blockIdx.y] = n;
 }
 
-// Batch norm of N channels: (x - mean) * scale + bias.
-template <typename W, int N>
+template <typename S>
+struct NormPass {
+  int64_t rows;
+  int channels, packs;
+  bool active;  // whether the activation runs
+  Wide<S> eps;
+  const S *x, *grad, *skip;
+  const Wide<S> *moments, *weight, *scale, *bias, *totals;
+  S* out;
+};
+
+// Batch norm of N channels: (x - mean) * scale + bias; x without moments.
+template <typename S, int N>
 struct Normed {
+  using W = Wide<S>;
   W mean[N], rstd[N], scale[N], bias[N];
 
-  __device__ __forceinline__ Normed(const W* moments, const W* weight, const W* offset, W eps,
-                                    int channels, int c) {
+  __device__ __forceinline__ Normed(const NormPass<S>& p, int c) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      mean[j] = moments[c + j];
-      rstd[j] = W(1) / sqrt(moments[channels + c + j] + eps);
-      scale[j] = weight ? rstd[j] * weight[c + j] : rstd[j];
-      bias[j] = offset ? offset[c + j] : W(0);
+      mean[j] = p.moments ? p.moments[c + j] : W(0);
+      rstd[j] = p.moments ? W(1) / sqrt(p.moments[p.channels + c + j] + p.eps) : W(1);
+      scale[j] = p.scale ? p.scale[c + j] : p.weight ? rstd[j] * p.weight[c + j] : rstd[j];
+      bias[j] = p.bias ? p.bias[c + j] : W(0);
     }
   }
   __device__ __forceinline__ W of(W x, int j) const { return (x - mean[j]) * scale[j] + bias[j]; }
 };
 
-template <typename S>
-struct NormPass {
-  int64_t rows;
-  int channels, packs;
-  bool relu;
-  Wide<S> eps;
-  const S *x, *grad;
-  const Wide<S> *moments, *weight, *bias, *totals;
-  S* out;
+// Activations of z, and the gradient of z for that of what they give.
+struct Relu {
+  template <typename W>
+  __device__ static W of(W z) {
+    return z < W(0) ? W(0) : z;  // NaN stays
+  }
+  template <typename W>
+  __device__ static W back(W grad, W z) {
+    return z <= W(0) ? W(0) : grad;
+  }
+};
+struct Gelu {
+  template <typename W>
+  __device__ static W of(W z) {
+    return z * normal_cdf(z);
+  }
+  template <typename W>
+  __device__ static W back(W grad, W z) {
+    return grad * (normal_cdf(z) + z * normal_pdf(z));
+  }
 };
 
-template <typename S, int N>
+template <typename Activation, typename S, int N>
 __global__ void __launch_bounds__(kTile) normalize(NormPass<S> p) {
   using W = Wide<S>;
   const RowTask<N> task(p.packs, kNormRows, p.rows);
   if (task.c >= p.channels) return;
-  const Normed<W, N> norm(p.moments, p.weight, p.bias, p.eps, p.channels, task.c);
+  const Normed<S, N> norm(p, task.c);
   for (int64_t i = task.begin + task.lane; i < task.end; i += task.lanes) {
-    W values[N];
-    load<S, N>(p.x + i * p.channels + task.c, values);
+    const int64_t at = i * p.channels + task.c;
+    W values[N], more[N] = {};
+    load<S, N>(p.x + at, values);
+    if (p.skip) load<S, N>(p.skip + at, more);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const W value = norm.of(values[j], j);
-      values[j] = p.relu && value < W(0) ? W(0) : value;  // NaN stays
+      const W z = norm.of(values[j], j);
+      values[j] = (p.active ? Activation::of(z) : z) + more[j];
     }
-    store<S, N>(p.out + i * p.channels + task.c, values);
+    store<S, N>(p.out + at, values);
   }
 }
 
 // parts [blocks, 2, C]: the sums of dz and of dz times x as normalised.
-template <typename S, int N>
+template <typename Activation, typename S, int N>
 __global__ void __launch_bounds__(kTile)
     norm_parts(NormPass<S> p, int64_t share, Wide<S>* parts) {
   using W = Wide<S>;
@@ -187,14 +212,14 @@ __global__ void __launch_bounds__(kTile)
   const int c = task.c, channels = p.channels;
   W sums[N] = {}, dots[N] = {};
   if (c < channels) {
-    const Normed<W, N> norm(p.moments, p.weight, p.bias, p.eps, channels, c);
+    const Normed<S, N> norm(p, c);
     for (int64_t i = task.begin + task.lane; i < task.end; i += task.lanes) {
       W values[N], grads[N];
       load<S, N>(p.x + i * channels + c, values);
       load<S, N>(p.grad + i * channels + c, grads);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const W dz = p.relu && norm.of(values[j], j) <= W(0) ? W(0) : grads[j];
+        const W dz = p.active ? Activation::back(grads[j], norm.of(values[j], j)) : grads[j];
         sums[j] += dz;
         dots[j] += dz * (values[j] - norm.mean[j]) * norm.rstd[j];
       }
@@ -221,13 +246,13 @@ __global__ void __launch_bounds__(kTile)
 }
 
 // out = scale (dz - mean of dz - x as normalised * mean of dz times that); without totals scale dz.
-template <typename S, int N>
+template <typename Activation, typename S, int N>
 __global__ void __launch_bounds__(kTile) norm_gradient(NormPass<S> p) {
   using W = Wide<S>;
   const RowTask<N> task(p.packs, kNormRows, p.rows);
   const int c = task.c;
   if (c >= p.channels) return;
-  const Normed<W, N> norm(p.moments, p.weight, p.bias, p.eps, p.channels, c);
+  const Normed<S, N> norm(p, c);
   W off[N] = {}, slope[N] = {};
   if (p.totals) {
     const W share = W(1) / W(p.rows);
@@ -243,21 +268,39 @@ __global__ void __launch_bounds__(kTile) norm_gradient(NormPass<S> p) {
     load<S, N>(p.grad + i * p.channels + c, grads);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const W dz = p.relu && norm.of(values[j], j) <= W(0) ? W(0) : grads[j];
+      const W dz = p.active ? Activation::back(grads[j], norm.of(values[j], j)) : grads[j];
       values[j] = norm.scale[j] * (dz - off[j] - (values[j] - norm.mean[j]) * slope[j]);
     }
     store<S, N>(p.out + i * p.channels + c, values);
   }
 }
 
-// total [channels]: the parts in order.
+// total [channels]: the parts [count, channels] in a fixed order. A block takes kTotalled channels, its
+// lanes every so many parts each.
+constexpr int kTotalled = 8;
 template <typename W>
-__global__ void channel_total(const W* parts, int count, int channels, W* total) {
-  const int c = blockIdx.x * blockDim.x + threadIdx.x;
-  if (c >= channels) return;
+__global__ void __launch_bounds__(kTile)
+    channel_total(const W* parts, int count, int channels, W* total) {
+  W* shared = reinterpret_cast<W*>(dynamic_shared());  // [kTile]
+  constexpr int kLanes = kTile / kTotalled;
+  const int lane = threadIdx.x / kTotalled;
+  const int c = blockIdx.x * kTotalled + threadIdx.x % kTotalled;
   W sum = 0;
-  for (int i = 0; i < count; ++i) sum += parts[int64_t(i) * channels + c];
+  for (int i = lane; c < channels && i < count; i += kLanes) sum += parts[int64_t(i) * channels + c];
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (lane > 0 || c >= channels) return;
+  for (int k = 1; k < kLanes; ++k) sum += shared[threadIdx.x + k * kTotalled];
   total[c] = sum;
+}
+
+// Launches it.
+template <typename W>
+int launch_total(const W* parts, int64_t count, int64_t channels, W* total, cudaStream_t on) {
+  return SPECTRALX_LAUNCH((channel_total<W>),
+                          static_cast<unsigned>(ceil_div(channels, int64_t(kTotalled))), kTile,
+                          kTile * sizeof(W), on, parts, static_cast<int>(count),
+                          static_cast<int>(channels), total);
 }
 
 }  // namespace spectralx::cuda

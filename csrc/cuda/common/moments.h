@@ -1,7 +1,7 @@
 // Moments of a map's channels: memory around norm.cu, for what forms them in its own pass too.
 #pragma once
 #include "cuda/common/glue.h"
-#include "cuda/upsample/kernels.h"
+#include "cuda/common/norm.h"
 
 namespace spectralx::cuda {
 
@@ -28,15 +28,19 @@ struct Parts {
   }
 };
 
-inline Tensor moments_of(const char* name, const Tensor& map) {
-  TORCH_CHECK_VALUE(map.dim() == 4, "x: got ", map.dim(), " dimensions, expected 4");
-  const Tensor x = map.contiguous(at::MemoryFormat::ChannelsLast);
+// Mean and biased variance of a channels-last map, into the first two rows of `moments` [.., channels].
+inline void moments_into(const char* name, const Tensor& x, const Tensor& moments) {
   const int64_t rows = pixels_of(x), channels = x.size(1);
   const Parts parts(x, spectralx_moment_parts(rows), channels);
-  const Tensor moments = at::empty({2, channels}, parts.values.options());
   check_launch(name, spectralx_channel_moments(type_code(x), pointer(x), rows, channels,
                                                pointer(parts.values), pointer(parts.counts),
                                                pointer(moments), current_stream()));
+}
+
+inline Tensor moments_of(const char* name, const Tensor& map) {
+  TORCH_CHECK_VALUE(map.dim() == 4, "x: got ", map.dim(), " dimensions, expected 4");
+  const Tensor moments = at::empty({2, map.size(1)}, map.options().dtype(wide_type(map)));
+  moments_into(name, map.contiguous(at::MemoryFormat::ChannelsLast), moments);
   return moments;
 }
 
