@@ -179,8 +179,8 @@ def confusion(
     counts = matrix.detach().cpu().double().numpy().copy()
     counts[0] = 0
     truth, predicted = counts.sum(1), counts.sum(0)
-    columns = np.flatnonzero(truth + predicted)
-    rows = columns[columns > 0]
+    columns: list[int] = np.flatnonzero(truth + predicted).tolist()
+    rows = [column for column in columns if column > 0]
     shares = 100 * counts[np.ix_(rows, columns)] / np.maximum(truth[rows], 1)[:, None]
     cell = 0.42
     size = (4.0 + cell * max(len(columns), 6), 2.4 + cell * max(len(rows), 4))

@@ -229,17 +229,20 @@ def score_task(
     pictures_to : folder for a picture of the first `count` images of each test set, first seed.
     progress : show a progress bar on stderr.
     """
-    seeds, sizes = [], set()
+    seeds: list[SeedResult] = []
+    sizes: set[tuple[int, int]] = set()
+    names: tuple[str, ...] = ()
+    image_size = (0, 0)
     for position, one in enumerate(group):
         data = one.data(
             root=root, task=task, batch_size=batch_size, official=protocol == "official"
         )
         model = one.model(device)
         assert isinstance(model, Segmentation)
-        names = data.task.class_names
+        names, image_size = data.task.class_names, model.image_size
         # Masks stay at the files' size, under the published protocol too: both sizes are scored.
         for name, dataset in data.tests.items():
-            data.tests[name] = dataset.with_transform(Resize(model.image_size, mask=False))
+            data.tests[name] = dataset.with_transform(Resize(image_size, mask=False))
         found: dict[str, BothSizes] = {}
         for name in data.tests:
             loader = data.test_loader(name)
@@ -263,8 +266,8 @@ def score_task(
         trained_on=first.data.task,
         model=f"{first.model.family}, {adapter}, trained: {first.model.trainable}",
         selected_on_target=first.data.official,
-        class_names=tuple(names),
-        image_size=model.image_size,
+        class_names=names,
+        image_size=image_size,
         native_sizes=tuple(sorted(sizes)),
         protocol=protocol,
         seeds=seeds,
