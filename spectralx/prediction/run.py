@@ -92,7 +92,7 @@ def run(job: Job, *, overwrite: bool = False, progress: bool = True) -> Predicti
 def _there(path: Path) -> InputError:
     return InputError(
         f"{path}: found a file made of other input, by another model or with other options; "
-        "expected none, or overwrite"
+        "expected none, or --overwrite"
     )
 
 

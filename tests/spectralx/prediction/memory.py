@@ -6,7 +6,7 @@ Prints bytes: of the scene, of the process before the scene (a small one is pred
 libraries and model are loaded), of its peak after, as resource.getrusage counts it. ``--whole``
 generates tiles of 224 pixels and a scene of pixels throughout (10,000 x 10,000 x 32 by default:
 6.4 GB on the disk, a few minutes); without it the scene is written sparsely and seen in windows of
-512 pixels.
+256 pixels.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bands", type=int, default=32)
     parser.add_argument("--whole", action="store_true")
     options = parser.parse_args(arguments)
-    side, window = (224, 224) if options.whole else (32, 512)
+    side, window = (224, 224) if options.whole else (32, 256)
     statistics = FIXED | {
         key: FIXED[key][:1] * options.bands
         for key in ("mean", "std")  # type: ignore[index]
     }
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = save_model(
             folder / "checkpoint", statistics, bands=options.bands, tokenizer="conv",

@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=20, help="kills")
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory() as name:
         if options.proof == "quarters":
             same = quarters(Path(name), options.side or 4000)
         else:

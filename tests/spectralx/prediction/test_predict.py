@@ -377,6 +377,12 @@ def test_checkpoints_that_do_not_say_enough_are_refused(
         assert printed.count("\n") == 1
 
 
+def test_fixed_statistics_take_no_others(fixed: Predictor, tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "scene.tif", pixels(5, 40, 40))
+    with pytest.raises(ValueError, match=r"statistics_from: found .*; expected none"):
+        predict(fixed, scene, tmp_path / "map.tif", statistics_from=str(scene))
+
+
 def test_a_model_that_was_trained_on_resized_images_gets_a_note(
     tmp_path: Path, capsys: Any, predictor: Predictor
 ) -> None:
