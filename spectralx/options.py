@@ -93,6 +93,13 @@ def make_parser(program: str) -> ArgumentParser:
     return parser
 
 
+def add_fresh(parser: ArgumentParser) -> None:
+    """The option of commands that train: not to go on from an earlier run."""
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget what an earlier run left in its folder"
+    )
+
+
 def _option_names(kind: type = Settings, path: str = "") -> list[str]:
     names: list[str] = []
     for key, hint in get_type_hints(kind).items():
