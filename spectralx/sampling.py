@@ -101,7 +101,8 @@ class Augmented(Dataset[Sample]):
 class Shared(Sampler[list[Key]]):
     """The batches of all images in order that fall to this process: one in `processes`.
 
-    The position of an image is its index. None is seen twice, so figures over all processes are those of one process.
+    The position of an image is its index. None is seen twice, so figures over all processes are
+    those of one process.
     """
 
     def __init__(self, length: int, *, batch_size: int, rank: int = 0, processes: int = 1) -> None:

@@ -252,7 +252,9 @@ def outcome(folder: Path) -> dict[str, Any]:
         "scalars": scalars(folder),
         "speed rows": [line.split(",")[0] for line in (folder / SPEED).read_text().splitlines()],
         "leftovers": sorted(
-            str(path) for path in folder.rglob(".*") if "partial" in path.name or "writing" in path.name
+            str(path)
+            for path in folder.rglob(".*")
+            if "partial" in path.name or "writing" in path.name
         ),
     }
     for name, tensor in state.tensors.items():

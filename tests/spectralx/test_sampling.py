@@ -50,7 +50,7 @@ def test_validation_images_are_shared_out_once(length: int, processes: int) -> N
     counts = Counter(index for share in shares for batch in share for _, index in batch)
     assert counts == dict.fromkeys(range(length), 1)
     assert [len(list(share)) for share in shares] == [len(share) for share in shares]
-    assert list(shares[0])[0] == [(index, index) for index in range(min(2, length))]
+    assert next(iter(shares[0])) == [(index, index) for index in range(min(2, length))]
 
 
 def test_seeds_differ_by_purpose_and_place() -> None:
