@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from spectralx.cli import InputError
 from spectralx.data import FixedStatistics, ImageMinMax, Sample, Task, TileDataset, build_task
 from spectralx.data.normalise import restore_normalisation as restore_normalisation
-from spectralx.sampling import Augmented, Shared, TrainingOrder
+from spectralx.sampling import Augmented, Key, Shared, TrainingOrder
 from spectralx.settings import DataSettings, RunSettings
 
 # Image files up to this size together are all read before training starts.
@@ -134,9 +134,9 @@ class TaskData(pl.LightningDataModule):
             self._cache[key] = CachedImages(dataset)
         return self._cache[key]
 
-    def _loader(self, dataset: Dataset[Sample], batches: Sampler[list[Any]]) -> DataLoader[Sample]:
+    def _loader(self, dataset: Dataset[Sample], batches: Sampler[list[Key]]) -> DataLoader[Sample]:
         return DataLoader(
-            dataset,
+            Augmented(dataset, self.seed),
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=collate,
@@ -163,7 +163,7 @@ class TaskData(pl.LightningDataModule):
             rank=rank,
             processes=processes,
         )
-        return self._loader(Augmented(self._dataset("train", self.task.train), self.seed), order)
+        return self._loader(self._dataset("train", self.task.train), order)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """The validation images, in order; each process gets other batches of them."""

@@ -56,7 +56,7 @@ Stage = Literal["stage1", "stage2"]
 
 # Settings that change no figure of a run: an interrupted one may go on with others.
 _FREE = {
-    "data": ("workers", "cache"),
+    "data": ("workers", "cache", "cache_folder"),
     "trainer": ("progress", "wandb"),
     "run": ("save_every", "pictures"),
 }
@@ -76,6 +76,8 @@ def _quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\..*")
             warnings.filterwarnings("ignore", module=r"torchmetrics\..*")
+            # Nothing is done in place to what the model returns.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -137,7 +139,7 @@ def _about(stage: Stage, settings: Settings, processes: int) -> dict[str, Any]:
     own = values[stage]
     for part, names in ((values["data"], "data"), (values["trainer"], "trainer")):
         for name in _FREE[names]:
-            part.pop(name)
+            part.pop(name, None)
     for name in _FREE["run"]:
         own["run"].pop(name)
     kept = {key: values[key] for key in ("data", "model", "trainer", "seed", stage)}

@@ -120,7 +120,10 @@ def _strategy(settings: TrainerSettings, group: Processes) -> Strategy:
     if settings.strategy == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=group.count, tensor_parallel_size=1)
     # Running statistics are those of the first process; a validation hands them to the others.
-    return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    # No gradient reaches the Are-adapter's queries and keys.
+    return DDPStrategy(
+        gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=True
+    )
 
 
 def checkpoint_blocks(model: nn.Module) -> int:
@@ -160,9 +163,19 @@ def shard(model: nn.Module, mesh: Any) -> None:
     """Spread the parameters of `model` over the processes of `mesh`, in place (FSDP2).
 
     Each transformer block is gathered when it runs, all else when the model does.
+
+    Raises
+    ------
+    InputError : the model has a parameter that is a single number; FSDP2 takes none.
     """
     from torch.distributed.fsdp import fully_shard
 
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise InputError(
+                f"trainer.strategy: found fsdp2, which does not take {name}, a single number; "
+                "expected ddp"
+            )
     for name, blocks in model.named_modules():
         if isinstance(blocks, nn.ModuleList) and name.rpartition(".")[2] in _BLOCK_LISTS:
             for block in blocks:

@@ -96,6 +96,13 @@ def make_parser(program: str) -> ArgumentParser:
     return parser
 
 
+def add_fresh(parser: ArgumentParser) -> None:
+    """The option of commands that train: not to go on from an earlier run."""
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget what an earlier run left in its folder"
+    )
+
+
 def _option_names(parser: ArgumentParser) -> list[str]:
     return [name for action in parser._actions for name in action.option_strings if "--" in name]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from spectralx.cli import run_command
 from spectralx.data.scenes import write_scenes
 from spectralx.fit import FitResult, fit
-from spectralx.options import make_parser, parse_settings
+from spectralx.options import add_fresh, make_parser, parse_settings
 from spectralx.settings import Settings
 from spectralx.train import report
 
@@ -74,13 +74,13 @@ def scenes_for(settings: Settings) -> Path:
     return folder
 
 
-def run(settings: Settings) -> list[Check]:
-    """Scenes, stage 1, stage 2; the checks on what was learnt."""
+def run(settings: Settings, *, fresh: bool = False) -> list[Check]:
+    """Scenes, stage 1, stage 2; the checks on what was learnt. `fresh` is that of `fit`."""
     scenes_for(settings)
     results = {}
     for stage in ("stage1", "stage2"):
         started = time.monotonic()
-        results[stage] = fit(stage, settings)
+        results[stage] = fit(stage, settings, fresh=fresh)
         seconds = time.monotonic() - started
         print(f"{report(stage, results[stage])}\n{stage} took {seconds:.0f} s\n", flush=True)
     return [check_stage1(results["stage1"]), check_stage2(results["stage2"])]
@@ -92,12 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         started = time.monotonic()
-        settings, _ = parse_settings(
-            make_parser("spectralx.quickstart"), ["--config", "quickstart", *arguments]
-        )
+        parser = make_parser("spectralx.quickstart")
+        add_fresh(parser)
+        settings, others = parse_settings(parser, ["--config", "quickstart", *arguments])
         if not any(argument.startswith("--data.root") for argument in arguments):
             settings.data.root = str(Path(settings.out) / "scenes")
-        checks = run(settings)
+        checks = run(settings, fresh=others["fresh"])
         for check in checks:
             print(check)
         print(

@@ -1,10 +1,10 @@
 """Where a run stands, on disk: written so that a crash at any moment leaves a whole one.
 
 ``<stage>/resume/step-<step>-<hash>.safetensors`` holds the tensors, and as JSON in its header all
-else; ``frozen-<hash>.safetensors`` what never changes, once. A name carries the hash of the contents
-and is given last: a file that bears such a name and matches it is good. Two states are kept, so that
-the one before takes the place of one that was damaged. Reading runs no code that a file could bring
-along.
+else; ``frozen-<hash>.safetensors`` what never changes, once. A name carries the hash of the
+contents and is given last: a file that bears such a name and matches it is good. Two states are
+kept, so that the one before takes the place of one that was damaged. Reading runs no code that a
+file could bring along.
 """
 
 from __future__ import annotations

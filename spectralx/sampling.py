@@ -98,10 +98,11 @@ class Augmented(Dataset[Sample]):
             source.set_state(before)
 
 
-class Shared(Sampler[list[int]]):
+class Shared(Sampler[list[Key]]):
     """The batches of all images in order that fall to this process: one in `processes`.
 
-    None is seen twice, so figures over all processes are those of one process.
+    The position of an image is its index. None is seen twice, so figures over all processes are
+    those of one process.
     """
 
     def __init__(self, length: int, *, batch_size: int, rank: int = 0, processes: int = 1) -> None:
@@ -116,6 +117,7 @@ class Shared(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self._starts())
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         for start in self._starts():
-            yield list(range(start, min(start + self.batch_size, self.length)))
+            stop = min(start + self.batch_size, self.length)
+            yield [(index, index) for index in range(start, stop)]

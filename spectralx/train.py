@@ -15,7 +15,7 @@ from spectralx.cli import run_command
 from spectralx.finished import FitResult
 from spectralx.fit import Stage, fit
 from spectralx.machine import leave_processes
-from spectralx.options import load_settings, make_parser, parse_settings
+from spectralx.options import add_fresh, load_settings, make_parser, parse_settings
 from spectralx.settings import Settings
 
 __all__ = ["FitResult", "Settings", "fit", "load_settings", "main", "report"]
@@ -40,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         parser = make_parser("spectralx.train")
-        parser.add_argument(
-            "--fresh", action="store_true", help="forget what an earlier run left in its folder"
-        )
+        add_fresh(parser)
         parser.add_argument("stage", choices=["stage1", "stage2", "both"], help="what to train")
         settings, others = parse_settings(parser, arguments)
         stages: tuple[Stage, ...] = (

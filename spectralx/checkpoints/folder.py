@@ -137,7 +137,7 @@ def save(
         that is a file.
     """
     folder = Path(path)
-    kind = next((name for name, cls in _MODELS.items() if type(model) is cls), None)
+    kind = next((name for name, cls in _MODELS.items() if isinstance(model, cls)), None)
     if kind is None:
         names = ", ".join(cls.__name__ for cls in _MODELS.values())
         raise CheckpointError(f"model: got {type(model).__name__}, expected one of {names}")

@@ -1,9 +1,9 @@
 """Stop training in other ways than by killing it: ``python -m tests.harden.faults``.
 
-SIGTERM at a random moment, a full disk at a random saving, a data-loading process killed. After each,
-what was saved before must be whole, the message one line, the status the documented one; a killed
-data-loading process must end the run within 10 seconds. The same command then goes on to the end, and
-what it leaves is compared with an undisturbed run, bit for bit.
+SIGTERM at a random moment, a full disk at a random saving, a data-loading process killed. After
+each, what was saved before must be whole, the message one line, the status the documented one; a
+killed data-loading process must end the run within 10 seconds. The same command then goes on to the
+end, and what it leaves is compared with an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def fill(case: Case, folder: Path, pace: Pace, draw: random.Random) -> list[str]
     run = folder / "run" / case.stage
     kept = sorted(path.name for path in (run / "resume").glob("step-*"))
     size = min(path.stat().st_size for path in (run / "resume").glob("step-*"))
-    process = CONTEXT.Process(target=full_child, args=(case, folder, draw.randrange(size // 2, size)))
+    process = CONTEXT.Process(
+        target=full_child, args=(case, folder, draw.randrange(size // 2, size))
+    )
     process.start()
     process.join(LONGEST)
     text = (folder / "output.txt").read_text()

@@ -1,9 +1,9 @@
 """Kill training at random and look at what comes of it: ``python -m tests.harden.kills``.
 
-Each trial starts a run of a tiny model, kills it with SIGKILL at a random moment or in the middle of
-a random saving, looks whether everything it left can be read, runs the same command to the end, and
-compares weights, optimiser, random generators, logs, scores and pictures with those of a run that
-nobody disturbed, bit for bit. Both stages, with 0 and 2 data-loading processes in turn.
+Each trial starts a run of a tiny model, kills it with SIGKILL at a random moment or in the middle
+of a random saving, looks whether everything it left can be read, runs the same command to the end,
+and compares weights, optimiser, random generators, logs, scores and pictures with those of a run
+that nobody disturbed, bit for bit. Both stages, with 0 and 2 data-loading processes in turn.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def main() -> int:
                 f"{case.stage}, {case.workers} workers: {pace.seconds:.2f} s undisturbed, "
                 f"{len(pace.savings)} savings of {sum(pace.savings):.2f} s"
             )
-        trials = list(itertools.islice(itertools.cycle(itertools.product(KINDS, cases)), options.count))
+        trials = list(
+            itertools.islice(itertools.cycle(itertools.product(KINDS, cases)), options.count)
+        )
         for number, (kind, case) in enumerate(tqdm(trials, unit="kill", file=sys.stderr)):
             pace, expected = wanted[case]
             trial = folder / f"trial-{number}"

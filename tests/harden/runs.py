@@ -53,7 +53,7 @@ class Case:
     workers : data-loading processes.
     scenes : folder of the data.
     start : checkpoint of stage 1 for stage 2, or None.
-    options : more options of the command.
+    options : more options of the command; "{stage}" stands for the stage.
     """
 
     stage: str
@@ -73,8 +73,7 @@ class Case:
             "--trainer.threads=1",
             "--out=run",
             *([f"--stage2.init_from={start}"] if self.stage == "stage2" else []),
-            *(option.replace("{stage}", self.stage) for option in OPTIONS),
-            *self.options,
+            *(option.replace("{stage}", self.stage) for option in (*OPTIONS, *self.options)),
         ]
 
 
@@ -101,6 +100,7 @@ def child(case: Case, folder: Path, connection: Connection | None) -> None:
     torch.set_num_threads(1)
     Path("tiny.yaml").write_text(TINY)
     if connection is not None:
+        connection.send("ready")
         keep_state.save_state = _announced(connection, keep_state.save_state)
         save = callbacks.KeepCheckpoints._write
         callbacks.KeepCheckpoints._write = _announced(connection, save)  # type: ignore[method-assign]
@@ -155,11 +155,15 @@ def finish_together(case: Case, folder: Path, count: int) -> list[int]:
 
 
 def start(case: Case, folder: Path) -> tuple[Any, Connection]:
-    """Start a run; the process, and the connection on which it tells of its savings."""
+    """Start a run; the process, and the connection on which it tells of its savings.
+
+    Returns when the process is there.
+    """
     here, there = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=child, args=(case, folder, there))
     process.start()
     there.close()
+    assert here.recv() == "ready"
     return process, here
 
 
@@ -184,9 +188,9 @@ class Pace:
 
 def measure(case: Case, folder: Path) -> Pace:
     """Run undisturbed, with a clock."""
-    began = time.monotonic()
     process, connection = start(case, folder)
-    savings, since = [], began
+    since = began = time.monotonic()
+    savings = []
     try:
         while True:
             if connection.recv() == "begins":
@@ -248,7 +252,9 @@ def outcome(folder: Path) -> dict[str, Any]:
         "scalars": scalars(folder),
         "speed rows": [line.split(",")[0] for line in (folder / SPEED).read_text().splitlines()],
         "leftovers": sorted(
-            str(path) for path in folder.rglob(".*") if "partial" in path.name or "writing" in path.name
+            str(path)
+            for path in folder.rglob(".*")
+            if "partial" in path.name or "writing" in path.name
         ),
     }
     for name, tensor in state.tensors.items():

@@ -10,14 +10,22 @@ import torch
 
 from spectralx import checkpoints
 from spectralx.cli import InputError
+from spectralx.data.scenes import write_scenes
 from spectralx.logs import METRICS
-from spectralx.machine import join_processes, trainer_options
+from spectralx.machine import join_processes, shard, trainer_options
 from spectralx.pictures import Curve, read_curves
 from spectralx.run_settings import TrainerSettings
 from tests.harden import runs
 
 BATCHES = "--{stage}.run.accumulate=2"  # of one process: what two have together
 STEADY = "--{stage}.optimizer.schedule=constant"
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes with validation images for two processes."""
+    root = tmp_path_factory.mktemp("scenes") / "whu-ohs"
+    return write_scenes("whu-ohs", root, size=32, count=30, progress=False)
 
 
 def _curves(folder: Path, stage: str) -> dict[str, Curve]:
@@ -31,16 +39,14 @@ def _alone(stage: str, scenes: Path, folder: Path) -> dict[str, Curve]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "strategy"), [("stage1", "ddp"), ("stage2", "ddp"), ("stage2", "fsdp2")]
+    ("stage", "strategy"), [("stage1", "ddp"), ("stage2", "ddp"), ("stage1", "fsdp2")]
 )
 def test_two_processes_have_the_losses_of_one(
-    tiny_scenes: Path, tmp_path: Path, stage: str, strategy: str
+    scenes: Path, tmp_path: Path, stage: str, strategy: str
 ) -> None:
-    one = _alone(stage, tiny_scenes, tmp_path / "one")
+    one = _alone(stage, scenes, tmp_path / "one")
     together = tmp_path / "two"
-    case = runs.Case(
-        stage, 0, tiny_scenes, options=(STEADY, f"--trainer.strategy={strategy}")
-    )
+    case = runs.Case(stage, 0, scenes, options=(STEADY, f"--trainer.strategy={strategy}"))
     output = together / "output.txt"
     assert runs.finish_together(case, together, 2) == [0, 0], output.read_text()
     two = _curves(together, stage)
@@ -55,21 +61,16 @@ def test_two_processes_have_the_losses_of_one(
     for name in ("best", "last"):
         tensors = checkpoints.load(together / "run" / stage / name).tensors
         expected = checkpoints.load(tmp_path / "one" / "run" / stage / name).tensors
-        assert {k: v.shape for k, v in tensors.items()} == {
-            k: v.shape for k, v in expected.items()
-        }
+        assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in expected.items()}
     # One wrote: each figure is there once, and each line was printed once.
-    assert len(runs.scalars(together / "run" / stage)) == sum(
-        len(steps) for steps, _ in two.values()
-    )
+    logged = [tag for tag, *_ in runs.scalars(together / "run" / stage) if tag != "epoch"]
+    assert len(logged) == sum(len(steps) for steps, _ in two.values())
     assert output.read_text().count("parameters train") == 1
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_go_on_after_a_kill(
-    tiny_scenes: Path, tmp_path: Path, strategy: str
-) -> None:
-    case = runs.Case("stage1", 0, tiny_scenes, options=(f"--trainer.strategy={strategy}",))
+def test_two_processes_go_on_after_a_kill(scenes: Path, tmp_path: Path, strategy: str) -> None:
+    case = runs.Case("stage1", 0, scenes, options=(f"--trainer.strategy={strategy}",))
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     assert runs.finish_together(case, calm, 2) == [0, 0], (calm / "output.txt").read_text()
     group = runs.start_together(case, killed, 2)
@@ -86,16 +87,21 @@ def test_two_processes_go_on_after_a_kill(
     assert runs.differences(expected, runs.outcome(killed / "run" / "stage1")) == []
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_both(
-    tiny_scenes: Path, tmp_path: Path
-) -> None:
-    case = runs.Case("stage2", 0, tiny_scenes, options=("--stage2.optimizer.lr=1e30", STEADY))
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(scenes: Path, tmp_path: Path) -> None:
+    case = runs.Case("stage2", 0, scenes, options=("--stage2.optimizer.lr=1e30", STEADY))
     began = time.monotonic()
     assert runs.finish_together(case, tmp_path, 2) == [1, 1]
     assert time.monotonic() - began < 60
     text = (tmp_path / "output.txt").read_text()
     assert text.count("spectralx.train: error: loss: found") == 2
-    assert str(tiny_scenes) in text
+    assert str(scenes) in text
+
+
+def test_a_single_number_is_not_sharded() -> None:
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.tensor(0.01))
+    with pytest.raises(InputError, match="fsdp2, which does not take scale"):
+        shard(model, mesh=None)
 
 
 def test_devices_without_their_processes_are_refused() -> None:

@@ -47,10 +47,10 @@ def test_processes_share_the_batches_of_one(processes: int) -> None:
 @pytest.mark.parametrize(("length", "processes"), [(7, 2), (6, 3), (1, 1), (4, 2)])
 def test_validation_images_are_shared_out_once(length: int, processes: int) -> None:
     shares = [Shared(length, batch_size=2, rank=r, processes=processes) for r in range(processes)]
-    counts = Counter(index for share in shares for batch in share for index in batch)
+    counts = Counter(index for share in shares for batch in share for _, index in batch)
     assert counts == dict.fromkeys(range(length), 1)
     assert [len(list(share)) for share in shares] == [len(share) for share in shares]
-    assert list(shares[0])[0] == list(range(min(2, length)))
+    assert next(iter(shares[0])) == [(index, index) for index in range(min(2, length))]
 
 
 def test_seeds_differ_by_purpose_and_place() -> None:
