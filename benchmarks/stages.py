@@ -140,7 +140,8 @@ def watched_reconstruction(model: MaskedReconstruction, watch: Watch) -> Iterato
     encode, decode, predict = model.encode, model.decode, model.predict
 
     def after_tokenizer(_module: object, _inputs: object, outputs: Embedded) -> Embedded:
-        return Embedded(*watch.crossing([outputs.tokens], "tokenizer", "encoder"), None, None)
+        (tokens,) = watch.crossing([outputs.tokens], "tokenizer", "encoder")
+        return Embedded(tokens, None, None)
 
     def watched_encode(images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         latent, mask, ids = encode(images, noise)

@@ -43,8 +43,14 @@ class FeaturePyramid(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, H, W] to the high [B, C, 4H, 4W] and the low map [B, C, 2H, 2W]."""
         double, norm, _, again = self.fpn1
+        assert isinstance(norm, _NamedNorm)
+        assert isinstance(again, nn.ConvTranspose2d)
         high = channel_norm_conv2d(double(x), norm.ln, again, after="gelu")
         return high, self.fpn2(x)
+
+
+def _pair(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    return layer.get_parameter("weight"), layer.get_parameter("bias")
 
 
 def _grouped_convolution(channels: int) -> nn.Conv2d:
@@ -106,7 +112,7 @@ class ConvHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out_channels, 8H, 8W]."""
-        norm, expand, _, grouped, _, mix, _, project = self.pred
+        norm, *layers = self.pred
+        assert isinstance(norm, _NamedNorm)
         x = channel_norm(self.conv_blocks(self.proj(x)), norm.ln)
-        layers = ((layer.weight, layer.bias) for layer in (expand, grouped, mix, project))
-        return pixel_head(x, *layers)
+        return pixel_head(x, *(_pair(layer) for layer in layers[::2]))

@@ -14,10 +14,14 @@ _LAST = torch.channels_last
 
 def activated(x: Tensor, name: str) -> Tensor:
     """ "none", "gelu" (exact), "relu" or "leaky_relu" (slope 0.01) of `x`."""
-    if name == "none":
-        return x
-    function = {"gelu": F.gelu, "relu": F.relu, "leaky_relu": F.leaky_relu}[name]
-    return function(x)
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "relu":
+        return F.relu(x)
+    if name == "leaky_relu":
+        return F.leaky_relu(x)
+    assert name == "none"
+    return x
 
 
 def _normed(

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spectralx_kernels._backends import INTERPRETED
 from spectralx_kernels._triton import Compilation, launch, recorded
 from spectralx_kernels._triton_gelu import below, gelu_slope
 from spectralx_kernels.upsample.triton_norm import join_sums
 
 # Values of a tile, rows of one at most; the least rows and the most number of parts of sums; parts
-# that are joined at a time.
-_TILE, _ROWS = 2048, 32
+# that are joined at a time. The interpreter's time goes by operations, whatever their size.
+_TILE, _ROWS = (1 << 18, 1024) if INTERPRETED else (2048, 32)
 _LEAST, _MOST = 128, 1024
 _JOINED = 32
 # Values of the normed maps that a convolution takes at a time.

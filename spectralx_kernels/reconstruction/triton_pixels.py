@@ -23,7 +23,7 @@ from spectralx_kernels._triton_gelu import below, gelu_slope
 from spectralx_kernels.upsample.triton_norm import join_sums
 
 # Pixels and channels of a tile; the least pixels and the most number of parts of sums over pixels.
-_PIXELS, _CHANNELS = (64, 64) if INTERPRETED else (32, 32)
+_PIXELS, _CHANNELS = (256, 256) if INTERPRETED else (32, 32)
 _LEAST, _MOST = 256, 512
 _JOINED = 32
 _AT_ONCE = 1 << 27  # values of the widest map
@@ -57,7 +57,7 @@ def group(
     image, y, x = split(p, height, width, K)
     value = tl.zeros([BP, BC], tl.float32)
     value += tl.load(bias + c, c < half, 0.0).to(tl.float32)[None, :]
-    for tap in tl.static_range(9):
+    for tap in range(9):  # unrolled it spills
         row, column = y + tap // 3 - 1, x + tap % 3 - 1
         there = (row >= 0) & (row < height * K) & (column >= 0) & (column < width * K)
         full = (there & (p < pixels))[:, None] & (c < half)[None, :]
@@ -209,15 +209,15 @@ class _Part:
         """[pixels, n n C] as [images, rows, columns, C] of pixels."""
         down, lines = self.head.down, self.height * self.head.up
         parts = values.view(self.images, lines, -1, down, down, values.shape[1] // down**2)
-        return parts.permute(0, 1, 3, 2, 4, 5).reshape(
-            self.images, lines * down, -1, parts.shape[5]
-        )
+        moved: Tensor = parts.permute(0, 1, 3, 2, 4, 5)
+        return moved.reshape(self.images, lines * down, -1, parts.shape[5])
 
     def values_of(self, grad: Tensor) -> Tensor:
         """The way back: [pixels, n n C] of [images, rows, columns, C]."""
         down = self.head.down
         parts = grad.unflatten(2, (-1, down)).unflatten(1, (-1, down))
-        return parts.permute(0, 1, 3, 2, 4, 5).reshape(self.pixels, -1)
+        values: Tensor = parts.permute(0, 1, 3, 2, 4, 5).reshape(self.pixels, -1)
+        return values
 
     def spread(self, half_grad: Tensor) -> Tensor:
         """The gradient of `wide`."""

@@ -31,7 +31,8 @@ template <typename S, typename A>
 struct HeadKernels {
   const char* instruction_set;
 
-  // out = after(norm(before(x))) + scale addend; addend may be null. scratch: [rows_together, channels].
+  // out = after(norm(before(x))) + scale addend; addend may be null.
+  // scratch: [rows_together, channels].
   void (*norm)(const S* x, const S* addend, int64_t rows, const RowNorm<A>& norm, A scale,
                A* scratch, S* out);
 

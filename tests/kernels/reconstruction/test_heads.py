@@ -112,10 +112,20 @@ def test_pixels_agree(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("up", [1, 2, 4])
-def test_a_map_of_many_strips(up: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_map_of_many_strips(up: int) -> None:
     """Wide lines: the C++ kernels take a few rows at a time and carry lines over."""
     args = head_arguments((5, 40), batch=1, ins=3, wide=4096 // up**2, mixed=2, bands=1, up=up)
     ladder.check_accuracy(PIXEL_HEAD, args, torch.float32)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_a_convolution_of_many_strips(kernel: int) -> None:
+    """The C++ kernels convolve some lines at a time; borders, and strips that do not divide."""
+    x, vectors = draw(2, 400, 37, 60), (draw(400, seed=2), draw(400, seed=3))
+    weight = draw(3, 400, kernel, kernel, seed=4) / (20 * kernel)
+    sides = ([1, 1], [kernel // 2, kernel // 2])
+    args = (x, *vectors, 1e-6, "none", "leaky_relu", weight, draw(3, seed=5), False, *sides)
+    ladder.check_accuracy(CHANNEL_NORM_CONV2D, args, torch.float32)
 
 
 @settings(max_examples=15, deadline=None)
@@ -200,7 +210,12 @@ def test_compiles_and_autocasts() -> None:
 def test_nothing_but_inputs_is_kept() -> None:
     args = ladder.cast(head_arguments(), torch.float32, grad=True)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         pixel_head(args[0], args[1:3], args[3:5], args[5:7], args[7:9])  # type: ignore[arg-type]
     known = {arg.data_ptr() for arg in args}
     assert {tensor.data_ptr() for tensor in kept} <= known
@@ -259,8 +274,8 @@ def test_checked() -> None:
     with pytest.raises(ValueError, match=r"x: got shape \[2, 5, 3, 4\], expected \[2, 4, height"):
         channel_norm_conv2d(x, None, nn.Conv2d(4, 5, 3))
     args = ladder.cast(head_arguments(), torch.float32)
-    pairs = [tuple(args[i : i + 2]) for i in range(1, 9, 2)]
+    pairs = [(args[place], args[place + 1]) for place in range(1, 9, 2)]
     with pytest.raises(ValueError, match="weight of mix: got shape"):
         pixel_head(args[0], pairs[0], pairs[1], pairs[3], pairs[3])
     with pytest.raises(TypeError, match=r"bias of project: got dtype torch\.float64"):
-        pixel_head(args[0], *pairs[:3], (pairs[3][0], pairs[3][1].double()))
+        pixel_head(args[0], pairs[0], pairs[1], pairs[2], (pairs[3][0], pairs[3][1].double()))
