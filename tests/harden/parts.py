@@ -36,7 +36,7 @@ PARTS: dict[str, Part] = {
         "2,000 samples, 0 failures",
         2000,
         "contract",
-        9,
+        5,
     ),
     "gradients": Part(
         2, "`gradcheck` in float64", "2,000 samples, 0 failures", 2000, "gradients", 48
@@ -47,7 +47,7 @@ PARTS: dict[str, Part] = {
         "5,000 cases, forward <= 2x, backward <= 3x plus round-off",
         5000,
         "accuracy",
-        54,
+        27,
     ),
     "routing": Part(
         4,
@@ -55,7 +55,7 @@ PARTS: dict[str, Part] = {
         "500 cases: same choices on every backend, finite in finite out, no NaN hidden",
         500,
         "routing",
-        45,
+        18,
     ),
     "refusals": Part(
         5,
@@ -63,7 +63,7 @@ PARTS: dict[str, Part] = {
         "500: the error names the argument; tensors, parameters, random states untouched",
         500,
         "refusals",
-        108,
+        81,
     ),
     "commands": Part(
         6,
@@ -93,7 +93,7 @@ PARTS: dict[str, Part] = {
         "file named; skipped only if asked, and counted",
         1002,
         "tiles",
-        42,
+        22,
     ),
     "checkpoints": Part(
         10,
@@ -103,7 +103,7 @@ PARTS: dict[str, Part] = {
         "200 MB",
         10080,
         "checkpoints",
-        120,
+        90,
     ),
     "sanitizers": Part(
         11,
@@ -118,7 +118,7 @@ PARTS: dict[str, Part] = {
         "500 calls, the same bits",
         500,
         "poison",
-        30,
+        10,
     ),
     "gates": Part(
         13,
