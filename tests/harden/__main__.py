@@ -2,8 +2,8 @@
 
 Samples are numbered; a run takes those from S on and adds them to ``docs/reliability/PART.json``,
 so that slices of a long row add up; those that hold a sample that is run again are dropped.
-``page`` for PART writes the page, ``list`` says which parts there are, ``all`` runs them (``--quick``
-as far as ``make test`` does). Status 1: a sample failed.
+``page`` for PART writes the page, ``list`` says which parts there are, ``all`` runs them
+(``--quick`` as far as ``make test`` does). Status 1: a sample failed.
 """
 
 from __future__ import annotations

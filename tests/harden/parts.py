@@ -80,7 +80,7 @@ PARTS: dict[str, Part] = {
         "200 kills, 0 unloadable, 200 bitwise-equal finishes",
         200,
     ),
-    "interruptions": Part(
+    "faults": Part(
         8,
         "SIGTERM, full disk, killed worker",
         "20 each; old checkpoint whole; error within 10 s",
