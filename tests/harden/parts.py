@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A row of the page.
 
     Parameters
@@ -124,7 +125,8 @@ PARTS: dict[str, Part] = {
         13,
         "every Triton kernel compiled for sm_80, sm_90, sm_100; every CUDA file for sm_80, sm_90a",
         "all, shared memory within limits, no spills at the paper's shapes",
-        1,
+        2,
+        "gates",
     ),
     "steps": Part(
         14,
