@@ -1,8 +1,9 @@
 """``python -m tests.harden PART [--count N] [--seed S]``: one row of docs/RELIABILITY.md.
 
 Samples are numbered; a run takes those from S on and adds them to ``docs/reliability/PART.json``,
-so that slices of a long row add up. ``python -m tests.harden page`` writes the page,
-``python -m tests.harden list`` says which parts there are. Status 1: a sample failed.
+so that slices of a long row add up; those that hold a sample that is run again are dropped.
+``page`` for PART writes the page, ``list`` says which parts there are, ``all`` runs them
+(``--quick`` as far as ``make test`` does). Status 1: a sample failed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def run_part(name: str, seed: int, count: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.harden", description=__doc__)
     runnable = [name for name, part in PARTS.items() if part.module]
-    parser.add_argument("part", choices=[*runnable, "page", "list"], metavar="PART")
+    parser.add_argument("part", choices=[*runnable, "all", "page", "list"], metavar="PART")
     parser.add_argument("--count", type=int, help="samples; those the row asks for by default")
     parser.add_argument("--seed", type=int, default=0, help="number of the first sample")
     parser.add_argument("--quick", action="store_true", help="the samples that make test runs")
@@ -54,10 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in runnable:
             print(f"{name:14} row {PARTS[name].row:2}, {PARTS[name].count:6,} samples")
         return 0
-    part = PARTS[given.part]
-    count = given.count or (part.quick if given.quick else part.count) or part.count
     warnings.filterwarnings("ignore")
-    return run_part(given.part, given.seed, count)
+    failed = 0
+    for name in runnable if given.part == "all" else [given.part]:
+        part = PARTS[name]
+        if given.part == "all" and given.quick and not part.quick:
+            continue
+        count = given.count or (part.quick if given.quick else part.count) or part.count
+        failed |= run_part(name, given.seed, count)
+    return failed
 
 
 if __name__ == "__main__":

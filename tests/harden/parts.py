@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A row of the page.
 
     Parameters
@@ -36,7 +37,7 @@ PARTS: dict[str, Part] = {
         "2,000 samples, 0 failures",
         2000,
         "contract",
-        9,
+        5,
     ),
     "gradients": Part(
         2, "`gradcheck` in float64", "2,000 samples, 0 failures", 2000, "gradients", 48
@@ -47,7 +48,7 @@ PARTS: dict[str, Part] = {
         "5,000 cases, forward <= 2x, backward <= 3x plus round-off",
         5000,
         "accuracy",
-        54,
+        27,
     ),
     "routing": Part(
         4,
@@ -55,7 +56,7 @@ PARTS: dict[str, Part] = {
         "500 cases: same choices on every backend, finite in finite out, no NaN hidden",
         500,
         "routing",
-        45,
+        18,
     ),
     "refusals": Part(
         5,
@@ -63,7 +64,7 @@ PARTS: dict[str, Part] = {
         "500: the error names the argument; tensors, parameters, random states untouched",
         500,
         "refusals",
-        108,
+        81,
     ),
     "commands": Part(
         6,
@@ -80,7 +81,7 @@ PARTS: dict[str, Part] = {
         "200 kills, 0 unloadable, 200 bitwise-equal finishes",
         200,
     ),
-    "interruptions": Part(
+    "faults": Part(
         8,
         "SIGTERM, full disk, killed worker",
         "20 each; old checkpoint whole; error within 10 s",
@@ -93,7 +94,7 @@ PARTS: dict[str, Part] = {
         "file named; skipped only if asked, and counted",
         1002,
         "tiles",
-        42,
+        22,
     ),
     "checkpoints": Part(
         10,
@@ -103,7 +104,7 @@ PARTS: dict[str, Part] = {
         "200 MB",
         10080,
         "checkpoints",
-        120,
+        90,
     ),
     "sanitizers": Part(
         11,
@@ -118,13 +119,14 @@ PARTS: dict[str, Part] = {
         "500 calls, the same bits",
         500,
         "poison",
-        30,
+        10,
     ),
     "gates": Part(
         13,
         "every Triton kernel compiled for sm_80, sm_90, sm_100; every CUDA file for sm_80, sm_90a",
         "all, shared memory within limits, no spills at the paper's shapes",
-        1,
+        2,
+        "gates",
     ),
     "steps": Part(
         14,

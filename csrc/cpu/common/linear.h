@@ -43,10 +43,12 @@ inline at::Tensor linear_layer(const at::Tensor& x, const at::Tensor& weight,
   const bool taken = type == at::kFloat || (type == at::kBFloat16 && product_type(type) == type);
   if (taken && pointwise.has_value() && binary.has_value() && x.numel() > 0 &&
       weight.is_contiguous() && at::globalContext().userEnabledMkldnn()) {
+    // oneDNN reads a strided bias as if it were contiguous.
+    const std::optional<at::Tensor> dense = bias.has_value() ? bias->contiguous() : bias;
     if (addend.has_value()) {
-      return binary->typed<Binary>().call(x, *addend, weight, bias, "add");
+      return binary->typed<Binary>().call(x, *addend, weight, dense, "add");
     }
-    return pointwise->typed<Pointwise>().call(x, weight, bias, gelu ? "gelu" : "none",
+    return pointwise->typed<Pointwise>().call(x, weight, dense, gelu ? "gelu" : "none",
                                               c10::List<std::optional<at::Scalar>>(),
                                               gelu ? std::optional<std::string_view>("none")
                                                    : std::nullopt);

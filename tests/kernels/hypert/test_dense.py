@@ -149,3 +149,20 @@ def test_rejects(function, args, position, value, error, message):
     args[position] = value
     with pytest.raises(error, match=f"^{message}"):
         function(*args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_strided_biases(dtype):
+    """Biases with gaps between their values: every other of a longer row, a column."""
+    for operator, args, places in (
+        (dense.NORM_LINEAR, norm_args(2, 3), (4,)),
+        (dense.LINEAR_ADD, add_args(2, 3), (2,)),
+        (dense.FEED_FORWARD, forward_args(2, 3), (4, 6)),
+    ):
+        plain = ladder.cast(args, dtype)
+        apart = list(plain)
+        for place in places:
+            apart[place] = torch.stack([plain[place], torch.full_like(plain[place], 1e3)], 1)[:, 0]
+        for backend in _backends.available(operator.name, "cpu"):
+            found, expected = (operator(*each, backend=backend) for each in (apart, plain))
+            assert torch.equal(found, expected), (operator.name, backend)
