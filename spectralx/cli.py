@@ -95,3 +95,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refresh_seconds() -> float:
+    """Least seconds between two updates of a progress bar; few where stderr is no terminal."""
+    return 0.1 if sys.stderr.isatty() else 20.0

@@ -8,8 +8,9 @@ and are 0 afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,18 +29,46 @@ class Normalisation(Protocol):
     def __call__(self, values: Values, valid: Valid) -> Values: ...
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """(value - low) * inverse, clipped to [0, 1] if `clipped`; low and inverse float32 [C]."""
+
+    low: Values
+    inverse: Values
+    clipped: bool
+
+    def __call__(self, values: Values, valid: Valid) -> Values:
+        scaled = (values - self.low[:, None, None]) * self.inverse[:, None, None]
+        if self.clipped:
+            scaled = np.clip(scaled, 0.0, 1.0)
+        return np.where(valid, scaled, np.float32(0.0))
+
+
 class ImageMinMax:
     """Each band to [0, 1] by the minimum and maximum of its valid values; a flat band becomes 0."""
 
-    def __call__(self, values: Values, valid: Valid) -> Values:
-        complete = bool(valid.all())
-        low = (values if complete else np.where(valid, values, np.inf)).min((1, 2), keepdims=True)
-        high = (values if complete else np.where(valid, values, -np.inf)).max((1, 2), keepdims=True)
+    @staticmethod
+    def scaling(low: Values, high: Values) -> Scaling:
+        """Of an image whose bands reach from `low` to `high` [C]; infinite where none is valid."""
         span = high - low
         usable = np.isfinite(span) & (span > 0)
-        low = np.where(usable, low, 0.0).astype(np.float32)
-        inverse = np.where(usable, 1.0 / np.where(usable, span, 1.0), 0.0).astype(np.float32)
-        return np.where(valid, (values - low) * inverse, np.float32(0.0))
+        inverse = np.where(usable, 1.0 / np.where(usable, span, 1.0), 0.0)
+        return Scaling(
+            np.where(usable, low, 0.0).astype(np.float32), inverse.astype(np.float32), False
+        )
+
+    def __call__(self, values: Values, valid: Valid) -> Values:
+        low, high = extremes(values, valid)
+        return self.scaling(low, high)(values, valid)
+
+
+def extremes(values: Values, valid: Valid) -> tuple[Values, Values]:
+    """Smallest and largest valid value of each band [C] of values [C, H, W]; (inf, -inf) without
+    any."""
+    complete = bool(valid.all())
+    low = (values if complete else np.where(valid, values, np.inf)).min((1, 2))
+    high = (values if complete else np.where(valid, values, -np.inf)).max((1, 2))
+    return low.astype(np.float32), high.astype(np.float32)
 
 
 class FixedStatistics:
@@ -61,10 +90,13 @@ class FixedStatistics:
             raise DataError(
                 f"statistics: found {len(self.mean)} bands; expected {len(values)}, the image's"
             )
+        return self.scaling()(values, valid)
+
+    def scaling(self) -> Scaling:
+        """As a shift and a factor for each band."""
         width = 4.0 * np.where(self.std > 0, self.std, 1.0)
-        low = (self.mean - 2.0 * self.std).astype(np.float32)[:, None, None]
-        scaled = (values - low) * (1.0 / width).astype(np.float32)[:, None, None]
-        return np.where(valid, np.clip(scaled, 0.0, 1.0), np.float32(0.0))
+        low = (self.mean - 2.0 * self.std).astype(np.float32)
+        return Scaling(low, (1.0 / width).astype(np.float32), True)
 
 
 class _Statistics:
@@ -109,3 +141,10 @@ def fit_statistics(images: Sequence[tuple[Values, Valid]] | _Images) -> FixedSta
 class _Images(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Values, Valid]: ...
+
+
+def restore_normalisation(described: Mapping[str, Any]) -> ImageMinMax | FixedStatistics:
+    """The scaling that a checkpoint describes (`spectralx.datamodule.describe_normalisation`)."""
+    if described["kind"] == "fixed":
+        return FixedStatistics(described["mean"], described["std"])
+    return ImageMinMax()

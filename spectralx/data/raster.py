@@ -25,7 +25,10 @@ from rasterio.windows import Window
 from .tiff import missing_bytes
 
 Array = npt.NDArray[Any]
+PixelWindow = tuple[int, int, int, int]  # first row, first column, rows, columns
 SUFFIXES = (".tif", ".tiff")
+# Bytes of one image or window: what a small file can claim to hold has no limit.
+LARGEST_READ = 2**32
 
 _UNITS = {"nm": 1e-3, "nanometer": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "micrometer": 1.0,
           "micron": 1.0}  # fmt: skip
@@ -127,13 +130,57 @@ def read_image(
     """
     with _open(path) as source:
         info = _info(Path(path), source)
-        if count is not None and info.bands != count:
-            raise data_error(path, f"{info.bands} bands", f"{count}, as many as wavelengths")
-        raw = _read(Path(path), source, bands, window)
-    valid = valid_values(raw, info.nodata if info.nodata is not None else nodata)
+        raw, missing = _read_stored(info, source, bands, nodata, window, count)
+    return *as_values(raw, missing), info
+
+
+def read_stored(
+    path: str | Path,
+    *,
+    bands: Sequence[int] | None = None,
+    nodata: float | None = None,
+    window: PixelWindow | None = None,
+    count: int | None = None,
+) -> tuple[Array, float | None]:
+    """An image in the file's own type, and the value of its missing pixels.
+
+    Parameters are those of :func:`read_image`.
+    """
+    with _open(path) as source:
+        info = _info(Path(path), source)
+        return _read_stored(info, source, bands, nodata, window, count)
+
+
+def _read_stored(
+    info: RasterInfo,
+    source: Any,
+    bands: Sequence[int] | None,
+    nodata: float | None,
+    window: PixelWindow | None,
+    count: int | None,
+) -> tuple[Array, float | None]:
+    if count is not None and info.bands != count:
+        raise data_error(info.path, f"{info.bands} bands", f"{count}, as many as wavelengths")
+    height, width = window[2:] if window is not None else (info.height, info.width)
+    size = height * width * (info.bands if bands is None else len(bands))
+    if size * np.dtype(info.dtype).itemsize > LARGEST_READ:
+        raise data_error(
+            info.path,
+            f"{height}x{width} pixels to read at once",
+            f"at most {LARGEST_READ} bytes of them: smaller windows (tile in a description)",
+        )
+    raw = _read(info.path, source, bands, window)
+    return raw, info.nodata if info.nodata is not None else nodata
+
+
+def as_values(
+    raw: Array, nodata: float | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """`raw` as float32, 0 where values are missing, and where they are valid."""
+    valid = valid_values(raw, nodata)
     values = raw.astype(np.float32)
     values[~valid] = 0.0
-    return values, valid, info
+    return values, valid
 
 
 def valid_values(raw: Array, nodata: float | None) -> npt.NDArray[np.bool_]:
@@ -145,12 +192,12 @@ def valid_values(raw: Array, nodata: float | None) -> npt.NDArray[np.bool_]:
     return valid
 
 
-def read_label(path: str | Path) -> npt.NDArray[np.int64]:
+def read_label(path: str | Path, window: PixelWindow | None = None) -> npt.NDArray[np.int64]:
     """A label map [rows, columns] of one band; its nodata pixels become 0 (unlabelled).
 
     Raises DataError for more than one band or values that are not whole numbers.
     """
-    values, valid, info = read_image(path)
+    values, valid, info = read_image(path, window=window)
     if info.bands != 1:
         raise data_error(path, f"{info.bands} bands", "a label map of 1 band")
     return whole_numbers(path, values[0] * valid[0])
