@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,56 +10,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spectralx.cli import InputError
-from spectralx.data import FixedStatistics, ImageMinMax, Sample, Task, TileDataset, build_task
+from spectralx.data import (
+    FixedStatistics,
+    ImageDataset,
+    ImageMinMax,
+    Sample,
+    Task,
+    TileDataset,
+    build_task,
+    collate,
+    finish,
+)
+from spectralx.data.cache import DiskCache, MemoryCache
 from spectralx.data.normalise import restore_normalisation as restore_normalisation
+from spectralx.data.samples import Batch as Batch
 from spectralx.sampling import Augmented, Key, Shared, TrainingOrder
 from spectralx.settings import DataSettings, RunSettings
 
 # Image files up to this size together are all read before training starts.
 READ_ALL_BYTES = 2**29
+# What Lightning reads, and passes through `TaskData.on_after_batch_transfer`.
+_TRAINER_READS = ("train", "validation")
 
 
-class Batch(TypedDict):
-    """image [B, C, H, W]; mask [B, h, w], or B masks of different sizes; path of each image."""
-
-    image: Tensor
-    mask: Tensor | list[Tensor]
-    path: list[str]
-
-
-class CachedImages(Dataset[Sample]):
-    """`dataset` with its scaled images in memory; its transform is applied to each anew."""
-
-    def __init__(self, dataset: TileDataset) -> None:
-        plain = dataset.with_transform(None)
-        self.samples = [plain[index] for index in range(len(plain))]
-        self.transform = dataset.transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.samples[index]
-        image, mask = sample["image"], sample["mask"]
-        if self.transform is not None:
-            generator = torch.Generator()
-            generator.manual_seed(int(torch.randint(2**62, ())))
-            image, mask = self.transform(image, mask, generator)
-        return {"image": image.contiguous(), "mask": mask.contiguous(), "path": sample["path"]}
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """A batch; masks stay a list where their sizes differ (scored at their native size)."""
-    masks = [sample["mask"] for sample in samples]
-    one_size = len({tuple(mask.shape) for mask in masks}) == 1
-    return {
-        "image": torch.stack([sample["image"] for sample in samples]),
-        "mask": torch.stack(masks) if one_size else masks,
-        "path": [sample["path"] for sample in samples],
-    }
-
-
-def describe_normalisation(dataset: TileDataset) -> dict[str, Any]:
+def describe_normalisation(dataset: ImageDataset) -> dict[str, Any]:
     """The scaling of `dataset` as a checkpoint keeps it; `restore_normalisation` reads it."""
     scaling = dataset.normalisation
     if isinstance(scaling, FixedStatistics):
@@ -119,20 +92,45 @@ class TaskData(pl.LightningDataModule):
             nodata=settings.nodata,
         )
         self._given = normalisation
-        self._cache: dict[str, Dataset[Sample]] | None = {} if settings.cache else None
-        self.tests: dict[str, TileDataset] = {"source": self.task.source_test}
+        self._settings = settings
+        self._prepared: dict[str, ImageDataset] = {}
+        self.tests: dict[str, ImageDataset] = {"source": self.task.source_test}
         targets = self.task.target_tests
         for name, dataset in targets.items():
             self.tests["target" if len(targets) == 1 else f"target {name}"] = dataset
 
-    def _dataset(self, key: str, dataset: TileDataset) -> Dataset[Sample]:
+    def _dataset(self, key: str, dataset: ImageDataset) -> ImageDataset:
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(key, dataset)
+        return self._prepared[key]
+
+    def _prepare(self, key: str, dataset: ImageDataset) -> ImageDataset:
+        """`dataset` as it is read: scaled as given, cached, raw where the device scales it."""
+        settings = self._settings
         if self._given is not None:
             dataset = dataset.with_normalisation(self._given)
-        if self._cache is None:
-            return dataset
-        if key not in self._cache:
-            self._cache[key] = CachedImages(dataset)
-        return self._cache[key]
+        if settings.cache:
+            dataset = dataset.with_cache(MemoryCache())
+            for index in range(len(dataset)):
+                dataset.read(index)
+        elif settings.cache_folder is not None:
+            if not isinstance(dataset, TileDataset):
+                raise ValueError(
+                    f"data.cache_folder: found a dataset without files, {dataset.name}; expected "
+                    "null for it"
+                )
+            dataset = dataset.with_cache(DiskCache(settings.cache_folder, dataset))
+        on_device = settings.scale_on == "device" or (
+            settings.scale_on == "auto" and torch.cuda.is_available()
+        )
+        # Tests are read by loops of their own, which take images as they come.
+        return dataset.with_raw_samples() if on_device and key in _TRAINER_READS else dataset
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Scale and resize on the device what the datasets left as stored."""
+        size = self._settings.image_size
+        clipped = isinstance(self._given or self.task.train.normalisation, FixedStatistics)
+        return finish(batch, size=(size, size), clipped=clipped)
 
     def _loader(self, dataset: Dataset[Sample], batches: Sampler[list[Key]]) -> DataLoader[Sample]:
         return DataLoader(
@@ -191,10 +189,11 @@ class TaskData(pl.LightningDataModule):
         """
         named = {"train": self.task.train, "validation": self.task.validation}
         named |= {f"test {name}": dataset for name, dataset in self.tests.items()}
-        size = sum(pair.image.stat().st_size for part in named.values() for pair in part.pairs)
+        sizes = [dataset.file_bytes() for dataset in named.values()]
+        small = sum(size or 0 for size in sizes) <= READ_ALL_BYTES and None not in sizes
         for key, dataset in named.items():
             samples = self._dataset(key, dataset)
-            for index in range(len(dataset) if size <= READ_ALL_BYTES else 1):
+            for index in range(len(dataset) if small else 1):
                 samples[index]
 
     def class_weights(self) -> Tensor:

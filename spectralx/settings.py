@@ -40,7 +40,7 @@ class DataSettings:
         Folder of the data set.
     task
         Name of a task, e.g. WS-WD; "folder" for a folder of tiles (spectralx.data.tasks lists
-        them all).
+        them all); or a YAML file that describes data of your own (root plays no part then).
     image_size
         Side in pixels that the model sees.
     crop
@@ -57,6 +57,11 @@ class DataSettings:
         classes absent from the truth dropped, scores never reset between validations.
     cache
         Keep all images in memory: for small data sets.
+    cache_folder
+        Keep decoded images in this folder, on a fast disk, and read them from there.
+    scale_on
+        Where training images are scaled and resized: "workers" as they are read, "device" from the
+        type they are stored in, "auto" on a GPU where there is one.
     workers
         Processes that read data; 0 reads in the main process.
     wavelengths
@@ -76,6 +81,8 @@ class DataSettings:
     normalisation: Literal["image", "fixed"] = "image"
     official: bool = False
     cache: bool = False
+    cache_folder: str | None = None
+    scale_on: Literal["auto", "workers", "device"] = "auto"
     workers: int = 0
     wavelengths: list[float] | None = None
     class_names: list[str] | None = None
@@ -84,6 +91,12 @@ class DataSettings:
     def __post_init__(self) -> None:
         _require(self.image_size > 0, "data.image_size", self.image_size, "at least 1")
         _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
+        _require(
+            not self.cache or self.cache_folder is None,
+            "data.cache_folder",
+            self.cache_folder,
+            "null with data.cache, which keeps images in memory",
+        )
 
 
 @dataclass

@@ -15,20 +15,26 @@ from .augment import (
     Transform,
 )
 from .dfc2020 import Dfc2020
+from .domains import Domains, described_domains
 from .folder import FolderDataset
+from .foreign import ForeignDataset, domains_of, domains_of_datamodule
 from .mts12 import Mts12
 from .normalise import FixedStatistics, ImageMinMax, Normalisation, fit_statistics
 from .raster import DataError, RasterInfo, raster_info, read_image, read_raster, write_raster
-from .tasks import Task, build_task, task_names
-from .tiles import Pair, Sample, TileDataset
+from .samples import ImageDataset, Sample, collate, finish
+from .tasks import Task, build_task, register_task, task_names
+from .tiles import Pair, TileDataset
 from .whu_ohs import WhuOhs, WhuOhsTransfer
 
 __all__ = [
     "Compose",
     "DataError",
     "Dfc2020",
+    "Domains",
     "FixedStatistics",
     "FolderDataset",
+    "ForeignDataset",
+    "ImageDataset",
     "ImageMinMax",
     "Mts12",
     "Normalisation",
@@ -46,10 +52,16 @@ __all__ = [
     "WhuOhs",
     "WhuOhsTransfer",
     "build_task",
+    "collate",
+    "described_domains",
+    "domains_of",
+    "domains_of_datamodule",
+    "finish",
     "fit_statistics",
     "raster_info",
     "read_image",
     "read_raster",
+    "register_task",
     "task_names",
     "write_raster",
 ]

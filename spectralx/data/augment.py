@@ -1,6 +1,6 @@
 """Augmentation: transforms of one image and its label map, random only through a generator.
 
-A transform takes (image [C, H, W] float32, mask [h, w] int64, generator) and returns both. Flips,
+A transform takes (image [C, H, W], mask [h, w] int64, generator) and returns both. Flips,
 quarter turns and crops move image and mask together, so up to there both have one size; images are
 resized bilinearly, masks by nearest neighbour (pixel centres aligned in both).
 """
@@ -8,6 +8,7 @@ resized bilinearly, masks by nearest neighbour (pixel centres aligned in both).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -115,11 +116,12 @@ class Resize:
     def __init__(self, size: int | tuple[int, int], *, mask: bool = True) -> None:
         self.size = image_size(size)
         self.mask = mask
+        self.image = True
 
     def __call__(
         self, image: Tensor, mask: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        if tuple(image.shape[-2:]) != self.size:
+        if self.image and tuple(image.shape[-2:]) != self.size:
             image = F.interpolate(
                 image[None], size=self.size, mode="bilinear", align_corners=False
             )[0]
@@ -128,6 +130,23 @@ class Resize:
             small = mask[None, None].to(torch.float64)
             mask = F.interpolate(small, size=self.size, mode="nearest-exact")[0, 0].to(mask.dtype)
         return image, mask
+
+
+def without_resizing(transform: Transform | None) -> Transform | None:
+    """`transform` but for the resizing of images; masks are resized as before."""
+    if isinstance(transform, Compose):
+        return Compose([_kept(step) for step in transform.transforms])
+    return None if transform is None else _kept(transform)
+
+
+def _kept(transform: Transform) -> Transform:
+    other = copy(transform)
+    if isinstance(other, Resize):
+        other.image = False
+    elif isinstance(other, RandomResizedCrop):
+        other.resize = copy(other.resize)
+        other.resize.image = False
+    return other
 
 
 def image_size(size: int | Sequence[int]) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class FolderDataset(TileDataset):
             raise data_error(root / f"{split}.csv", "no such file", "a CSV of image and mask")
         training = splits.get("train", splits[split])
         if wavelengths is None:
-            wavelengths = _stated_wavelengths(training[0].image)
+            wavelengths = stated_wavelengths(training[0].image)
         every = range(len(wavelengths))
         empty = empty_bands([pair.image for pair in training], len(wavelengths), nodata)
         if len(empty) == len(wavelengths):
@@ -103,7 +103,9 @@ def folder_pairs(root: str | Path) -> dict[str, list[Pair]]:
         raise data_error(root, "no such folder", "images/, labels/ or CSV files of splits")
     tables = {split: root / f"{split}.csv" for split in SPLITS}
     if any(table.is_file() for table in tables.values()):
-        return {split: _rows(root, table) for split, table in tables.items() if table.is_file()}
+        return {
+            split: pairs_of_csv(root, table) for split, table in tables.items() if table.is_file()
+        }
     images = list_rasters(root / "images", str(root))
     pairs = [Pair(image, root / "labels" / image.name) for image in images]
     parts = split_by_file(pairs, SHARES, root=root, name=str(root))
@@ -139,7 +141,14 @@ def _listed(root: Path, name: str, where: str) -> Path:
     return path
 
 
-def _rows(root: Path, table: Path) -> list[Pair]:
+def pairs_of_csv(root: Path, table: Path) -> list[Pair]:
+    """The images and labels that a CSV file names by paths below `root`.
+
+    Raises DataError for a missing file, missing columns, or a row of files that are not there or
+    not below `root`.
+    """
+    if not table.is_file():
+        raise data_error(table, "no such file", f"a CSV of {', '.join(COLUMNS)}")
     with table.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
         columns = [name.strip() for name in reader.fieldnames or ()]
@@ -160,7 +169,7 @@ def _rows(root: Path, table: Path) -> list[Pair]:
     return pairs
 
 
-def _stated_wavelengths(image: Path) -> tuple[float, ...]:
+def stated_wavelengths(image: Path) -> tuple[float, ...]:
     info = raster_info(image)
     if info.wavelengths is None:
         raise data_error(

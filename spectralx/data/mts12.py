@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.io import loadmat
 
 from .normalise import Normalisation
-from .raster import check_listed, data_error, list_rasters, whole_numbers
+from .raster import PixelWindow, check_listed, data_error, list_rasters, whole_numbers
 from .tiles import UNLABELLED, Pair, TileDataset
 
 MONTHS = ("March", "June", "September", "December")
@@ -66,7 +66,7 @@ class Mts12(TileDataset):
         )
 
 
-def read_mat_label(path: Path) -> npt.NDArray[np.int64]:
+def read_mat_label(path: Path, window: PixelWindow | None = None) -> npt.NDArray[np.int64]:
     """Label map [rows, columns] of a MATLAB file. Raises DataError where it holds none."""
     check_listed(path)
     try:
@@ -84,6 +84,9 @@ def read_mat_label(path: Path) -> npt.NDArray[np.int64]:
     label = np.asarray(content[LABEL_KEY])
     if label.ndim != 2:
         raise data_error(path, f"a label of shape {label.shape}", "rows and columns")
+    if window is not None:
+        row, column, rows, columns = window
+        label = label[row : row + rows, column : column + columns]
     return whole_numbers(path, label)
 
 

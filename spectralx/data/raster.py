@@ -22,12 +22,15 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
-from .manifest import damage
+from .errors import DataError as DataError
+from .errors import data_error as data_error
+from .manifest import check_listed as check_listed
 from .tiff import missing_bytes
 
 Array = npt.NDArray[Any]
+PixelWindow = tuple[int, int, int, int]  # first row, first column, rows, columns
 SUFFIXES = (".tif", ".tiff")
-LARGEST_READ = 16 << 30  # bytes of pixels; a header may declare any number
+LARGEST_READ = 16 << 30  # bytes of pixels at once; a header may declare any number
 
 _UNITS = {"nm": 1e-3, "nanometer": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "micrometer": 1.0,
           "micron": 1.0}  # fmt: skip
@@ -38,22 +41,6 @@ _WITH_UNIT = re.compile(
 _BARE = re.compile(r"\s*" + _NUMBER + r"\s*")
 # A bare number above this is taken for nanometres: optical sensors end below 100 µm.
 _LARGEST_MICROMETRE = 100.0
-
-
-class DataError(ValueError):
-    """Data on disk that cannot be used: names the file, what was found and what is expected."""
-
-
-def data_error(where: str | Path, found: str, expected: str) -> DataError:
-    """The :class:`DataError` about `where`, its text folded onto one line."""
-    return DataError(" ".join(f"{where}: found {found}; expected {expected}".split()))
-
-
-def check_listed(path: Path) -> None:
-    """Raises DataError where a manifest lists `path` with another checksum than it has."""
-    changed = damage(path)
-    if changed:
-        raise data_error(path, changed, "the file that was listed")
 
 
 @dataclass(frozen=True)
@@ -137,13 +124,49 @@ def read_image(
     """
     with _open(path) as source:
         info = _info(Path(path), source)
-        if count is not None and info.bands != count:
-            raise data_error(path, f"{info.bands} bands", f"{count}, as many as wavelengths")
-        raw = _read(Path(path), source, bands, window)
-    valid = valid_values(raw, info.nodata if info.nodata is not None else nodata)
+        raw, missing = _read_stored(info, source, bands, nodata, window, count)
+    return *as_values(raw, missing), info
+
+
+def read_stored(
+    path: str | Path,
+    *,
+    bands: Sequence[int] | None = None,
+    nodata: float | None = None,
+    window: PixelWindow | None = None,
+    count: int | None = None,
+) -> tuple[Array, float | None]:
+    """An image in the file's own type, and the value of its missing pixels.
+
+    Parameters are those of :func:`read_image`.
+    """
+    with _open(path) as source:
+        info = _info(Path(path), source)
+        return _read_stored(info, source, bands, nodata, window, count)
+
+
+def _read_stored(
+    info: RasterInfo,
+    source: Any,
+    bands: Sequence[int] | None,
+    nodata: float | None,
+    window: PixelWindow | None,
+    count: int | None,
+) -> tuple[Array, float | None]:
+    if count is not None and info.bands != count:
+        raise data_error(info.path, f"{info.bands} bands", f"{count}, as many as wavelengths")
+    raw = _read(info.path, source, bands, window)
+    return raw, info.nodata if info.nodata is not None else nodata
+
+
+def as_values(
+    raw: Array, nodata: float | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """`raw` as float32, 0 where values are missing, and where they are valid."""
+    valid = valid_values(raw, nodata)
     values = raw.astype(np.float32)
     values[~valid] = 0.0
-    return values, valid, info
+    return values, valid
 
 
 @dataclass(frozen=True)
@@ -183,12 +206,12 @@ def valid_values(raw: Array, nodata: float | None) -> npt.NDArray[np.bool_]:
     return valid
 
 
-def read_label(path: str | Path) -> npt.NDArray[np.int64]:
+def read_label(path: str | Path, window: PixelWindow | None = None) -> npt.NDArray[np.int64]:
     """A label map [rows, columns] of one band; its nodata pixels become 0 (unlabelled).
 
     Raises DataError for more than one band or values that are not whole numbers.
     """
-    values, valid, info = read_image(path)
+    values, valid, info = read_image(path, window=window)
     if info.bands != 1:
         raise data_error(path, f"{info.bands} bands", "a label map of 1 band")
     return whole_numbers(path, values[0] * valid[0])
@@ -345,13 +368,13 @@ def _read(
         area = Window(column, row, columns, rows)
     indexes = None
     count = source.count if bands is None else len(bands)
-    rows, columns = (source.height, source.width) if window is None else window[2:]
+    rows, columns = shape or ((source.height, source.width) if window is None else window[2:])
     size = count * rows * columns * np.dtype(source.dtypes[0]).itemsize
     if size > LARGEST_READ:
         raise data_error(
             path,
             f"{count} bands of {rows}x{columns} pixels, {size:,} bytes",
-            f"at most {LARGEST_READ:,} bytes at once: read a window",
+            f"at most {LARGEST_READ:,} bytes at once: smaller windows (tile in a description)",
         )
     if bands is not None:
         if any(not 0 <= band < source.count for band in bands):

@@ -8,7 +8,11 @@ spring, summer, autumn, winter            DFC2020, that season       the other t
 north-south, south-north                  MTS12 north (south)        south (north)
 whu-ohs, dfc2020, mts12                   all domains together       -
 folder                                    a folder of tiles          -
+FILE.yaml                                 its source, or all         its other domains
 ========================================  =========================  ==============================
+
+A YAML file describes data of one's own (README.md in this folder); datasets that a program already
+has become a task by :func:`register_task`.
 
 Selection uses the source domain only. Where a layout divides a domain on disk, its division is
 used; where not, files are divided by a checksum of their path: 80 % train, 10 % validation, 10 %
@@ -34,11 +38,14 @@ from .augment import (
     Resize,
     Transform,
 )
+from .description import is_description
 from .dfc2020 import SEASONS, Dfc2020
+from .domains import Domains, described_domains
 from .folder import SPLITS, FolderDataset, folder_pairs
 from .mts12 import Mts12
 from .normalise import NORMALISATIONS, fit_statistics
 from .raster import data_error
+from .samples import ImageDataset
 from .tiles import TileDataset, split_by_file
 from .whu_ohs import WhuOhs, WhuOhsTransfer
 
@@ -48,17 +55,17 @@ CROPS = ("resize", "crop", "resized-crop")
 
 @dataclass(frozen=True)
 class Task:
-    """Datasets of a task; see :class:`spectralx.data.tiles.TileDataset` for samples and metadata.
+    """Datasets of a task; see :class:`spectralx.data.samples.ImageDataset`.
 
     ``target_tests`` maps the name of each other domain to its files: empty for a task without a
     gap. All datasets share bands, `wavelengths` (µm), `class_names` and `num_classes`.
     """
 
     name: str
-    train: TileDataset
-    validation: TileDataset
-    source_test: TileDataset
-    target_tests: Mapping[str, TileDataset]
+    train: ImageDataset
+    validation: ImageDataset
+    source_test: ImageDataset
+    target_tests: Mapping[str, ImageDataset]
 
     @property
     def bands(self) -> int:
@@ -81,14 +88,6 @@ class Task:
         return self.train.num_classes
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Train, validation and test of the source; targets by name."""
-
-    source: Sequence[TileDataset]
-    targets: Mapping[str, TileDataset]
-
-
 def build_task(
     name: str,
     root: str | Path,
@@ -107,8 +106,9 @@ def build_task(
 
     Parameters
     ----------
-    name : one of :func:`task_names`.
-    root : folder of the data set, as its module describes it.
+    name : one of :func:`task_names`, the path of a YAML file that describes a data set, or the name
+        of a registered one.
+    root : folder of the data set, as its module describes it; no matter for the other two.
     image_size : side, or (height, width), of the images handed to the model; None keeps the files'.
     crop : how training images get there: "resize", "crop" (a random part at the files' resolution)
         or "resized-crop" (a random part of half the area or more, resized). Validation and test
@@ -130,10 +130,13 @@ def build_task(
         An unknown name or option.
     """
     builders = _builders()
-    if name not in builders:
+    own = is_description(name) or name in _REGISTERED
+    if name not in builders and not own:
         near = get_close_matches(name, builders, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"task: found {name!r}{hint}; expected one of {', '.join(builders)}")
+        raise ValueError(
+            f"task: found {name!r}{hint}; expected one of {', '.join(builders)}, or a YAML file"
+        )
     if normalisation not in NORMALISATIONS:
         raise ValueError(
             f"normalisation: found {normalisation!r}; expected one of {', '.join(NORMALISATIONS)}"
@@ -145,18 +148,22 @@ def build_task(
     training = _training_transform(image_size, crop, flips, turns)
     evaluation = None if image_size is None else Resize(image_size, mask=official)
     root = Path(root)
-    if not root.is_dir():
+    if not own and not root.is_dir():
         raise data_error(root, "no such folder", f"the data of task {name}")
-    if name == "folder":
+    if name in _REGISTERED:
+        parts = _REGISTERED[name]
+    elif is_description(name):
+        parts = described_domains(name)
+    elif name == "folder":
         parts = _folder(root, wavelengths, class_names, nodata)
     else:
         parts = builders[name](root, official)
-    train, validation, source_test = parts.source
+    train, validation, source_test = parts.train, parts.validation, parts.test
     if official and parts.targets:
         validation = _together(parts.targets)
     scaling = train.normalisation if normalisation == "image" else fit_statistics(train.raw)
 
-    def finish(dataset: TileDataset, transform: Transform | None) -> TileDataset:
+    def finish(dataset: ImageDataset, transform: Transform | None) -> ImageDataset:
         return dataset.with_normalisation(scaling).with_transform(transform)
 
     return Task(
@@ -173,7 +180,20 @@ def task_names() -> tuple[str, ...]:
     return tuple(_builders())
 
 
-def _builders() -> dict[str, Callable[[Path, bool], _Parts]]:
+def register_task(name: str, domains: Domains) -> None:
+    """Have `build_task` and the settings know `domains` by `name`, in this process.
+
+    Raises ValueError for a name that means something else.
+    """
+    if name in _builders() or is_description(name):
+        raise ValueError(f"name: found {name!r}; expected one that is not of a task or a YAML file")
+    _REGISTERED[name] = domains
+
+
+_REGISTERED: dict[str, Domains] = {}
+
+
+def _builders() -> dict[str, Callable[[Path, bool], Domains]]:
     seasons = {
         season: lambda root, official, season=season: _season(root, season, official)
         for season in SEASONS
@@ -184,44 +204,43 @@ def _builders() -> dict[str, Callable[[Path, bool], _Parts]]:
         **seasons,
         "north-south": lambda root, official: _north_south(root),
         "south-north": lambda root, official: _south_north(root),
-        "whu-ohs": lambda root, official: _Parts([WhuOhs(root, split) for split in SPLITS], {}),
-        "dfc2020": lambda root, official: _Parts(
-            _divide(Dfc2020(root, official_labels=official), root), {}
+        "whu-ohs": lambda root, official: Domains(*[WhuOhs(root, split) for split in SPLITS]),
+        "dfc2020": lambda root, official: Domains(
+            *_divide(Dfc2020(root, official_labels=official), root)
         ),
-        "mts12": lambda root, official: _Parts(_divide(Mts12(root), root), {}),
+        "mts12": lambda root, official: Domains(*_divide(Mts12(root), root)),
         "folder": lambda root, official: _folder(root, None, None, None),
     }
 
 
-def _whu_transfer(root: Path, source: str, target: str) -> _Parts:
+def _whu_transfer(root: Path, source: str, target: str) -> Domains:
     parts: Sequence[TileDataset]
     if whu_ohs.is_divided(root, source):
         parts = [WhuOhsTransfer(root, source, split) for split in SPLITS]
     else:
         parts = _divide(WhuOhsTransfer(root, source), root)
     split = "test" if whu_ohs.is_divided(root, target) else None
-    return _Parts(parts, {target: WhuOhsTransfer(root, target, split)})
+    return Domains(*parts, {target: WhuOhsTransfer(root, target, split)})
 
 
-def _season(root: Path, season: str, official: bool) -> _Parts:
+def _season(root: Path, season: str, official: bool) -> Domains:
     own, *others = [season, *(other for other in SEASONS if other != season)]
     parts = _divide(Dfc2020(root, own, official_labels=official), root)
     targets = {other: Dfc2020(root, other, official_labels=official) for other in others}
-    return _Parts(parts, targets)
+    return Domains(*parts, targets)
 
 
-def _north_south(root: Path) -> _Parts:
+def _north_south(root: Path) -> Domains:
     held_out = Mts12(root, "validation")
     halves = split_by_file(held_out.pairs, (0.5, 0.5), root=root, name=held_out.name)
     validation = held_out.subset(halves[0], name="MTS12 north validation")
     test = held_out.subset(halves[1], name="MTS12 north test")
-    source = (Mts12(root, "train"), validation, test)
-    return _Parts(source, {"south": Mts12(root, "test")})
+    return Domains(Mts12(root, "train"), validation, test, {"south": Mts12(root, "test")})
 
 
-def _south_north(root: Path) -> _Parts:
+def _south_north(root: Path) -> Domains:
     north = Mts12(root, ("train", "validation"))
-    return _Parts(_divide(Mts12(root, "test"), root), {"north": north})
+    return Domains(*_divide(Mts12(root, "test"), root), {"north": north})
 
 
 def _folder(
@@ -229,7 +248,7 @@ def _folder(
     wavelengths: Sequence[float] | None,
     class_names: Sequence[str] | None,
     nodata: float | None,
-) -> _Parts:
+) -> Domains:
     train = FolderDataset(root, wavelengths=wavelengths, class_names=class_names, nodata=nodata)
     pairs = folder_pairs(root)
     others = []
@@ -237,7 +256,7 @@ def _folder(
         if split not in pairs:
             raise data_error(root / f"{split}.csv", "no such file", "a CSV of image and mask")
         others.append(train.subset(pairs[split], name=f"{root.name} {split}"))
-    return _Parts((train, *others), {})
+    return Domains(train, *others)
 
 
 def _divide(dataset: TileDataset, root: Path) -> list[TileDataset]:
@@ -249,9 +268,16 @@ def _divide(dataset: TileDataset, root: Path) -> list[TileDataset]:
     ]
 
 
-def _together(parts: Mapping[str, TileDataset]) -> TileDataset:
-    first = next(iter(parts.values()))
-    pairs = [pair for part in parts.values() for pair in part.pairs]
+def _together(parts: Mapping[str, ImageDataset]) -> ImageDataset:
+    first, *rest = parts.values()
+    if not rest:
+        return first
+    if not all(isinstance(part, TileDataset) for part in parts.values()):
+        raise ValueError("official: found targets without files; expected one target, or files")
+    assert isinstance(first, TileDataset)
+    pairs = [
+        pair for part in parts.values() if isinstance(part, TileDataset) for pair in part.pairs
+    ]
     return first.subset(pairs, name="+".join(parts))
 
 

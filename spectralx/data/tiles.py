@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Self, TypedDict
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from .augment import Transform
-from .normalise import ImageMinMax, Normalisation
-from .raster import data_error, raster_info, read_image, read_label
+from .checksums import Checksums
+from .labels import to_classes
+from .normalise import Normalisation
+from .raster import Array, PixelWindow, data_error, raster_info, read_label, read_stored
+from .samples import UNLABELLED, ImageDataset, RawImages, Sample
 
-UNLABELLED = "unlabelled"
+__all__ = ["UNLABELLED", "Pair", "RawImages", "Sample", "TileDataset", "split_by_file", "tiled"]
+
+LabelReader = Callable[[Path, PixelWindow | None], npt.NDArray[np.int64]]
 
 
 class Pair(NamedTuple):
-    """An image file and the file of its labels."""
+    """An image file and the file of its labels, or a window of both.
+
+    window : (first row, first column, rows, columns); None for all of it.
+    repeated : rows and columns at the window's upper left that other windows hold: unlabelled.
+    """
 
     image: Path
     label: Path
+    window: PixelWindow | None = None
+    repeated: tuple[int, int] = (0, 0)
+
+    @property
+    def key(self) -> str:
+        """The image, and the corner of the window if any."""
+        if self.window is None:
+            return str(self.image)
+        return "{}[{},{}]".format(self.image, *self.window[:2])
 
 
-class Sample(TypedDict):
-    """image float32 [C, H, W], mask int64 [h, w] of classes (0: unlabelled), path of the image.
-
-    The mask has the image's size unless a transform resized the image alone.
-    """
-
-    image: Tensor
-    mask: Tensor
-    path: str
-
-
-class TileDataset(Dataset[Sample]):
+class TileDataset(ImageDataset):
     """Images with their label maps, normalised and transformed, as :class:`Sample`.
 
     Parameters
@@ -51,12 +54,11 @@ class TileDataset(Dataset[Sample]):
     class_names : index 0 is "unlabelled"; their number is `num_classes`.
     label_values : raw label value to class; None keeps values as they are.
     other_labels : class of raw values that `label_values` does not name; None makes them errors.
-    label_reader : reads a label file to int64 [h, w].
+    label_reader : reads a label file, or a window of it, to int64 [h, w].
     keep_bands : indices, from 0, of the bands of the file to use; None for all.
     nodata : value of missing pixels for image files that state none.
-    normalisation : see :mod:`spectralx.data.normalise`; the paper's by default.
-    transform : see :mod:`spectralx.data.augment`. Its generator is seeded from torch's global one,
-        which data-loading processes seed themselves: repeatable by `torch.manual_seed`.
+    checksums : holds each file to its hash when it is first read.
+    normalisation, transform : see :class:`spectralx.data.samples.ImageDataset`.
 
     Attributes
     ----------
@@ -81,132 +83,130 @@ class TileDataset(Dataset[Sample]):
         class_names: Sequence[str],
         label_values: Mapping[int, int] | None = None,
         other_labels: int | None = None,
-        label_reader: Callable[[Path], npt.NDArray[np.int64]] = read_label,
+        label_reader: LabelReader = read_label,
         keep_bands: Sequence[int] | None = None,
         nodata: float | None = None,
+        checksums: Checksums | None = None,
         normalisation: Normalisation | None = None,
         transform: Transform | None = None,
     ) -> None:
         if not pairs:
             raise data_error(name, "no images", "at least one image with its label")
-        for image, label in pairs:
-            if not label.is_file():
-                raise data_error(image, f"no label {label}", "a label for each image")
-        self.pairs = tuple(pairs)
-        self.name = name
+        for pair in pairs:
+            if not pair.label.is_file():
+                raise data_error(pair.image, f"no label {pair.label}", "a label for each image")
         self.file_bands = len(wavelengths)
         kept = range(self.file_bands) if keep_bands is None else keep_bands
-        self.wavelengths = tuple(float(wavelengths[band]) for band in kept)
         found = raster_info(pairs[0].image).bands
         if found != self.file_bands:
             raise data_error(
                 pairs[0].image, f"{found} bands", f"{self.file_bands}, as many as wavelengths"
             )
-        self.class_names = tuple(class_names)
+        super().__init__(
+            name=name,
+            wavelengths=[wavelengths[band] for band in kept],
+            class_names=class_names,
+            normalisation=normalisation,
+            transform=transform,
+        )
+        self.pairs = tuple(pairs)
         self.label_values = None if label_values is None else dict(label_values)
         self.other_labels = other_labels
         self.label_reader = label_reader
         self.keep_bands = None if keep_bands is None else tuple(keep_bands)
         self.nodata = nodata
-        self.normalisation = normalisation or ImageMinMax()
-        self.transform = transform
-
-    @property
-    def bands(self) -> int:
-        """Number of bands of a sample."""
-        return len(self.wavelengths)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, "unlabelled" (index 0) included."""
-        return len(self.class_names)
-
-    @property
-    def raw(self) -> RawImages:
-        """The images as they are on disk: (values, valid) by index, for statistics."""
-        return RawImages(self)
+        self.checksums = checksums
 
     def subset(self, pairs: Sequence[Pair], *, name: str) -> Self:
         """The same dataset over other files."""
-        return self._replaced(pairs=pairs, name=name)
-
-    def with_transform(self, transform: Transform | None) -> Self:
-        """The same dataset with another transform."""
-        return self._replaced(transform=transform)
-
-    def with_normalisation(self, normalisation: Normalisation) -> Self:
-        """The same dataset with another normalisation."""
-        return self._replaced(normalisation=normalisation)
+        return self._replaced(pairs=tuple(pairs), name=name, cache=None)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
-        values, valid = self.read_values(index)
-        mask_values = self.read_classes(index)
-        if mask_values.shape != values.shape[1:]:
-            raise data_error(
-                pair.label,
-                "{}x{} pixels".format(*mask_values.shape),
-                "{}x{}, the size of {}".format(*values.shape[1:], pair.image),
-            )
-        mask_values[~valid.any(axis=0)] = 0
-        image = torch.from_numpy(self.normalisation(values, valid))
-        mask = torch.from_numpy(mask_values)
-        if self.transform is not None:
-            generator = torch.Generator()
-            generator.manual_seed(int(torch.randint(2**62, ())))
-            image, mask = self.transform(image, mask, generator)
-        return {
-            "image": image.contiguous(),
-            "mask": mask.contiguous(),
-            "path": str(pair.image),
-        }
+    def file_bytes(self) -> int:
+        """Of all image files together."""
+        return sum(path.stat().st_size for path in {pair.image for pair in self.pairs})
 
-    def read_values(self, index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """Image `index` as on disk: values [C, H, W] (0 where missing) and where they are valid."""
-        path = self.pairs[index].image
-        values, valid, _ = read_image(
-            path, bands=self.keep_bands, nodata=self.nodata, count=self.file_bands
+    def path_of(self, index: int) -> str:
+        """The image's file, and the corner of the window if any."""
+        return self.pairs[index].key
+
+    def label_of(self, index: int) -> str:
+        """The file of the labels."""
+        return str(self.pairs[index].label)
+
+    def read_pixels(self, index: int) -> tuple[Array, float | None]:
+        """Image `index` as stored, [C, H, W], and the value of its missing pixels."""
+        pair = self.pairs[index]
+        self._verify(pair.image)
+        return read_stored(
+            pair.image,
+            bands=self.keep_bands,
+            nodata=self.nodata,
+            window=pair.window,
+            count=self.file_bands,
         )
-        return values, valid
 
     def read_classes(self, index: int) -> npt.NDArray[np.int64]:
         """Label map `index` [H, W], raw values mapped to classes."""
-        path = self.pairs[index].label
-        raw = self.label_reader(path)
-        if self.label_values is None:
-            _check_range(path, raw, self.num_classes - 1)
-            return raw
-        known = np.array(sorted(self.label_values))
-        place = np.searchsorted(known, raw).clip(max=len(known) - 1)
-        named = known[place] == raw
-        if self.other_labels is None and not named.all():
+        _, path, window, repeated = self.pairs[index]
+        self._verify(path)
+        raw = self.label_reader(path, window)
+        classes = to_classes(path, raw, self.num_classes, self.label_values, self.other_labels)
+        rows, columns = repeated
+        classes[:rows] = 0
+        classes[:, :columns] = 0
+        return classes
+
+    def _verify(self, path: Path) -> None:
+        if self.checksums is not None:
+            self.checksums.verify(path)
+
+
+def tiled(pairs: Sequence[Pair], size: int, stride: int, *, once: bool) -> list[Pair]:
+    """Windows of `size` pixels over each pair, `stride` apart; the last ones end at the border.
+
+    Images that are smaller keep their size.
+
+    Parameters
+    ----------
+    pairs : whole files.
+    size, stride : pixels.
+    once : each pixel has a label in one window alone (needs ``stride == size``).
+
+    Raises
+    ------
+    DataError : an image and its labels differ in size.
+    """
+    found = []
+    for pair in pairs:
+        info, labels = raster_info(pair.image), raster_info(pair.label)
+        if (labels.height, labels.width) != (info.height, info.width):
             raise data_error(
-                path, f"label {raw[~named][0]}", f"one of {_ranges(self.label_values)}"
+                pair.label,
+                f"{labels.height}x{labels.width} pixels",
+                f"{info.height}x{info.width}, the size of {pair.image}",
             )
-        classes = np.array([self.label_values[value] for value in known.tolist()])[place]
-        return np.where(named, classes, self.other_labels or 0).astype(np.int64)
+        found += [
+            Pair(
+                pair.image,
+                pair.label,
+                (row, column, min(size, info.height), min(size, info.width)),
+                (up, left) if once else (0, 0),
+            )
+            for row, up in _starts(info.height, size, stride)
+            for column, left in _starts(info.width, size, stride)
+        ]
+    return found
 
-    def _replaced(self, **changes: object) -> Self:
-        other = copy(self)
-        for key, value in changes.items():
-            setattr(other, key, value)
-        return other
 
-
-class RawImages:
-    """Values and validity of a dataset's images by index; see `TileDataset.raw`."""
-
-    def __init__(self, dataset: TileDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        return self.dataset.read_values(index)
+def _starts(length: int, size: int, stride: int) -> list[tuple[int, int]]:
+    """Where windows begin along a side, and how much of each the one before holds."""
+    starts = [*range(0, max(length - size, 0), stride), max(length - size, 0)]
+    return [(starts[0], 0)] + [
+        (start, max(before + size - start, 0)) for before, start in pairwise(starts)
+    ]
 
 
 def split_by_file(
@@ -223,7 +223,7 @@ def split_by_file(
         raise data_error(root, f"{len(pairs)} images in {name}", f"at least {len(shares)} to split")
 
     def rank(pair: Pair) -> tuple[int, str]:
-        key = pair.image.relative_to(root).as_posix()
+        key = pair.image.relative_to(root).as_posix() + pair.key.removeprefix(str(pair.image))
         return zlib.crc32(key.encode()), key
 
     ranked = sorted(pairs, key=rank)
@@ -233,21 +233,7 @@ def split_by_file(
     bounds = [0, len(pairs) - sum(sizes)]
     for size in sizes:
         bounds.append(bounds[-1] + size)
-    return [sorted(ranked[start:stop]) for start, stop in pairwise(bounds)]
-
-
-def _check_range(path: Path, raw: npt.NDArray[np.int64], largest: int) -> None:
-    outside = (raw < 0) | (raw > largest)
-    if outside.any():
-        raise data_error(path, f"label {raw[outside][0]}", f"classes 0 to {largest}")
-
-
-def _ranges(values: Mapping[int, int]) -> str:
-    """``0-4, 6`` for the keys of `values`."""
-    runs: list[list[int]] = []
-    for value in sorted(values):
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return [
+        sorted(ranked[start:stop], key=lambda pair: (pair.image, pair.label, pair.window or ()))
+        for start, stop in pairwise(bounds)
+    ]

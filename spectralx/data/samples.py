@@ -1,0 +1,333 @@
+"""What every dataset here is: raw images with their classes, scaled and transformed on demand.
+
+A sample is read as it is stored (`Stored`). Either it is scaled and resized at once (`Sample`), or
+it stays in its stored type until it is on the device (`RawSample`), where `finish` does the same
+sums. Whatever is random has been done by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any, NamedTuple, Protocol, Self, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .augment import Transform, without_resizing
+from .normalise import FixedStatistics, ImageMinMax, Normalisation, Scaling, extremes
+from .raster import Array, as_values, data_error, valid_values
+
+UNLABELLED = "unlabelled"
+# Types that stay as they are until the device; of others float32 takes no more.
+_SMALL = ("int8", "uint8", "int16", "uint16")
+
+
+class Stored(NamedTuple):
+    """pixels [C, H, W] in the type of the file, classes [H, W], value of missing pixels."""
+
+    pixels: Array
+    classes: npt.NDArray[Any]
+    nodata: float | None
+
+
+class Sample(TypedDict):
+    """image float32 [C, H, W], mask int64 [h, w] of classes (0: unlabelled), path of the image.
+
+    The mask has the image's size unless a transform resized the image alone.
+    """
+
+    image: Tensor
+    mask: Tensor
+    path: str
+
+
+class RawSample(Sample):
+    """A sample whose image has not been scaled, nor resized; see `finish`.
+
+    image [C, H, W] as stored (float32 if that takes no more), low and inverse float32 [C] of its
+    scaling, nodata float32 [] (NaN: none).
+    """
+
+    low: Tensor
+    inverse: Tensor
+    nodata: Tensor
+
+
+class Batch(TypedDict):
+    """image [B, C, H, W]; mask [B, h, w], or B masks of different sizes; path of each image."""
+
+    image: Tensor
+    mask: Tensor | list[Tensor]
+    path: list[str]
+
+
+class Cache(Protocol):
+    """Keeps stored samples by what they are made of."""
+
+    def get(self, index: int) -> Stored | None: ...
+    def put(self, index: int, stored: Stored) -> None: ...
+
+
+class ImageDataset(Dataset[Sample]):
+    """Base of datasets; subclasses read pixels and classes by index.
+
+    Parameters
+    ----------
+    name : of the split, for error messages.
+    wavelengths : centre of each band of a sample, µm.
+    class_names : index 0 is "unlabelled"; their number is `num_classes`.
+    normalisation : see :mod:`spectralx.data.normalise`; the paper's by default.
+    transform : see :mod:`spectralx.data.augment`. Its generator is seeded from torch's global one,
+        which data-loading processes seed themselves: repeatable by `torch.manual_seed`.
+
+    Attributes
+    ----------
+    raw_samples : whether samples are `RawSample`, for `finish`.
+    cache : of stored samples; None reads them anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        wavelengths: Sequence[float],
+        class_names: Sequence[str],
+        normalisation: Normalisation | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        self.name = name
+        self.wavelengths = tuple(float(each) for each in wavelengths)
+        self.class_names = tuple(class_names)
+        self.normalisation = normalisation or ImageMinMax()
+        self.transform = transform
+        self.raw_samples = False
+        self.cache: Cache | None = None
+
+    def read_pixels(self, index: int) -> tuple[Array, float | None]:
+        """Image `index` as stored, [C, H, W], and the value of its missing pixels."""
+        raise NotImplementedError
+
+    def read_classes(self, index: int) -> npt.NDArray[np.int64]:
+        """Classes of image `index`, [H, W]."""
+        raise NotImplementedError
+
+    def file_bytes(self) -> int | None:
+        """Of all images together; None where nobody knows."""
+        return None
+
+    def path_of(self, index: int) -> str:
+        """What to call image `index`: its file."""
+        raise NotImplementedError
+
+    def label_of(self, index: int) -> str:
+        """What to call the labels of image `index`: their file."""
+        return f"{self.path_of(index)}: mask"
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def bands(self) -> int:
+        """Number of bands of a sample."""
+        return len(self.wavelengths)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, "unlabelled" (index 0) included."""
+        return len(self.class_names)
+
+    @property
+    def raw(self) -> RawImages:
+        """The images as they are on disk: (values, valid) by index, for statistics."""
+        return RawImages(self)
+
+    def with_transform(self, transform: Transform | None) -> Self:
+        """The same dataset with another transform."""
+        return self._replaced(transform=transform)
+
+    def with_normalisation(self, normalisation: Normalisation) -> Self:
+        """The same dataset with another normalisation."""
+        return self._replaced(normalisation=normalisation)
+
+    def with_cache(self, cache: Cache | None) -> Self:
+        """The same dataset that keeps what it reads in `cache`."""
+        return self._replaced(cache=cache)
+
+    def with_raw_samples(self) -> Self:
+        """The same dataset that leaves scaling and resizing to `finish`."""
+        return self._replaced(raw_samples=True, transform=without_resizing(self.transform))
+
+    def read(self, index: int) -> Stored:
+        """Image `index` and its classes, from the cache where they are."""
+        found = None if self.cache is None else self.cache.get(index)
+        if found is None:
+            found = self._read(index)
+            if self.cache is not None:
+                self.cache.put(index, found)
+        return found
+
+    def _read(self, index: int) -> Stored:
+        pixels, nodata = self.read_pixels(index)
+        classes = self.read_classes(index)
+        self.check_sizes(index, pixels, classes)
+        return Stored(pixels, classes, nodata)
+
+    def check_sizes(self, index: int, pixels: Array, classes: npt.NDArray[Any]) -> None:
+        """Raise DataError where image and labels differ in size."""
+        if classes.shape != pixels.shape[1:]:
+            raise data_error(
+                self.label_of(index),
+                "{}x{} pixels".format(*classes.shape),
+                "{}x{}, the size of {}".format(*pixels.shape[1:], self.path_of(index)),
+            )
+
+    def read_values(self, index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Image `index` as on disk: values [C, H, W] (0 where missing) and where they are valid."""
+        return as_values(*self.read_pixels(index))
+
+    def __getitem__(self, index: int) -> Sample:
+        pixels, classes, nodata = self.read(index)
+        values: Array = pixels
+        if self.raw_samples:
+            valid = valid_values(pixels, nodata)
+        else:
+            values, valid = as_values(pixels, nodata)
+        mask_values = classes.astype(np.int64)
+        mask_values[~valid.any(axis=0)] = 0
+        mask = torch.from_numpy(mask_values)
+        if self.raw_samples:
+            return self._raw_sample(index, pixels, valid, mask, nodata)
+        scaled = torch.from_numpy(self.normalisation(values, valid))
+        image, mask = self._transformed(scaled, mask)
+        return {"image": image, "mask": mask, "path": self.path_of(index)}
+
+    def _raw_sample(
+        self,
+        index: int,
+        pixels: Array,
+        valid: npt.NDArray[np.bool_],
+        mask: Tensor,
+        nodata: float | None,
+    ) -> RawSample:
+        if pixels.dtype.name not in _SMALL:
+            pixels = np.where(valid, pixels, np.nan).astype(np.float32)
+            nodata = None
+        scaling = _scaling(self.normalisation, pixels, valid)
+        # Flips know no unsigned 16 bits: they move the bits of signed ones.
+        unsigned = pixels.dtype == np.uint16
+        stored = torch.from_numpy(pixels.view(np.int16) if unsigned else pixels)
+        image, mask = self._transformed(stored, mask)
+        missing = float("nan") if nodata is None else float(nodata)
+        return {
+            "image": image.view(torch.uint16) if unsigned else image,
+            "mask": mask,
+            "path": self.path_of(index),
+            "low": torch.from_numpy(scaling.low),
+            "inverse": torch.from_numpy(scaling.inverse),
+            "nodata": torch.tensor(missing, dtype=torch.float32),
+        }
+
+    def _transformed(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        if self.transform is not None:
+            generator = torch.Generator()
+            generator.manual_seed(int(torch.randint(2**62, ())))
+            image, mask = self.transform(image, mask, generator)
+        return image.contiguous(), mask.contiguous()
+
+    def _replaced(self, **changes: object) -> Self:
+        other = copy(self)
+        for key, value in changes.items():
+            setattr(other, key, value)
+        return other
+
+
+class RawImages:
+    """Values and validity of a dataset's images by index; see `ImageDataset.raw`."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        return self.dataset.read_values(index)
+
+
+def _scaling(normalisation: Normalisation, values: Array, valid: npt.NDArray[np.bool_]) -> Scaling:
+    if isinstance(normalisation, FixedStatistics):
+        return normalisation.scaling()
+    if isinstance(normalisation, ImageMinMax):
+        return normalisation.scaling(*extremes(values, valid))
+    raise TypeError(
+        f"normalisation: found {type(normalisation).__name__}; expected ImageMinMax or "
+        "FixedStatistics for raw samples"
+    )
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """A batch; what is of different sizes stays a list (masks scored at their native size)."""
+    batch: dict[str, Any] = {}
+    for key in samples[0]:
+        values: list[Any] = [sample[key] for sample in samples]  # type: ignore[literal-required]
+        stack = key != "path" and len({tuple(value.shape) for value in values}) == 1
+        batch[key] = torch.stack(values) if stack else values
+    return batch  # type: ignore[return-value]
+
+
+def finish(batch: Mapping[str, Any], *, size: tuple[int, int] | None, clipped: bool) -> Batch:
+    """Scale and resize the images of a batch of `RawSample`, wherever they are.
+
+    Parameters
+    ----------
+    batch : of `collate`; one whose images are scaled already is returned as it is.
+    size : height and width of the images of the batch; None leaves them.
+    clipped : whether values are clipped to [0, 1] (`FixedStatistics`).
+
+    Returns
+    -------
+    The batch with float32 images [B, C, height, width].
+    """
+    if "low" not in batch:
+        return batch  # type: ignore[return-value]
+    scaled = [_finished(*image, size, clipped) for image in _same_size(batch)]
+    return {
+        "image": scaled[0] if len(scaled) == 1 else torch.cat(scaled),
+        "mask": batch["mask"],
+        "path": batch["path"],
+    }
+
+
+def _same_size(batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Images [B, C, H, W], low and inverse [B, C], nodata [B], of parts of one size each."""
+    images, rest = batch["image"], (batch["low"], batch["inverse"], batch["nodata"])
+    if isinstance(images, Tensor):
+        return [(images, *rest)]
+    return [
+        (image[None], *(each[index, None] for each in rest)) for index, image in enumerate(images)
+    ]
+
+
+def _finished(
+    image: Tensor,
+    low: Tensor,
+    inverse: Tensor,
+    nodata: Tensor,
+    size: tuple[int, int] | None,
+    clipped: bool,
+) -> Tensor:
+    values = image.to(torch.float32)
+    missing = values == nodata[:, None, None, None]
+    missing |= ~values.isfinite()
+    values = (values - low[:, :, None, None]) * inverse[:, :, None, None]
+    if clipped:
+        values = values.clamp(0.0, 1.0)
+    values = values.masked_fill(missing, 0.0)
+    if size is not None and tuple(values.shape[-2:]) != size:
+        values = F.interpolate(values, size=size, mode="bilinear", align_corners=False)
+    return values
