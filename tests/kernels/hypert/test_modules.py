@@ -140,7 +140,7 @@ def test_a_frozen_tokenizer_saves_nothing(training):
     x = images(2, 3, (32, 48))
     with SavedBytes([x, *model.parameters(), *model.buffers()]) as saved:
         tokens, spatial, spectral = model(x)
-    hidden = model.low_rank * 8 * 12
+    hidden = model.down.out_channels * 8 * 12
     assert saved.bytes == 4 * 2 * (hidden + tokens[0].numel())
     assert not spatial.requires_grad
     assert not spectral.requires_grad
