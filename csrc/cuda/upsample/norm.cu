@@ -18,21 +18,19 @@ int packs_of(int64_t packs) {
   return width;
 }
 
-bool on_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-dim3 grid_of(int64_t channels, int64_t n, int packs, int64_t blocks) {
-  return dim3(static_cast<unsigned>(blocks),
-              static_cast<unsigned>(ceil_div(ceil_div(channels, n), packs)));
-}
-
-// Calls run(S, N) where pointers and channels allow N at once.
+// Calls run(S, N, packs of a block, grid) for `blocks` runs of rows, where pointers and channels allow
+// N values at once.
 template <typename Run>
-int with_packs(int64_t type, int64_t channels, bool aligned, const Run& run) {
+int over_rows(int64_t type, int64_t channels, int64_t blocks, bool aligned, const Run& run) {
   return with_type(static_cast<int>(type), [&](auto tag) {
-    using S = decltype(tag);
-    constexpr int kSize = Pack<S>::kSize;
-    return channels % kSize == 0 && aligned ? run(tag, std::integral_constant<int, kSize>())
-                                            : run(tag, std::integral_constant<int, 1>());
+    constexpr int kSize = Pack<decltype(tag)>::kSize;
+    const auto with = [&](auto n) {
+      const int64_t all = ceil_div(channels, int64_t(n.value));
+      const int packs = packs_of(all);
+      return run(tag, n, packs, dim3(static_cast<unsigned>(blocks), blocks_of(all, packs)));
+    };
+    return channels % kSize == 0 && aligned ? with(std::integral_constant<int, kSize>())
+                                            : with(std::integral_constant<int, 1>());
   });
 }
 
@@ -60,16 +58,23 @@ NormPass<S> pass_of(const SpectralxNorm& p, int packs) {
           packs,
           p.relu != 0,
           static_cast<W>(p.eps),
-          static_cast<const S*>(p.x),
-          static_cast<const S*>(p.grad),
-          static_cast<const W*>(p.moments),
-          static_cast<const W*>(p.weight),
-          static_cast<const W*>(p.bias),
-          static_cast<const W*>(p.totals),
-          static_cast<S*>(p.out)};
+          as<S>(p.x),
+          as<S>(p.grad),
+          as<W>(p.moments),
+          as<W>(p.weight),
+          as<W>(p.bias),
+          as<W>(p.totals),
+          as<S>(p.out)};
 }
 
 bool aligned(const SpectralxNorm& p) { return on_16(p.x) && on_16(p.grad) && on_16(p.out); }
+
+// A pass that keeps nothing: `launched(S, N, packs, grid)`.
+template <typename Run>
+int pass_over(const SpectralxNorm& p, const Run& launched) {
+  if (p.rows == 0) return 0;
+  return over_rows(p.type, p.channels, ceil_div(p.rows, int64_t(kNormRows)), aligned(p), launched);
+}
 
 }  // namespace
 
@@ -88,8 +93,8 @@ int spectralx_join_moments(int64_t type, void* parts, void* counts, int64_t coun
   const auto on = static_cast<cudaStream_t>(stream);
   return with_type(static_cast<int>(type), [&](auto tag) {
     using W = Wide<decltype(tag)>;
-    return joined<W>({static_cast<W*>(parts), static_cast<W*>(counts)}, count,
-                     static_cast<int>(channels), static_cast<W*>(moments), on);
+    return joined<W>({as<W>(parts), as<W>(counts)}, count, static_cast<int>(channels),
+                     as<W>(moments), on);
   });
 }
 
@@ -97,68 +102,55 @@ int spectralx_channel_moments(int64_t type, const void* x, int64_t rows, int64_t
                               void* parts, void* counts, void* moments, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const int64_t count = spectralx_moment_parts(rows);
-  return with_packs(type, channels, on_16(x), [&](auto tag, auto n) {
+  return over_rows(type, channels, count, on_16(x), [&](auto tag, auto n, int packs, dim3 grid) {
     using S = decltype(tag);
     using W = Wide<S>;
     constexpr int N = decltype(n)::value;
-    const MomentParts<W> by{static_cast<W*>(parts), static_cast<W*>(counts)};
-    const int packs = packs_of(ceil_div(channels, N));
+    const MomentParts<W> by{as<W>(parts), as<W>(counts)};
     if (count > 0) {
-      const int error = SPECTRALX_LAUNCH(
-          (moment_parts<S, N>), grid_of(channels, N, packs, count), kTile,
-          2 * kTile * N * sizeof(W), on, static_cast<const S*>(x), rows, ceil_div(rows, count),
-          static_cast<int>(channels), packs, by);
+      const int error = SPECTRALX_LAUNCH((moment_parts<S, N>), grid, kTile,
+                                         2 * kTile * N * sizeof(W), on, as<S>(x), rows,
+                                         ceil_div(rows, count), static_cast<int>(channels), packs,
+                                         by);
       if (error != 0) return error;
     }
-    return joined<W>(by, count, static_cast<int>(channels), static_cast<W*>(moments), on);
+    return joined<W>(by, count, static_cast<int>(channels), as<W>(moments), on);
   });
 }
 
 int spectralx_normalize(const SpectralxNorm* p, void* stream) {
-  if (p->rows == 0) return 0;
-  const auto on = static_cast<cudaStream_t>(stream);
-  return with_packs(p->type, p->channels, aligned(*p), [&](auto tag, auto n) {
+  return pass_over(*p, [&](auto tag, auto n, int packs, dim3 grid) {
     using S = decltype(tag);
-    constexpr int N = decltype(n)::value;
-    const int packs = packs_of(ceil_div(p->channels, N));
-    return SPECTRALX_LAUNCH((normalize<S, N>),
-                            grid_of(p->channels, N, packs, ceil_div(p->rows, int64_t(kNormRows))),
-                            kTile, 0, on, pass_of<S>(*p, packs));
+    return SPECTRALX_LAUNCH((normalize<S, decltype(n)::value>), grid, kTile, 0,
+                            static_cast<cudaStream_t>(stream), pass_of<S>(*p, packs));
   });
 }
 
 int spectralx_norm_sums(const SpectralxNorm* p, void* parts, void* sums, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const int64_t count = spectralx_moment_parts(p->rows);
-  return with_packs(p->type, p->channels, aligned(*p), [&](auto tag, auto n) {
+  const auto run = [&](auto tag, auto n, int packs, dim3 grid) {
     using S = decltype(tag);
     using W = Wide<S>;
     constexpr int N = decltype(n)::value;
-    const int packs = packs_of(ceil_div(p->channels, N));
     if (count > 0) {
-      const int error = SPECTRALX_LAUNCH(
-          (norm_parts<S, N>), grid_of(p->channels, N, packs, count), kTile,
-          2 * kTile * N * sizeof(W), on, pass_of<S>(*p, packs), ceil_div(p->rows, count),
-          static_cast<W*>(parts));
+      const int error = SPECTRALX_LAUNCH((norm_parts<S, N>), grid, kTile,
+                                         2 * kTile * N * sizeof(W), on, pass_of<S>(*p, packs),
+                                         ceil_div(p->rows, count), as<W>(parts));
       if (error != 0) return error;
     }
     const int width = static_cast<int>(2 * p->channels);
-    return SPECTRALX_LAUNCH((channel_total<W>), static_cast<unsigned>(ceil_div(width, kTile)), kTile,
-                            0, on, static_cast<const W*>(parts), static_cast<int>(count), width,
-                            static_cast<W*>(sums));
-  });
+    return SPECTRALX_LAUNCH((channel_total<W>), blocks_of(width, kTile), kTile, 0, on,
+                            static_cast<const W*>(parts), static_cast<int>(count), width, as<W>(sums));
+  };
+  return over_rows(p->type, p->channels, count, aligned(*p), run);
 }
 
 int spectralx_norm_gradient(const SpectralxNorm* p, void* stream) {
-  if (p->rows == 0) return 0;
-  const auto on = static_cast<cudaStream_t>(stream);
-  return with_packs(p->type, p->channels, aligned(*p), [&](auto tag, auto n) {
+  return pass_over(*p, [&](auto tag, auto n, int packs, dim3 grid) {
     using S = decltype(tag);
-    constexpr int N = decltype(n)::value;
-    const int packs = packs_of(ceil_div(p->channels, N));
-    return SPECTRALX_LAUNCH((norm_gradient<S, N>),
-                            grid_of(p->channels, N, packs, ceil_div(p->rows, int64_t(kNormRows))),
-                            kTile, 0, on, pass_of<S>(*p, packs));
+    return SPECTRALX_LAUNCH((norm_gradient<S, decltype(n)::value>), grid, kTile, 0,
+                            static_cast<cudaStream_t>(stream), pass_of<S>(*p, packs));
   });
 }
 }
