@@ -19,6 +19,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.aomoa import ops, reference
 from spectralx_kernels.hypert import attention, stem
+from spectralx_kernels.reconstruction import masking
+from spectralx_kernels.reconstruction import reference as reconstruction_reference
 from spectralx_kernels.refine import ops as refine
 from spectralx_kernels.upsample import convolution, norm, prediction
 from spectralx_kernels.upsample import reference as upsample_reference
@@ -27,6 +29,8 @@ from tests.cuda_on_cpu.test_aomoa import CASES, draw, upstream
 from tests.kernels.hypert.test_stem import CASES as CASES_OF_STEM
 from tests.kernels.hypert.test_stem import stem_args
 from tests.kernels.ladder import relative_error
+from tests.kernels.reconstruction.test_losses import CASES as LOSSES
+from tests.kernels.reconstruction.test_masking import MOVES
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -217,6 +221,13 @@ def check_operator(operator: Operator, arguments: tuple[Any, ...], needed: list[
     return passed
 
 
+def check_gradients(operator: Operator, arguments: tuple[Any, ...]) -> list[bool]:
+    """`check_operator` with all gradients needed, then that of each argument alone."""
+    count = len(arguments)
+    needed = [[True] * count, *([i == only for i in range(count)] for only in range(count))]
+    return [check_operator(operator, arguments, each) for each in needed]
+
+
 def check_refine() -> list[bool]:
     """The Are-adapter's operators."""
     results = []
@@ -236,11 +247,27 @@ def check_refine() -> list[bool]:
             (refine.GATHER_NORM_MIX, (tokens, match, *norm, mixing, 1e-5)),
             (refine.ADD_WEIGHTED, (tokens, *weights, scale)),
         ):
-            count = len(arguments)
-            results.append(check_operator(operator, arguments, [True] * count))
-            for only in range(count):
-                needed = [i == only for i in range(count)]
-                results.append(check_operator(operator, arguments, needed))
+            results += check_gradients(operator, arguments)
+    return results
+
+
+def check_reconstruction() -> list[bool]:
+    """Masking, moves of tokens and the losses; masks of every type."""
+    results = []
+    for keep, shape in ((3, (2, 37)), (0, (2, 5)), (2, (0, 4))):
+        noise = torch.rand(shape, dtype=torch.float64)
+        found = call(masking.RANDOM_MASKING.name, noise, keep)
+        expected = reconstruction_reference.random_masking(noise, keep)
+        results.append(all(map(torch.equal, found, expected)))
+    for operator, arguments in (*MOVES.values(), *LOSSES.values()):
+        results += check_gradients(operator, arguments)
+    for operator, arguments in LOSSES.values():
+        none = tuple(a[:0] if isinstance(a, Tensor) else a for a in arguments)
+        results.append(check_operator(operator, none, [True] * len(none)))
+    prediction, images, mask, patch, normalize = LOSSES["patch"][1]
+    for kind in (torch.bool, torch.uint8, torch.int16, torch.int64, torch.float32, torch.bfloat16):
+        given = (prediction, images, mask.to(kind), patch, normalize)
+        results.append(check_operator(LOSSES["patch"][0], given, [True, True, *[False] * 3]))
     return results
 
 
@@ -347,7 +374,7 @@ def main() -> int:
         results.append(check_stem(args, [True] * 13))
         results += [check_stem(args, [i == only for i in range(13)]) for only in range(11)]
     results.append(check_stem(stem_args(batch=0), [True] * 13))
-    results += check_refine()
+    results += check_refine() + check_reconstruction()
     results += [
         check_moments(by_taps, last, batch)
         for by_taps in (False, True)

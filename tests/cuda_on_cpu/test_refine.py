@@ -15,6 +15,16 @@ from tests.cuda_on_cpu.build import ROOT, compile_cuda, compiler, load
 from tests.cuda_on_cpu.device import TYPE_CODES, Device
 from tests.cuda_on_cpu.structure import structure
 from tests.kernels.ladder import relative_error
+from tests.kernels.refine.cases import (
+    GATHERS,
+    MATCHES,
+    SCALE,
+    WEIGHTED,
+    check_best,
+    draw,
+    gathering,
+    weighing,
+)
 from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, ROUND_OFF
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -23,24 +33,6 @@ FOLDER = ROOT / "csrc" / "cuda" / "refine"
 Match = structure(FOLDER / "kernels.h", "SpectralxMatch")
 Rows = structure(FOLDER / "kernels.h", "SpectralxRows")
 Weigh = structure(FOLDER / "kernels.h", "SpectralxWeigh")
-# batch, queries, keys, width
-MATCHES = {
-    "tiles left over": (2, 37, 70, 19),
-    "several splits": (1, 20, 600, 8),
-    "deep": (1, 17, 33, 130),
-    "one query": (1, 1, 40, 16),
-    "one key": (2, 70, 1, 24),
-    "no keys": (2, 3, 0, 4),
-}
-# batch, tokens, width, keys
-GATHERS = {
-    "odd": (2, 5, 19, 37),
-    "packs": (2, 19, 64, 33),
-    "wide": (1, 3, 300, 5),
-    "one of each": (1, 1, 3, 1),
-    "no keys": (2, 3, 8, 0),
-    "no images": (0, 3, 8, 5),
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +42,6 @@ def library() -> ctypes.CDLL:
     loaded.spectralx_match_splits.restype = ctypes.c_int64
     loaded.spectralx_norm_blocks.restype = ctypes.c_int64
     return loaded
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -67,11 +54,11 @@ def bind(arguments: ctypes.Structure, **tensors: Tensor | None) -> None:
             setattr(arguments, name, tensor.data_ptr())
 
 
-def match(library: ctypes.CDLL, queries: Tensor, keys: Tensor, scale: float = 0.3) -> Tensor:
+def match(library: ctypes.CDLL, queries: Tensor, keys: Tensor) -> Tensor:
     device, (batch, rows, width), count = Device(library), queries.shape, keys.shape[1]
     arguments = Match(
         type=TYPE_CODES[queries.dtype], batch=batch, rows=rows, count=count, width=width,
-        scale=scale,
+        scale=SCALE,
     )  # fmt: skip
     splits = library.spectralx_match_splits(ctypes.byref(arguments))
     assert splits <= 8
@@ -89,12 +76,7 @@ def test_match(library: ctypes.CDLL, case: str, dtype: torch.dtype) -> None:
     batch, rows, count, width = MATCHES[case]
     queries, keys = draw(batch, rows, width).to(dtype), draw(batch, count, width, seed=1).to(dtype)
     found = match(library, queries, keys)
-    scores = 0.3 * queries.double() @ keys.double().mT
-    value = scores - scores.logsumexp(dim=2, keepdim=True)
-    if count:
-        assert int(found.min()) >= 0
-        gap = value.max(dim=1).values - value.gather(1, found[:, None])[:, 0]
-        assert float(gap.max()) <= 4 * ROUND_OFF[wide(dtype)] * float(scores.abs().max())
+    check_best(found, queries, keys)
     twice = match(library, torch.cat([queries, queries], dim=1), keys)
     assert torch.equal(twice, found)  # ties go to the first
 
@@ -107,7 +89,7 @@ def test_infinities_and_nan_as_in_the_reference(library: ctypes.CDLL, value: flo
             queries[0, 17, 1] = value
         if where != "queries":
             keys[0, 50, 1] = value
-        expected = reference.match_argmax(queries, keys, 0.3)
+        expected = reference.match_argmax(queries, keys, SCALE)
         assert torch.equal(match(library, queries, keys), expected), where
 
 
@@ -117,16 +99,14 @@ class Gather:
     def __init__(self, library: ctypes.CDLL, case: str, dtype: torch.dtype) -> None:
         batch, count, width, keys = GATHERS[case]
         self.device, self.dtype, self.shape = Device(library), dtype, GATHERS[case]
-        self.whole = draw(batch, count, 2 * width).to(dtype)
-        self.tokens = self.whole[..., width:]
-        generator = torch.Generator().manual_seed(keys)
-        self.match = torch.randint(count, (batch, keys), generator=generator)
-        self.norm = [(1 + 0.1 * draw(width)).to(dtype), (0.1 * draw(width, seed=1)).to(dtype)]
-        put = self.device.put(self.whole)
+        tokens, self.match, *norm, eps = gathering(*GATHERS[case], None)
+        self.tokens, *self.norm = (value.to(dtype) for value in (tokens, *norm))
+        whole = torch.cat([draw(batch, count, width).to(dtype), self.tokens], dim=-1)
+        put = self.device.put(whole)
         assert put is not None
         self.arguments = Rows(
             type=TYPE_CODES[dtype], batch=batch, count=count, keys=keys, width=width,
-            by_image=2 * count * width, by_row=2 * width, eps=1e-5,
+            by_image=2 * count * width, by_row=2 * width, eps=eps,
             tokens=put.data_ptr() + width * put.element_size(),
         )  # fmt: skip
         self.alive = [put, *(self.device.put(value) for value in self.norm)]
@@ -214,13 +194,12 @@ def test_sums_by_token_and_over_images(library: ctypes.CDLL, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("shape", [(3, 19, 64), (1, 1, 2), (2, 3, 0), (2, 5, 70)], ids=str)
+@pytest.mark.parametrize("shape", WEIGHTED, ids=str)
 def test_weighted_halves(
     library: ctypes.CDLL, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     device, (batch, count, width) = Device(library), shape
-    args = [draw(*shape), draw(batch, count, seed=1), draw(batch, count, seed=2), draw(seed=3)]
-    args = [arg.to(dtype) for arg in args]
+    args = [arg.to(dtype) for arg in weighing(*shape)]
     grad = draw(*shape, seed=4).to(dtype)
     results = {}
     for name, type_ in (("exact", torch.float64), ("plain", dtype)):
@@ -238,8 +217,6 @@ def test_weighted_halves(
     device.run("spectralx_weigh", ctypes.byref(arguments))
     bind(arguments, tokens_grad=of_tokens)
     device.run("spectralx_weigh_backward", ctypes.byref(arguments))
-    if not width:
-        return
     found = [out, of_tokens, *of_weights, parts.sum()]
     for i, (value, exact, plain) in enumerate(
         zip(found, results["exact"], results["plain"], strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,15 +17,19 @@ from spectralx_kernels import (
     random_masking,
     restore_tokens,
     upsampled_l1_loss,
+    use_backend,
 )
+from spectralx_kernels.reconstruction.masking import RANDOM_MASKING
 from spectralx_kernels.reconstruction.ops import MASKED_PATCH_LOSS
-from tests.gpu.watching import no_synchronisation
+from tests.gpu.watching import kernels, no_synchronisation
 from tests.kernels import ladder
 from tests.kernels.reconstruction.test_losses import CASES, LARGE, bits, draw
 from tests.kernels.reconstruction.test_masking import MOVES
 
 OPERATOR = MASKED_PATCH_LOSS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Launches of CUDA C++, forward and backward: what a small batch waits for.
+LAUNCHES = {"masking": 1, "gather": 2, "restore": 3, "patch": 4, "l1": 3, "band": 5}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,6 +44,51 @@ def test_losses(case: str, dtype: torch.dtype) -> None:
 def test_moves(case: str, dtype: torch.dtype) -> None:
     operator, args = MOVES[case]
     ladder.check_accuracy(operator, args, dtype, "cuda")
+
+
+def differentiated(
+    run: Callable[[], Tensor], wanted: list[Tensor], upstream: Tensor
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(run(), wanted, upstream)
+
+
+def test_launches(backend: str) -> None:
+    if backend != "cuda":
+        pytest.skip("counted for CUDA C++")
+    leaves = inputs(torch.float32, last=False)
+    images, noise = draw(2, 5, 48, 48).float().cuda(), torch.rand(2, 9, device="cuda")
+    ids_keep, mask, ids_restore = random_masking(noise, 2, backend=backend)
+    visible = draw(2, 2, 70).float().cuda().requires_grad_()
+    patches, high, low = leaves["patches"], leaves["high"], leaves["low"]
+    results: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
+        "gather": (lambda: gather_tokens(leaves["tokens"], ids_keep), [leaves["tokens"]]),
+        "restore": (
+            lambda: restore_tokens(visible, ids_restore, leaves["mask_token"]),
+            [visible, leaves["mask_token"]],
+        ),
+        "patch": (lambda: masked_patch_loss(patches, images, mask, 16), [patches]),
+        "l1": (lambda: upsampled_l1_loss(high, images), [high]),
+        "band": (lambda: band_reconstruction_loss(high, low, images, mask), [high, low]),
+    }
+    found = {"masking": kernels(lambda: RANDOM_MASKING(noise, 2, backend=backend))}
+    for name, (run, wanted) in results.items():
+        with use_backend(backend):
+            upstream = torch.ones_like(run())
+            found[name] = kernels(partial(differentiated, run, wanted, upstream))
+    assert {name: len(names) for name, names in found.items()} == LAUNCHES, found
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float64]
+)
+def test_masks_of_any_type(kind: torch.dtype, backend: str) -> None:
+    leaves = inputs(torch.float32, last=False)
+    images, mask = draw(2, 5, 48, 48).float().cuda(), bits(2, 9).float().cuda()
+    results = [
+        masked_patch_loss(leaves["patches"], images, given, 16, backend=backend)
+        for given in (mask, mask.to(kind))
+    ]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 196, 1000])

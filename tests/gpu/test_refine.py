@@ -17,8 +17,16 @@ from tests.golden.golden import FOLDER
 from tests.gpu.test_aomoa import CudaGolden
 from tests.gpu.watching import kernels, no_synchronisation
 from tests.kernels import ladder
-from tests.kernels.refine.test_kernels import GATHERS, MATCHES, gathering, weighing
-from tests.kernels.refine.test_ops import draw
+from tests.kernels.refine.cases import (
+    GATHERS,
+    MATCHES,
+    SCALE,
+    WEIGHTED,
+    check_best,
+    draw,
+    gathering,
+    weighing,
+)
 from tests.tolerances import ROUND_OFF
 
 OPERATOR = MATCH
@@ -40,14 +48,7 @@ def test_match(size: str, dtype: torch.dtype, backend: str) -> None:
     """Each key's query is the best in float64, to round-off of the scores."""
     batch, rows, count, width = MORE_MATCHES[size]
     queries, keys = draw(batch, rows, width).to(dtype), draw(batch, count, width, seed=1).to(dtype)
-    found = MATCH(queries.cuda(), keys.cuda(), 0.3, backend=backend).cpu()
-    assert found.shape == (batch, count)
-    if found.numel():
-        scores = 0.3 * queries.double() @ keys.double().mT
-        value = scores - scores.logsumexp(dim=2, keepdim=True)
-        gap = value.max(dim=1).values - value.gather(1, found[:, None])[:, 0]
-        bound = 4 * ROUND_OFF[torch.float32] * float(scores.abs().max().clamp_min(1.0))
-        assert float(gap.max()) <= bound
+    check_best(MATCH(queries.cuda(), keys.cuda(), SCALE, backend=backend).cpu(), queries, keys)
 
 
 def test_equal_queries_go_to_the_first(backend: str) -> None:
@@ -77,7 +78,7 @@ def test_gathers(size: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 19, 70), (1, 1, 2), (0, 3, 4), (2, 196, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [*WEIGHTED, (2, 196, 1024)], ids=str)
 def test_weighted_halves(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     ladder.check_accuracy(ADD_WEIGHTED, weighing(*shape), dtype, "cuda")
 

@@ -17,21 +17,16 @@ using at::Tensor;
 using namespace spectralx::cpu;
 namespace reconstruction = spectralx::reconstruction;
 
-using Grads = c10::List<std::optional<Tensor>>;
-using Wanted = c10::List<bool>;
+using reconstruction::Grads;
+using reconstruction::Wanted;
 
 // The incoming gradient; none is 0.
 double upstream_of(const Grads& output_grads) {
-  TORCH_CHECK(output_grads.size() == 1, "output_grads: got ", output_grads.size(), ", expected 1");
-  const std::optional<Tensor> grad = output_grads[0];
-  return grad.has_value() && grad->defined() ? grad->item<double>() : 0;
+  const Tensor grad = reconstruction::upstream_of(output_grads);
+  return grad.defined() ? grad.item<double>() : 0;
 }
 
-Tensor weights_of(const Tensor& mask, int64_t batch, int64_t cells) {
-  TORCH_CHECK_VALUE(mask.sizes() == at::IntArrayRef({batch, cells}), "mask: got shape ",
-                    mask.sizes(), ", expected [", batch, ", ", cells, "]");
-  return mask.to(at::kDouble).contiguous();
-}
+Tensor weights_of(const Tensor& mask) { return mask.to(at::kDouble).contiguous(); }
 
 double divisor_of(const Tensor& weights) {
   const double count = weights.sum().item<double>();
@@ -70,13 +65,6 @@ Tensor gradient_of(ErrorPass pass, const Make& make, double factor, bool wide) {
   return pass.gradient;
 }
 
-// In the type and with the strides of the input.
-Tensor laid_out(const Tensor& grad, const Tensor& like) {
-  const Tensor out = at::empty_like(like);
-  if (grad.scalar_type() == out.scalar_type() && grad.strides() == out.strides()) return grad;
-  return out.copy_(grad);
-}
-
 // ---------------------------------------------------------------------------------------------
 
 struct PatchLoss {
@@ -89,20 +77,12 @@ struct PatchLoss {
   PatchLoss(const Tensor& prediction, const Tensor& images_, const Tensor& mask, int64_t patch_,
             bool normalize_)
       : images(images_.contiguous()), patch(patch_), normalize(normalize_) {
-    TORCH_CHECK_VALUE(images.dim() == 4 && patch > 0 && images.size(2) % patch == 0 &&
-                          images.size(3) % patch == 0 && images.size(1) > 0,
-                      "images: got shape ", images.sizes(), ", expected [batch, bands, height, ",
-                      "width] of multiples of ", patch);
+    reconstruction::check_patches(prediction, images, mask, patch);
     pass.pixels = {Layout::kPatches, images.size(0), images.size(1), images.size(2),
                    images.size(3),   patch,          patch};
-    const int64_t values = patch * patch * images.size(1);
-    TORCH_CHECK_VALUE(prediction.sizes() ==
-                          at::IntArrayRef({images.size(0), pass.pixels.cells(), values}),
-                      "prediction: got shape ", prediction.sizes(), ", expected [", images.size(0),
-                      ", ", pass.pixels.cells(), ", ", values, "]");
-    length = static_cast<double>(values);
+    length = static_cast<double>(patch * patch * images.size(1));
     pass.prediction = prediction.contiguous();
-    pass.weight = weights_of(mask, images.size(0), pass.pixels.cells());
+    pass.weight = weights_of(mask);
   }
 
   template <typename T>
@@ -124,37 +104,19 @@ std::vector<Tensor> masked_patch_loss_backward(const Grads& output_grads, const 
                                                at::TensorList /*saved*/, const Wanted& wanted) {
   const double upstream = upstream_of(output_grads);
   const PatchLoss loss(prediction, images, mask, patch, normalize);
-  std::vector<Tensor> grads;
-  if (wanted[0] || wanted[1]) {
-    const double factor = upstream / (loss.length * divisor_of(loss.pass.weight));
-    const Tensor grad = gradient_of(loss.pass, loss, factor, wanted[1]);
-    if (wanted[0]) grads.push_back(laid_out(grad, prediction));
-    if (wanted[1]) {
-      grads.push_back(laid_out(
-          reconstruction::of_patches(grad, loss.images, patch, normalize, kPatchNormEpsilon),
-          images));
-    }
-  }
-  if (wanted[2]) {
-    const Tensor errors = errors_of(loss.pass, loss, true) / loss.length;
-    grads.push_back(
-        laid_out(reconstruction::of_mask(errors, loss.pass.weight) * upstream, mask));
-  }
-  return grads;
+  return reconstruction::patch_gradients(
+      wanted, prediction, images, mask, patch, normalize,
+      [&] {
+        const double factor = upstream / (loss.length * divisor_of(loss.pass.weight));
+        return gradient_of(loss.pass, loss, factor, wanted[1]);
+      },
+      [&] {
+        const Tensor errors = errors_of(loss.pass, loss, true) / loss.length;
+        return reconstruction::of_mask(errors, loss.pass.weight) * upstream;
+      });
 }
 
 // ---------------------------------------------------------------------------------------------
-
-void check_maps(const char* name, const Tensor& map, const Tensor& images) {
-  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) > 0 && images.size(2) > 0 &&
-                        images.size(3) > 0,
-                    "images: got shape ", images.sizes(),
-                    ", expected [batch, bands, height, width] of at least 1");
-  TORCH_CHECK_VALUE(map.dim() == 4 && map.size(0) == images.size(0) &&
-                        map.size(1) == images.size(1) && map.size(2) > 0 && map.size(3) > 0,
-                    name, ": got shape ", map.sizes(), ", expected [", images.size(0), ", ",
-                    images.size(1), ", height, width] of at least 1");
-}
 
 struct L1Loss {
   Tensor images;
@@ -162,7 +124,7 @@ struct L1Loss {
   int64_t height, width;
 
   L1Loss(const Tensor& prediction, const Tensor& images_) : images(images_.contiguous()) {
-    check_maps("prediction", prediction, images);
+    reconstruction::check_map("prediction", prediction, images);
     // Enough cells for the threads, few enough that a source row is seldom read twice.
     constexpr int64_t kRows = 32;
     height = prediction.size(2), width = prediction.size(3);
@@ -192,13 +154,9 @@ std::vector<Tensor> upsampled_l1_loss_backward(const Grads& output_grads, const 
                                                const Wanted& wanted) {
   const double upstream = upstream_of(output_grads);
   const L1Loss loss(prediction, images);
-  std::vector<Tensor> grads;
-  const Tensor grad = gradient_of(loss.pass, loss, upstream / loss.divisor(), wanted[1]);
-  if (wanted[0]) grads.push_back(laid_out(grad, prediction));
-  if (wanted[1]) {
-    grads.push_back(laid_out(reconstruction::of_resized(grad, images.sizes()), images));
-  }
-  return grads;
+  return reconstruction::resized_gradients(wanted, prediction, images, [&] {
+    return gradient_of(loss.pass, loss, upstream / loss.divisor(), wanted[1]);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -210,21 +168,15 @@ struct BandLoss {
   BandLoss(const Tensor& high_, const Tensor& low_, const Tensor& images_, const Tensor& mask,
            at::IntArrayRef grid, at::IntArrayRef base_size)
       : images(images_.contiguous()) {
-    TORCH_CHECK_VALUE(grid.size() == 2 && grid[0] > 0 && grid[1] > 0, "grid: got ", grid,
-                      ", expected two sizes of at least 1");
-    TORCH_CHECK_VALUE(base_size.size() == 2 && base_size[0] > 0 && base_size[1] > 0,
-                      "base_size: got ", base_size, ", expected two sizes of at least 1");
-    weight = weights_of(mask, images.size(0), grid[0] * grid[1]);
-    high = pass_over("high", high_, grid);
-    low = pass_over("low", low_, grid);
+    reconstruction::check_bands(high_, low_, images, mask, grid, base_size);
+    weight = weights_of(mask);
+    high = pass_over(high_, grid);
+    low = pass_over(low_, grid);
     make_base(base_size);
   }
 
-  ErrorPass pass_over(const char* name, const Tensor& prediction, at::IntArrayRef grid) const {
-    check_maps(name, prediction, images);
+  ErrorPass pass_over(const Tensor& prediction, at::IntArrayRef grid) const {
     const int64_t height = prediction.size(2), width = prediction.size(3);
-    TORCH_CHECK_VALUE(height % grid[0] == 0 && width % grid[1] == 0, name, ": got size [", height,
-                      ", ", width, "], expected multiples of ", grid);
     ErrorPass pass{};
     pass.prediction = prediction;
     const Layout layout = layout_of(pass.prediction);
@@ -300,30 +252,22 @@ std::vector<Tensor> band_reconstruction_loss_backward(
     const Wanted& wanted) {
   const double upstream = upstream_of(output_grads);
   const BandLoss loss(high, low, images, mask, grid, base_size);
-  const double factor = upstream / divisor_of(loss.weight);
-  std::vector<Tensor> grads;
-  Tensor high_grad, low_grad;
-  if (wanted[0] || wanted[2]) {
-    high_grad = gradient_of(loss.high, loss.high_target(), factor / BandLoss::pixels(loss.high),
-                            wanted[2]);
-  }
-  if (wanted[1] || wanted[2]) {
-    low_grad = gradient_of(loss.low, loss.low_target(), factor / BandLoss::pixels(loss.low),
-                           wanted[2]);
-  }
-  if (wanted[0]) grads.push_back(laid_out(high_grad, high));
-  if (wanted[1]) grads.push_back(laid_out(low_grad, low));
-  if (wanted[2]) {
-    const Tensor grad = reconstruction::of_bands(high_grad.contiguous(),
-                                                 low_grad.contiguous().to(high_grad.scalar_type()),
-                                                 images, base_size);
-    grads.push_back(laid_out(grad, images));
-  }
-  if (wanted[3]) {
-    grads.push_back(
-        laid_out(reconstruction::of_mask(loss.errors(true), loss.weight) * upstream, mask));
-  }
-  return grads;
+  const auto gradients = [&](bool of_high, bool of_low) {
+    const double factor = upstream / divisor_of(loss.weight);
+    Tensor high_grad, low_grad;
+    if (of_high) {
+      high_grad = gradient_of(loss.high, loss.high_target(), factor / BandLoss::pixels(loss.high),
+                              wanted[2]);
+    }
+    if (of_low) {
+      low_grad = gradient_of(loss.low, loss.low_target(), factor / BandLoss::pixels(loss.low),
+                             wanted[2]);
+    }
+    return std::pair(high_grad, low_grad);
+  };
+  return reconstruction::band_gradients(
+      wanted, high, low, images, mask, base_size, gradients,
+      [&] { return reconstruction::of_mask(loss.errors(true), loss.weight) * upstream; });
 }
 
 }  // namespace

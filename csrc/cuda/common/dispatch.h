@@ -27,6 +27,14 @@ auto with_type(int type, Run run) {
   }
 }
 
+// Null is on 16 bytes too.
+inline bool on_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Blocks for `count`, of which one takes `each`.
+inline unsigned blocks_of(int64_t count, int64_t each) {
+  return static_cast<unsigned>(ceil_div(count, each));
+}
+
 constexpr int64_t kSharedBudget = 96 * 1024;  // two blocks on an H100's multiprocessor
 constexpr int64_t kSharedLimit = 160 * 1024;  // one block on an A100's
 constexpr int kInvalidValue = 1;              // cudaErrorInvalidValue

@@ -18,8 +18,6 @@ int packs_of(int64_t packs) {
   return width;
 }
 
-bool on_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 dim3 grid_of(int64_t channels, int64_t n, int packs, int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks),
               static_cast<unsigned>(ceil_div(ceil_div(channels, n), packs)));

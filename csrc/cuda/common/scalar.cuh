@@ -73,6 +73,19 @@ __device__ __forceinline__ W warp_sum(W value) {
   return value;
 }
 
+// Over the block's warps, in a fixed order; every thread gets it. `scratch`: a value a warp, which may
+// be used again at once.
+template <typename W>
+__device__ __forceinline__ W block_sum(W value, W* scratch) {
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  W sum = 0;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp) sum += scratch[warp];
+  __syncthreads();
+  return sum;
+}
+
 // 16 bytes of T; consecutive lanes take consecutive packs.
 template <typename T>
 struct alignas(16) Pack {

@@ -7,8 +7,6 @@ namespace {
 
 using namespace spectralx::cuda;
 
-bool on_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 template <typename S>
 NormedRows<S> rows_of(const SpectralxRows& p) {
   constexpr int64_t kSize = Pack<S>::kSize;
@@ -26,14 +24,10 @@ NormedRows<S> rows_of(const SpectralxRows& p) {
 
 template <typename S>
 Halves<S> halves_of(const SpectralxWeigh& p) {
-  const bool aligned = on_16(p.tokens) && (p.grad == nullptr || on_16(p.grad));
+  const bool aligned = on_16(p.tokens) && on_16(p.grad);
   return {as<S>(p.tokens), as<S>(p.spatial),    as<S>(p.spectral),
           as<S>(p.scale),  2 * p.tokens_count,  static_cast<int>(p.half),
           aligned && p.half % Pack<S>::kSize == 0};
-}
-
-unsigned blocks_of(int64_t count, int64_t each) {
-  return static_cast<unsigned>(ceil_div(count, each));
 }
 
 }  // namespace

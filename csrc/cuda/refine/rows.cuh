@@ -1,14 +1,13 @@
 // Rows of tokens: layer norm at gathered places and back, sums by token, the weighted halves. A warp
 // takes a row where a row is summed, a thread a column where columns are.
 #pragma once
-#include "cuda/common/scalar.cuh"
+#include "cuda/common/matches.cuh"
 
 namespace spectralx::cuda {
 
 constexpr int kRowWarps = 8;
 constexpr int kRowThreads = 32 * kRowWarps;
 constexpr int kNormRows = 2 * kRowWarps;  // of a block of norm_rows_backward
-constexpr int kColumnThreads = 128;
 
 // tokens [B, count, width] by strides, weight and bias of the norm.
 template <typename S>
@@ -106,26 +105,15 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // summed [B, count, columns] = for each token the sum of the rows of from that match it. A block takes
-// a token and kColumnThreads columns; a warp looks at 32 keys at once.
+// a token and kColumnThreads columns.
 template <typename S, typename O>
 __global__ void __launch_bounds__(kColumnThreads)
     sum_by_token(const S* from, int64_t by_image, const int64_t* match, int count, int keys,
                  int columns, O* summed) {
-  using W = Wide<S>;
   const int64_t image = blockIdx.x / count;
-  const int token = blockIdx.x % count, lane = threadIdx.x % 32;
   const int column = blockIdx.y * kColumnThreads + threadIdx.x;
-  from += image * by_image;
-  match += image * keys;
-  W sum = 0;
-  for (int k0 = 0; k0 < keys; k0 += 32) {
-    unsigned votes =
-        __ballot_sync(0xffffffffu, k0 + lane < keys && match[min(k0 + lane, keys - 1)] == token);
-    for (; votes != 0; votes &= votes - 1) {  // the lowest first
-      const int key = k0 + __popc((votes & (0u - votes)) - 1);
-      if (column < columns) sum += wide(from[int64_t(key) * columns + column]);
-    }
-  }
+  const Wide<S> sum = sum_of_matches(from + image * by_image, match + image * keys, keys,
+                                     static_cast<int>(blockIdx.x % count), columns, column);
   if (column < columns) summed[int64_t(blockIdx.x) * columns + column] = narrow<O>(sum);
 }
 

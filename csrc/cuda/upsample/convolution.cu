@@ -76,8 +76,6 @@ Tiling sum_tiling(const SpectralxConvolution& p, int64_t n) {
                    1);
 }
 
-bool on_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 template <typename S>
 Map<S> map_of(S* data, int64_t image, int64_t channel, int64_t row, int64_t column) {
   constexpr int64_t kSize = Pack<S>::kSize;

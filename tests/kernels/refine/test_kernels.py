@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,66 +15,26 @@ from spectralx_kernels import _backends
 from spectralx_kernels.refine import reference
 from spectralx_kernels.refine.ops import ADD_WEIGHTED, GATHER_NORM, GATHER_NORM_MIX, MATCH
 from tests.kernels import ladder
-from tests.kernels.refine.test_ops import draw
-from tests.tolerances import ROUND_OFF
+from tests.kernels.refine.cases import (
+    GATHERS,
+    MATCHES,
+    SCALE,
+    WEIGHTED,
+    check_best,
+    draw,
+    gathering,
+    weighing,
+)
 
 ROOT = Path(__file__).parents[3]
 OPERATOR = MATCH  # whose backends `backend` names
-# batch, queries, keys, width: less than a tile, several with something left over, one of each
-MATCHES = {
-    "small": (2, 5, 7, 3),
-    "several tiles": (2, 83, 150, 37),
-    "one vector over": (1, 49, 65, 16),
-    "one query": (1, 1, 40, 8),
-    "one key": (2, 70, 1, 24),
-    "no keys": (2, 3, 0, 4),
-    "no images": (0, 3, 5, 4),
-    "no width": (1, 3, 5, 0),
-}
-
-
-def gathering(batch: int, count: int, width: int, keys: int, mixed: int | None) -> list[Any]:
-    """Arguments of `gather_norm` or, with `mixed`, `gather_norm_mix`: tokens are a strided half."""
-    match = torch.randint(count, (batch, keys), generator=torch.Generator().manual_seed(keys))
-    if keys > 3:
-        match[:, 2:] = match[:, 2:].clamp(max=count // 2)  # tokens that no key takes
-    mixing = [] if mixed is None else [draw(mixed, keys) / max(keys, 1) ** 0.5]
-    norm = [1 + 0.1 * draw(width), 0.1 * draw(width, seed=1)]
-    return [draw(batch, count, 2 * width)[..., :width], match, *norm, *mixing, 1e-5]
-
-
-GATHERS: dict[str, tuple[int, int, int, int]] = {
-    "small": (2, 5, 3, 7),
-    "several tiles": (2, 37, 70, 45),
-    "wide": (1, 5, 700, 9),
-    "one of each": (1, 1, 3, 1),
-    "no keys": (2, 3, 4, 0),
-    "no images": (0, 3, 4, 5),
-}
-
-
-def weighing(batch: int, count: int, width: int) -> list[Any]:
-    """Arguments of `add_weighted_halves`."""
-    weights = draw(batch, count, seed=1), draw(batch, count, seed=2)
-    return [draw(batch, count, width), *weights, draw(seed=3)]
 
 
 def check_match(queries: Tensor, keys: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Each key's query is the best in float64, to round-off of the scores."""
+    """The index itself, once it has been checked."""
     queries, keys = queries.to(dtype), keys.to(dtype)
-    found: Tensor = MATCH(queries, keys, 0.3, backend=backend)
-    assert found.dtype == torch.int64
-    scores = 0.3 * queries.double() @ keys.double().mT
-    value = scores - scores.logsumexp(dim=2, keepdim=True)
-    assert found.shape == keys.shape[:2]
-    if found.numel():
-        assert int(found.min()) >= 0
-        assert int(found.max()) < queries.shape[1]
-        chosen = value.gather(1, found[:, None])[:, 0]
-        scale = float(scores.abs().max().clamp_min(1.0))
-        gap = float((value.max(dim=1).values - chosen).max())
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        assert gap <= 4 * ROUND_OFF[wide] * scale
+    found: Tensor = MATCH(queries, keys, SCALE, backend=backend)
+    check_best(found, queries, keys)
     return found
 
 
@@ -98,7 +57,7 @@ def test_gathers(size: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_weighted_halves(dtype: torch.dtype) -> None:
-    for shape in ((2, 19, 70), (1, 1, 2), (0, 3, 4), (2, 0, 6), (1, 3, 2600)):
+    for shape in WEIGHTED:
         ladder.check_accuracy(ADD_WEIGHTED, weighing(*shape), dtype)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from spectralx_kernels.refine import (
     add_weighted_halves,
@@ -19,12 +18,7 @@ from spectralx_kernels.refine import (
     ops,
 )
 from tests.kernels import ladder
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + math.prod(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+from tests.kernels.refine.cases import draw
 
 MATCH = torch.tensor([[3, 0, 0, 2, 3, 3], [1, 1, 1, 1, 1, 1]])
 NORM: list[Any] = [1 + 0.1 * draw(5), 0.1 * draw(5, seed=1)]
