@@ -218,7 +218,7 @@ def write_report(results: Sequence[TaskResult], folder: Path) -> None:
         "tasks": [result.as_dict() for result in results],
     }
     write_text(folder / "report.html", page.html())
-    write_text(folder / "report.md", "\n".join(markdown))
+    write_text(folder / "report.md", "\n\n".join(part.strip() for part in markdown) + "\n")
     write_text(folder / "classes.csv", classes_csv(results))
     write_text(folder / RESULTS, json.dumps(figures, indent=1) + "\n")
 
