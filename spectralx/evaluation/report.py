@@ -36,7 +36,7 @@ def summary_table(results: Sequence[TaskResult]) -> Table:
     """One row a task and test set: main figures at both sizes, published ones beside them."""
     headings = ["task", "test set", "seeds"]
     headings += ["mIoU, native size", "mIoU, model's size"]
-    headings += [f"{title}" for name, title in OVERALL.items() if name != "miou"]
+    headings += [title for name, title in OVERALL.items() if name != "miou"]
     headings += ["published mIoU"]
     rows = []
     for result in results:
