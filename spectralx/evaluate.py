@@ -159,7 +159,7 @@ def _errors(trained: Trained, options: dict[str, Any]) -> str:
 
 def _tables(results: Sequence[TaskResult]) -> str:
     """The summary and the classes of each task, for the terminal."""
-    each = [class_table(result, result.headline) for result in results]
+    each = [class_table(result) for result in results]
     titles = [f"\n{result.task}" for result in results]
     parts = [summary_table(results).plain()]
     for title, table in zip(titles, each, strict=True):

@@ -209,13 +209,13 @@ def comparison(
     parameters: Mapping[str, int],
     title: str,
 ) -> None:
-    """Scores of methods: bars of means with a point a seed, and means over trainable parameters.
+    """Scores of methods: bars of means with a point a seed, and means over what trains.
 
     Parameters
     ----------
     path : PNG file to write.
     scores : method -> one score a seed.
-    parameters : method -> number of trainable parameters.
+    parameters : method -> number of trainable parameters beside the decoder.
     title : what the scores are.
     """
     figure = Figure(figsize=(10.0, 3.8), dpi=_DPI, layout="constrained")
@@ -229,8 +229,9 @@ def comparison(
         right.plot(parameters[name], means[index], "o", color=colours[index], ms=7, label=name)
     left.set_ylabel(title, fontsize=9)
     left.tick_params(axis="x", rotation=25, labelsize=8)
-    right.set_xscale("log")
-    right.set_xlabel("trainable parameters, decoder included", fontsize=9)
+    right.set_xscale("symlog", linthresh=10_000)  # a frozen backbone has none
+    right.set_xlim(left=-1000)
+    right.set_xlabel("trainable parameters beside the decoder", fontsize=9)
     right.set_ylabel(title, fontsize=9)
     right.legend(fontsize=8)
     for axes in (left, right):

@@ -49,6 +49,11 @@ class Reached:
     device: str
 
     @property
+    def beside_decoder(self) -> int:
+        """Trainable parameters that are not of the decoder."""
+        return self.trainable - self.decoder
+
+    @property
     def target(self) -> float:
         """mIoU on all targets together; on the source where there are none."""
         return self.miou[list(self.miou)[-1]]
@@ -105,7 +110,7 @@ def method_table(results: Sequence[Reached]) -> Table:
                 str(len(group)),
                 *(Figure(tuple(one.miou[test] for one in group)).percent() for test in tests),
                 f"{group[0].trainable:,}",
-                f"{group[0].trainable - group[0].decoder:,}",
+                f"{group[0].beside_decoder:,}",
                 f"{seconds:.0f}",
                 f"{memory / 2**20:,.0f}",
             ]
@@ -158,7 +163,7 @@ def conditions(plan: Plan) -> list[str]:
     settings = plan.settings
 
     def length(name: str, run: RunSettings) -> str:
-        return f"{name}: {run.steps:,} steps of {run.batch_size} images"
+        return f"{name.replace('stage', 'stage ')}: {run.steps:,} steps of {run.batch_size} images"
 
     parts = {"stage1": settings.stage1.run, "stage2": settings.stage2.run}
     budget = "; ".join(length(stage, parts[stage]) for stage in plan.stages)
@@ -199,7 +204,7 @@ def runs_csv(results: Sequence[Reached]) -> str:
                 one.run.seed,
                 *(f"{one.miou[test]:.6f}" for test in tests),
                 one.trainable,
-                one.trainable - one.decoder,
+                one.beside_decoder,
                 f"{one.seconds:.1f}",
                 one.memory,
             ]
@@ -230,14 +235,17 @@ def write_report(plan: Plan) -> str:
     pictures.comparison(
         picture,
         {method.title: [100 * one.target for one in group] for method, group in groups.items()},
-        {method.title: group[0].trainable for method, group in groups.items()},
+        {method.title: group[0].beside_decoder for method, group in groups.items()},
         f"target mIoU (%), task {plan.settings.data.task}",
     )
     page = Page("Comparison of methods")
     page.items(notes)
     for table in tables:
         page.table(table)
-    page.picture(picture, "Each point is a seed, each bar the mean; right: over what trains.")
+    page.picture(
+        picture,
+        "Left: a point a seed, a bar the mean. Right: means over what trains beside the decoder.",
+    )
     markdown = ["# Comparison of methods", "".join(f"- {note}\n" for note in notes)]
     markdown += [table.markdown() for table in tables]
     figures = {
@@ -249,7 +257,7 @@ def write_report(plan: Plan) -> str:
         ],
     }
     write_text(plan.folder / f"{REPORT}.html", page.html())
-    write_text(plan.folder / f"{REPORT}.md", "\n".join(markdown))
+    write_text(plan.folder / f"{REPORT}.md", "\n\n".join(part.strip() for part in markdown) + "\n")
     write_text(plan.folder / f"{REPORT}.csv", runs_csv(results))
     write_text(plan.folder / f"{REPORT}.json", json.dumps(figures, indent=1) + "\n")
     return "\n\n".join(table.plain() for table in tables)

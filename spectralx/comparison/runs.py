@@ -30,6 +30,10 @@ from spectralx.settings import FROM_STAGE1, Settings
 
 PLAN = "comparison.json"
 PRETRAINING = "pretraining"
+_FREE = tuple(
+    f"settings.{key}"
+    for key in ("seed", "out", "data.workers", "trainer.progress", "trainer.log_every")
+)
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,8 @@ class Plan:
         ]
 
     def held(self) -> dict[str, Any]:
-        """What may not change between two calls for the same folder."""
-        settings = self.settings.as_dict()
-        for varies in ("seed", "out", "trainer"):
-            del settings[varies]
-        return {"settings": settings, "pretrain": self.pretrain}
+        """What is noted in the folder: but for `_FREE` it may not change between two calls."""
+        return {"settings": self.settings.as_dict(), "pretrain": self.pretrain}
 
 
 def finished(run: Run, stage: Stage) -> dict[str, Any] | None:
@@ -103,7 +104,7 @@ def _hold(plan: Plan) -> None:
     held = json.loads(json.dumps(plan.held()))
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = first_difference(held, before)
+        changed = first_difference(held, before, ignoring=_FREE)
         if changed is not None:
             raise InputError(
                 f"{changed.key.removeprefix('settings.')}: found {changed.one!r}; expected "

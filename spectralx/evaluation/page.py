@@ -19,7 +19,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--quiet); padding-bottom: .3rem; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child { text-align: left; } tbody th { font-weight: normal; }
-td { white-space: nowrap; }
+td, tbody th { white-space: nowrap; }
 figure { margin: 1rem 0; } figcaption { color: var(--quiet); }
 img { max-width: 100%; height: auto; background: #fff; }
 """

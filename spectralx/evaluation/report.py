@@ -21,7 +21,6 @@ from spectralx.evaluation.results import (
     SIZES,
     TaskResult,
 )
-from spectralx.evaluation.scoring import Size
 from spectralx.evaluation.tables import Table
 from spectralx_kernels import __version__
 
@@ -37,7 +36,7 @@ def summary_table(results: Sequence[TaskResult]) -> Table:
     """One row a task and test set: main figures at both sizes, published ones beside them."""
     headings = ["task", "test set", "seeds"]
     headings += ["mIoU, native size", "mIoU, model's size"]
-    headings += [f"{title}" for name, title in OVERALL.items() if name != "miou"]
+    headings += [title for name, title in OVERALL.items() if name != "miou"]
     headings += ["published mIoU"]
     rows = []
     for result in results:
@@ -59,23 +58,29 @@ def summary_table(results: Sequence[TaskResult]) -> Table:
                     beside,
                 ]
             )
-    return Table(headings, rows, "Percent; mean ± standard deviation over seeds.")
+    caption = (
+        "Percent; mean ± standard deviation over seeds. Published: on the real data set, "
+        f"{published.SOURCE}."
+    )
+    return Table(headings, rows, caption)
 
 
-def class_table(result: TaskResult, size: Size, name: str = "iou") -> Table:
-    """One row a class and one column a test set, then the overall figures."""
-    columns = {test: result.class_figures(size, test, name) for test in result.tests}
+def class_table(result: TaskResult, name: str = "iou") -> Table:
+    """One row a class, then the overall figures; both sizes of each test set side by side."""
+    columns = [(test, size) for test in result.tests for size in SIZES]
+    figures = [result.class_figures(size, test, name) for test, size in columns]
     rows = [
-        [class_name, *(figures[index].percent() for figures in columns.values())]
+        [class_name, *(of_classes[index].percent() for of_classes in figures)]
         for index, class_name in enumerate(result.class_names)
         if index > 0
     ]
     rows += [
-        [title, *(result.figure(size, test, key).percent() for test in result.tests)]
+        [title, *(result.figure(size, test, key).percent() for test, size in columns)]
         for key, title in OVERALL.items()
     ]
-    caption = f"{PER_CLASS[name]} of each class at {result.size_name(size)}, percent."
-    return Table(["class", *result.tests], rows, caption)
+    short = {"native": "native", "model": result.size_name("model")}
+    headings = ["class", *(f"{test}, {short[size]}" for test, size in columns)]
+    return Table(headings, rows, f"{PER_CLASS[name]} of each class, percent.")
 
 
 def rules(result: TaskResult) -> list[str]:
@@ -187,8 +192,8 @@ def write_report(results: Sequence[TaskResult], folder: Path) -> None:
     page = Page("Evaluation")
     page.text(
         f"SpectralX {__version__}, PyTorch {torch.__version__}, Python "
-        f"{platform.python_version()}. Published figures: {published.SOURCE}, scored by the rules "
-        "of the published protocol."
+        f"{platform.python_version()}. Published figures follow the rules of the published "
+        "protocol."
     )
     page.table(summary)
     markdown = ["# Evaluation", summary.markdown()]
@@ -201,10 +206,9 @@ def write_report(results: Sequence[TaskResult], folder: Path) -> None:
             f"## {result.task}: {result.model}",
             "".join(f"- {x}\n" for x in rules(result)),
         ]
-        for size in (result.headline, *(size for size in SIZES if size != result.headline)):
-            table = class_table(result, size)
-            page.table(table)
-            markdown.append(table.markdown())
+        table = class_table(result)
+        page.table(table)
+        markdown.append(table.markdown())
         for test, picture in confusion.items():
             page.heading(f"{result.task}, {test}", 3)
             page.picture(picture, f"Confusion at {_main(result)}, all seeds together.")
@@ -218,7 +222,7 @@ def write_report(results: Sequence[TaskResult], folder: Path) -> None:
         "tasks": [result.as_dict() for result in results],
     }
     write_text(folder / "report.html", page.html())
-    write_text(folder / "report.md", "\n".join(markdown))
+    write_text(folder / "report.md", "\n\n".join(part.strip() for part in markdown) + "\n")
     write_text(folder / "classes.csv", classes_csv(results))
     write_text(folder / RESULTS, json.dumps(figures, indent=1) + "\n")
 

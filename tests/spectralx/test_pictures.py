@@ -61,3 +61,25 @@ def test_learning_curves_from_the_log(tmp_path: Path) -> None:
     pictures.learning_curves(tmp_path / "curves.png", curves)
     height, width = imread(tmp_path / "curves.png").shape[:2]
     assert width > 2.5 * height
+
+
+def test_confusion_shows_the_classes_that_occur(tmp_path: Path) -> None:
+    names = ["unlabelled", *(f"class {index}" for index in range(1, 20))]
+    matrix = torch.zeros(20, 20, dtype=torch.int64)
+    matrix[0, 5] = 1000  # no truth: not shown
+    matrix[3, 3], matrix[3, 7] = 90, 10
+
+    def size(name: str, counts: torch.Tensor) -> tuple[int, int]:
+        pictures.confusion(tmp_path / name, counts, names, "title")
+        drawn = imread(tmp_path / name)
+        return drawn.shape[0], drawn.shape[1]
+
+    few = size("few.png", matrix)
+    blue = imread(tmp_path / "few.png")[..., :3]
+    dark = np.isclose(blue, pictures.colormaps["Blues"](0.9)[:3], atol=0.01).all(-1)
+    assert dark.sum() > 200  # the cell of 90 %
+    matrix.fill_diagonal_(5)
+    many = size("many.png", matrix)
+    assert many[0] > 1.5 * few[0]
+    assert many[1] > 1.5 * few[1]
+    assert size("none.png", torch.zeros(20, 20, dtype=torch.int64)) == few
