@@ -1,6 +1,6 @@
 """Longer proofs of prediction, as commands.
 
-    python -m tests.spectralx.prediction.proof quarters [--side 4000]
+    python -m tests.spectralx.prediction.proof quarters [--side 4000] [--window 128]
     python -m tests.spectralx.prediction.proof kills [--side 1500] [--count 20]
 
 ``quarters`` predicts a scene whole and in quarters and counts pixels that differ farther than a
@@ -28,16 +28,16 @@ from tests.spectralx.prediction.scenes import FIXED, pixels, save_model, write_s
 SIDE = 128  # of a tile
 
 
-def quarters(folder: Path, side: int) -> bool:
+def quarters(folder: Path, side: int, window: int) -> bool:
     """Whether the maps of quarters are those of the whole."""
     checkpoint = save_model(folder / "checkpoint", FIXED, image_size=SIDE)
     predictor = load_predictor(checkpoint, device="cpu")
     values = pixels(5, side, side)
     whole = write_scene(folder / "whole.tif", values)
-    options = Options(quicklook=False)
+    options = Options(window=window, quicklook=False)
     expected = read_raster(predict_scene(predictor, whole, folder / "map.tif", options).map)[0]
     half = side // 2 + 3
-    reach = SIDE + 4
+    reach = window + window // 32  # a tile, and a cell that upsampling looks at
     different = compared = 0
     for row in (0, 1):
         for column in (0, 1):
@@ -100,12 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.spectralx.prediction.proof")
     parser.add_argument("proof", choices=("quarters", "kills"))
     parser.add_argument("--side", type=int, help="of the scene")
+    parser.add_argument("--window", type=int, default=SIDE, help="side of a tile in the scene")
     parser.add_argument("--count", type=int, default=20, help="kills")
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         if options.proof == "quarters":
-            same = quarters(Path(name), options.side or 4000)
+            same = quarters(Path(name), options.side or 4000, options.window)
         else:
             same = kills(Path(name), options.side or 1500, options.count, options.seed)
     return 0 if same else 1

@@ -35,13 +35,12 @@ def build_model(*, bands: int = 5, tokenizer: str | None = None, **sizes: Any) -
         **sizes,
     }
     wavelengths = np.linspace(0.45, 0.95, bands).tolist() if bands != 5 else WAVELENGTHS
-    adapter = "aomoa" if tokenizer is None else None
     model = Segmentation(
         "scalemae",
         bands,
         len(CLASS_NAMES),
         wavelengths,
-        adapter=adapter,
+        adapter="aomoa" if tokenizer is None else None,
         tokenizer=tokenizer,  # type: ignore[arg-type]
         **options,
     ).eval()
@@ -58,6 +57,7 @@ def build_model(*, bands: int = 5, tokenizer: str | None = None, **sizes: Any) -
         model(batch)  # running statistics of what it will see
         model.eval()
         head = model.head.conv_seg
+        assert head.bias is not None
         head.weight.normal_()
         logits = model(batch)
         deviation, mean = torch.std_mean(logits, dim=(0, 2, 3))
