@@ -161,9 +161,10 @@ class Stage(pl.LightningModule):
         ------
         NonFiniteLossError : before the weights are changed, on every process.
         """
-        mean = loss.detach().float()
+        mean = loss.detach().to(torch.float32, copy=True)
         if self.trainer.world_size > 1:
-            mean = self.all_gather(mean).mean()
+            distributed.all_reduce(mean)
+            mean = mean / self.trainer.world_size
         if not torch.isfinite(mean):
             self._refuse(loss.detach(), batch)
         self._losses.append(mean)
@@ -296,8 +297,10 @@ class SegmentationStage(Stage):
             self.log_validation("loss", found.loss, len(part))
 
     def extra_state(self) -> dict[str, Tensor]:
-        matrix = self.scores.matrix
-        return {"scores": matrix if processes() == 1 else self.all_gather(matrix).sum(0)}
+        matrix = self.scores.matrix.clone()
+        if processes() > 1:
+            distributed.all_reduce(matrix)
+        return {"scores": matrix}
 
     def restore_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
         # Scores are summed over processes: one of them holds all that was counted before.

@@ -53,7 +53,7 @@ class StopSignal:
         again = self.received == signal.SIGINT == number
         self.received = signal.Signals(number)
         if again or not self.patient:
-            self.obey("")
+            self.obey("; the same command goes on from the state saved last")
 
     def receive(self, number: int) -> None:
         """Note a signal that another process got; 0 is none."""

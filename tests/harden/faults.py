@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -28,9 +27,9 @@ from tests.harden.runs import (
     LONGEST,
     Case,
     Pace,
-    child,
     differences,
     finish,
+    full_child,
     measure,
     outcome,
     start,
@@ -56,13 +55,6 @@ def terminate(case: Case, folder: Path, pace: Pace, draw: random.Random) -> list
     if process.exitcode not in (0, STOP_STATUS, -signal.SIGTERM):
         wrong.append(f"status {process.exitcode}")
     return wrong + unloadable(folder / "run" / case.stage)
-
-
-def full_child(case: Case, folder: Path, bytes_left: int) -> None:
-    """`child` on a disk that takes no file of more than `bytes_left`."""
-    # Writing past the limit fails as on a full disk: Python ignores the signal that comes with it.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, resource.RLIM_INFINITY))
-    child(case, folder, None)
 
 
 def fill(case: Case, folder: Path, pace: Pace, draw: random.Random) -> list[str]:
