@@ -173,7 +173,8 @@ def _trainer(
 ) -> pl.Trainer:
     run = own.run
     return pl.Trainer(
-        **trainer_options(settings.trainer, group),
+        # No gradient reaches the Are-adapter's queries and keys.
+        **trainer_options(settings.trainer, group, unused=isinstance(own, Stage2Settings)),
         max_steps=run.steps,
         max_epochs=-1,
         accumulate_grad_batches=run.accumulate,
@@ -190,6 +191,7 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         deterministic=False,
+        inference_mode=False,  # sums of the validation before training go on in later ones
         use_distributed_sampler=False,  # `spectralx.sampling` shares the images out
     )
 
