@@ -47,7 +47,8 @@ class StopSignal:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: what was there is not Python's
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.received == signal.SIGINT == number
