@@ -60,9 +60,9 @@ _FREE = {
     "trainer": ("progress", "wandb"),
     "run": ("save_every", "pictures"),
 }
-# What a stage writes into its folder.
-_WRITTEN = ("best", "last", "resume", "tensorboard", "pictures")
-_WRITTEN_FILES = (METRICS, SPEED, FINISHED, "test.json", "wandb-run")
+# What a stage writes into its folder; removed in this order, what speaks of the rest first.
+_WRITTEN_FILES = (FINISHED, "test.json", METRICS, SPEED, "wandb-run")
+_WRITTEN = ("resume", "best", "last", "tensorboard", "pictures")
 
 
 @contextmanager
@@ -148,11 +148,11 @@ def _about(stage: Stage, settings: Settings, processes: int) -> dict[str, Any]:
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run of the stage wrote."""
+    for name in _WRITTEN_FILES:
+        (folder / name).unlink(missing_ok=True)
     for name in _WRITTEN:
         if (folder / name).exists():
             shutil.rmtree(folder / name)
-    for name in _WRITTEN_FILES:
-        (folder / name).unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:
@@ -173,7 +173,8 @@ def _trainer(
 ) -> pl.Trainer:
     run = own.run
     return pl.Trainer(
-        **trainer_options(settings.trainer, group),
+        # No gradient reaches the Are-adapter's queries and keys.
+        **trainer_options(settings.trainer, group, unused=isinstance(own, Stage2Settings)),
         max_steps=run.steps,
         max_epochs=-1,
         accumulate_grad_batches=run.accumulate,
@@ -190,6 +191,7 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         deterministic=False,
+        inference_mode=False,  # sums of the validation before training go on in later ones
         use_distributed_sampler=False,  # `spectralx.sampling` shares the images out
     )
 
@@ -351,7 +353,7 @@ class _Run:
             self.stop.obey(" after the last step; the same command goes on from there")
         result = FitResult(folder, keep.best, keep.last, about["before"], keep.figures, None)
         if self.group.rank == 0:
-            result.evaluation = self.test(data, keep, module.device)
+            result.evaluation = self.test(data, keep, trainer.strategy.root_device)
             done = trainer.global_step if step < own.run.steps else step
             write_finished(Finished(result, done, keep.stopped, self.about))
         meet(self.group)

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torchmetrics import MeanMetric
 
 from spectralx.datamodule import Batch
 from spectralx.machine import shard
@@ -87,13 +88,16 @@ def masked_error(model: MaskedReconstruction, result: Reconstruction, images: Te
 class Stage(pl.LightningModule):
     """What both stages share.
 
-    Subclasses set `monitor` and `mode`, which choose the best, and `logged`, all that they log.
+    Subclasses set `monitor` and `mode`, which choose the best, `logged`, all that they log, and
+    `averaged`, the means over validation images among it.
     """
 
     monitor: str
     mode: str
     logged: tuple[str, ...]
+    averaged: tuple[str, ...]
     model: nn.Module
+    means: Mapping[str, MeanMetric]
 
     def __init__(self, optimizer: OptimizerSettings, total_steps: int, seed: int) -> None:
         super().__init__()
@@ -103,6 +107,8 @@ class Stage(pl.LightningModule):
         self.plateau: ReduceLROnPlateau | None = None
         self.work_begins: Callable[[], None] | None = None
         self._losses: list[Tensor] = []  # of the batches of this step
+        # Not Lightning's means, which over processes count the images in whole numbers.
+        self.means = nn.ModuleDict({name: MeanMetric() for name in self.averaged})  # type: ignore[assignment]
 
     def configure_model(self) -> None:
         # Lightning has a mesh of devices for FSDP2 alone; a second call must not shard again.
@@ -151,8 +157,12 @@ class Stage(pl.LightningModule):
         self.log("lr", optimizer.param_groups[0]["lr"])
 
     def on_validation_epoch_end(self) -> None:
+        means = {name: mean.compute() for name, mean in self.means.items()}
+        for name, value in means.items():
+            self.log(f"val/{name}", value)
+            self.means[name].reset()
         if self.plateau is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self.plateau.step(self.trainer.callback_metrics["val/loss"])
+            self.plateau.step(means["loss"])
 
     def log_training_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Log the mean of `loss` over the batches of a step and over all processes.
@@ -161,9 +171,10 @@ class Stage(pl.LightningModule):
         ------
         NonFiniteLossError : before the weights are changed, on every process.
         """
-        mean = loss.detach().float()
+        mean = loss.detach().to(torch.float32, copy=True)
         if self.trainer.world_size > 1:
-            mean = self.all_gather(mean).mean()
+            distributed.all_reduce(mean)
+            mean = mean / self.trainer.world_size
         if not torch.isfinite(mean):
             self._refuse(loss.detach(), batch)
         self._losses.append(mean)
@@ -191,8 +202,8 @@ class Stage(pl.LightningModule):
         """Put back what `extra_state` gave."""
 
     def log_validation(self, name: str, value: Tensor | float, size: int) -> None:
-        """Log the mean over validation of `value`, weighted by `size` images."""
-        self.log(f"val/{name}", value, on_epoch=True, batch_size=size, sync_dist=True)
+        """Log the mean over validation and all processes of `value`, weighted by `size` images."""
+        self.means[name].update(value, size)
 
 
 class ReconstructionStage(Stage):
@@ -201,6 +212,7 @@ class ReconstructionStage(Stage):
     monitor = "val/loss"
     mode = "min"
     logged = ("lr", "train/loss", "val/loss", "val/masked_loss")
+    averaged = ("loss", "masked_loss")
     model: MaskedReconstruction
 
     def __init__(
@@ -253,6 +265,7 @@ class SegmentationStage(Stage):
         "val/miou",
         "val/overall_accuracy",
     )
+    averaged = ("loss",)
     model: Segmentation
     class_weights: Tensor | None
 
@@ -296,8 +309,10 @@ class SegmentationStage(Stage):
             self.log_validation("loss", found.loss, len(part))
 
     def extra_state(self) -> dict[str, Tensor]:
-        matrix = self.scores.matrix
-        return {"scores": matrix if processes() == 1 else self.all_gather(matrix).sum(0)}
+        matrix = self.scores.matrix.clone()
+        if processes() > 1:
+            distributed.all_reduce(matrix)
+        return {"scores": matrix}
 
     def restore_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
         # Scores are summed over processes: one of them holds all that was counted before.

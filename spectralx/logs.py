@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,8 @@ def check_wandb(wandb: str | None) -> None:
 def _wandb_name(folder: Path) -> str:
     kept = folder / "wandb-run"
     if not kept.is_file():
-        from wandb.util import generate_id
-
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(generate_id(), encoding="utf-8")
+        kept.write_text(secrets.token_hex(4), encoding="utf-8")
     return kept.read_text(encoding="utf-8")
 
 

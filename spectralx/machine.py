@@ -96,8 +96,16 @@ def check_machine(settings: TrainerSettings) -> None:
         raise InputError("trainer.precision: found 16-mixed; expected bf16-mixed with fsdp2")
 
 
-def trainer_options(settings: TrainerSettings, group: Processes) -> dict[str, Any]:
-    """What the machine decides of a Lightning trainer."""
+def trainer_options(
+    settings: TrainerSettings, group: Processes, *, unused: bool = False
+) -> dict[str, Any]:
+    """What the machine decides of a Lightning trainer.
+
+    Parameters
+    ----------
+    settings, group : the machine.
+    unused : some parameters that train get no gradient.
+    """
     gpu = on_gpu(settings)
     options: dict[str, Any] = {
         "accelerator": "gpu" if gpu else "cpu",
@@ -110,19 +118,18 @@ def trainer_options(settings: TrainerSettings, group: Processes) -> dict[str, An
     else:
         options["precision"] = settings.precision
     if group.count > 1:
-        options["strategy"] = _strategy(settings, group)
+        options["strategy"] = _strategy(settings, group, unused)
     elif settings.strategy == "fsdp2":
         raise InputError("trainer.strategy: found fsdp2 with one process; expected ddp, or more")
     return options
 
 
-def _strategy(settings: TrainerSettings, group: Processes) -> Strategy:
+def _strategy(settings: TrainerSettings, group: Processes, unused: bool) -> Strategy:
     if settings.strategy == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=group.count, tensor_parallel_size=1)
     # Running statistics are those of the first process; a validation hands them to the others.
-    # No gradient reaches the Are-adapter's queries and keys.
     return DDPStrategy(
-        gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=True
+        gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=unused
     )
 
 
@@ -190,6 +197,19 @@ def meet(group: Processes) -> None:
 
 
 def leave_processes() -> None:
-    """Part from the processes that `join_processes` met."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    """Part in good order from the processes that `join_processes` met.
+
+    One that leaves while another is still in their last collective would break it; and the first,
+    which may hold the store they meet at, leaves last.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    store = distributed.PrefixStore("leave", distributed.distributed_c10d._get_default_store())
+    store.set(f"ready-{rank}", "")
+    store.wait([f"ready-{other}" for other in range(count)])
+    if rank == 0:
+        store.wait([f"gone-{other}" for other in range(1, count)])
+    else:
+        store.set(f"gone-{rank}", "")
+    distributed.destroy_process_group()

@@ -9,6 +9,7 @@ train on the same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Literal
 
@@ -21,6 +22,15 @@ from spectralx.data import Sample
 _PURPOSES = {"order": 0, "augmentation": 1, "model": 2}
 
 Key = tuple[int, int]
+
+
+def stay_with(parent: int, worker: int) -> None:
+    """End this data-loading process if the process `parent` that started it has been killed.
+
+    From then on DataLoader's own processes watch over it; they do not notice what came before.
+    """
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def derive_seed(

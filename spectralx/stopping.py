@@ -47,13 +47,14 @@ class StopSignal:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: what was there is not Python's
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.received == signal.SIGINT == number
         self.received = signal.Signals(number)
         if again or not self.patient:
-            self.obey("")
+            self.obey("; the same command goes on from the state saved last")
 
     def receive(self, number: int) -> None:
         """Note a signal that another process got; 0 is none."""

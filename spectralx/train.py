@@ -46,13 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         stages: tuple[Stage, ...] = (
             ("stage1", "stage2") if others["stage"] == "both" else (others["stage"],)
         )
-        try:
-            for stage in stages:
-                result = fit(stage, settings, fresh=others["fresh"])
-                if result.evaluation is not None:
-                    print(report(stage, result), flush=True)
-        finally:
-            leave_processes()
+        for stage in stages:
+            result = fit(stage, settings, fresh=others["fresh"])
+            if result.evaluation is not None:
+                print(report(stage, result), flush=True)
+        leave_processes()
 
     return run_command("spectralx.train", body, debug="--debug" in arguments)
 

@@ -48,7 +48,8 @@ def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def _split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Entries of the state dict that training changes, and frozen parameters."""
     frozen_names = {name for name, p in model.named_parameters() if not p.requires_grad}
-    changing, frozen = {}, {}
+    changing: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         (frozen if name in frozen_names else changing)[name] = tensor
     return changing, frozen
@@ -124,7 +125,8 @@ def restore_optimizer(
 
 def _own_randomness() -> dict[str, Tensor]:
     python = random.getstate()
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    numpy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    _, keys, position, has_gauss, gauss = numpy
     found = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(python[1], dtype=torch.int64),
@@ -146,7 +148,7 @@ def collect_randomness(device: torch.device) -> dict[str, Tensor]:
     own, count = _own_randomness(), processes()
     if count == 1:
         return {f"random/0/{name}": state for name, state in own.items()}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, state in own.items():
         here = state.to(device)
         found = [torch.empty_like(here) for _ in range(count)]
@@ -199,5 +201,5 @@ def place_trainer(trainer: pl.Trainer, step: int) -> None:
     loop.automatic_optimization.optim_progress.optimizer.step.total.ready = step
     loop._batches_that_stepped = step
     batches = step * trainer.accumulate_grad_batches
-    total = loop.batch_progress.total
+    total: Any = loop.batch_progress.total
     total.ready = total.started = total.processed = total.completed = batches

@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from spectralx.cli import RUN_STATUS, STOP_STATUS
 from spectralx.data.scenes import write_scenes
@@ -28,9 +29,9 @@ from tests.harden.runs import (
     LONGEST,
     Case,
     Pace,
-    child,
     differences,
     finish,
+    full_child,
     measure,
     outcome,
     start,
@@ -56,13 +57,6 @@ def terminate(case: Case, folder: Path, pace: Pace, draw: random.Random) -> list
     if process.exitcode not in (0, STOP_STATUS, -signal.SIGTERM):
         wrong.append(f"status {process.exitcode}")
     return wrong + unloadable(folder / "run" / case.stage)
-
-
-def full_child(case: Case, folder: Path, bytes_left: int) -> None:
-    """`child` on a disk that takes no file of more than `bytes_left`."""
-    # Writing past the limit fails as on a full disk: Python ignores the signal that comes with it.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, resource.RLIM_INFINITY))
-    child(case, folder, None)
 
 
 def fill(case: Case, folder: Path, pace: Pace, draw: random.Random) -> list[str]:
@@ -122,6 +116,7 @@ def bereave(case: Case, folder: Path, pace: Pace, draw: random.Random) -> list[s
     return wrong + unloadable(folder / "run" / case.stage)
 
 
+# The fault, and the data-loading processes of the run it befalls.
 FAULTS: dict[str, tuple[int, Callable[[Case, Path, Pace, random.Random], list[str]]]] = {
     "SIGTERM": (0, terminate),
     "full disk": (0, fill),
@@ -129,39 +124,52 @@ FAULTS: dict[str, tuple[int, Callable[[Case, Path, Pace, random.Random], list[st
 }
 
 
-def main() -> int:
-    """Prints one line for each failure, and a figure for each fault; status 1 if any failed."""
-    parser = argparse.ArgumentParser(prog="tests.harden.faults")
-    parser.add_argument("--count", type=int, default=20, help="of each fault")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    options = parser.parse_args()
-    draw = random.Random(options.seed)
-    failures = 0
+def trials(numbers: Iterable[int]) -> tuple[int, list[str], dict[str, int]]:
+    """Run the trials of these numbers, the faults and the stages in turn.
+
+    Returns
+    -------
+    How many, a line for each failure, and how many of each fault went as they must.
+    """
+    failures: list[str] = []
+    counts = dict.fromkeys(FAULTS, 0)
+    checked = 0
+    wanted: dict[Case, tuple[Pace, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
         scenes = write_scenes("whu-ohs", folder / "scenes", size=32, count=10, progress=False)
-        for fault, (workers, inflict) in FAULTS.items():
-            wanted: dict[str, tuple[Case, Pace, dict[str, Any]]] = {}
-            for stage in ("stage1", "stage2"):
-                case = Case(stage, workers, scenes)
-                calm = folder / f"calm-{stage}-{workers}"
-                shutil.rmtree(calm, ignore_errors=True)
-                pace = measure(case, calm)
-                wanted[stage] = case, pace, outcome(calm / "run" / stage)
-            wrong_runs = 0
-            for number in range(options.count):
-                case, pace, expected = wanted[("stage1", "stage2")[number % 2]]
-                trial = folder / f"trial-{number}"
-                wrong = inflict(case, trial, pace, draw)
-                status = finish(case, trial)
-                run = trial / "run" / case.stage
-                wrong += differences(expected, outcome(run)) if status == 0 else [f"then {status}"]
-                for each in wrong:
-                    print(f"{fault} {number} ({case.stage}): {each}")
-                wrong_runs += bool(wrong)
-                shutil.rmtree(trial)
-            print(f"{fault}: {options.count} runs, {options.count - wrong_runs} as they must be")
-            failures += wrong_runs
+        for number in numbers:
+            fault = list(FAULTS)[number % len(FAULTS)]
+            workers, inflict = FAULTS[fault]
+            case = Case(("stage1", "stage2")[number // len(FAULTS) % 2], workers, scenes)
+            if case not in wanted:
+                calm = folder / f"calm-{case.stage}-{workers}"
+                wanted[case] = measure(case, calm), outcome(calm / "run" / case.stage)
+            pace, expected = wanted[case]
+            trial = folder / f"trial-{number}"
+            wrong = inflict(case, trial, pace, random.Random(number))
+            status = finish(case, trial)
+            found = outcome(trial / "run" / case.stage) if status == 0 else {}
+            wrong += differences(expected, found) if found else [f"then status {status}"]
+            checked += 1
+            counts[fault] += not wrong
+            failures += [f"{number} ({fault}, {case.stage}): {each}" for each in wrong]
+            shutil.rmtree(trial)
+    return checked, failures, counts
+
+
+def main() -> int:
+    """Prints one line for each failure and the figures; status 1 if any trial failed."""
+    parser = argparse.ArgumentParser(prog="tests.harden.faults")
+    parser.add_argument("--count", type=int, default=60, help="trials, a third of each fault")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first")
+    options = parser.parse_args()
+    numbers = range(options.seed, options.seed + options.count)
+    checked, failures, counts = trials(tqdm(numbers, unit="run", file=sys.stderr))
+    for failure in failures:
+        print(failure)
+    good = ", ".join(f"{count} {fault}" for fault, count in counts.items())
+    print(f"{checked} runs, as they must be: {good}")
     return 1 if failures else 0
 
 

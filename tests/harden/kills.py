@@ -4,6 +4,9 @@ Each trial starts a run of a tiny model, kills it with SIGKILL at a random momen
 of a random saving, looks whether everything it left can be read, runs the same command to the end,
 and compares weights, optimiser, random generators, logs, scores and pictures with those of a run
 that nobody disturbed, bit for bit. Both stages, with 0 and 2 data-loading processes in turn.
+
+Trials are numbered and a number decides all about its trial: ``--seed 40 --count 20`` runs those
+from 40 on, so that slices add up.
 """
 
 from __future__ import annotations
@@ -14,33 +17,26 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from spectralx.data.scenes import write_scenes
-from tests.harden.runs import (
-    Case,
-    Kind,
-    differences,
-    finish,
-    kill,
-    measure,
-    outcome,
-    unloadable,
-)
+from tests.harden.runs import Case, Kind, differences, finish, kill, measure, outcome, unloadable
 
 KINDS: tuple[Kind, ...] = ("time", "saving")
 
 
-def main() -> int:
-    """Prints one line for each failure and the figure; status 1 if any trial failed."""
-    parser = argparse.ArgumentParser(prog="tests.harden.kills")
-    parser.add_argument("--count", type=int, default=200, help="kills")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    options = parser.parse_args()
-    draw = random.Random(options.seed)
-    counts = {"unloadable": 0, "different": 0, "saving": 0}
+def trials(numbers: Iterable[int]) -> tuple[int, list[str], dict[str, int]]:
+    """Run the trials of these numbers.
+
+    Returns
+    -------
+    How many, a line for each failure, and counts by name.
+    """
+    failures: list[str] = []
+    counts = {"kills": 0, "while saving": 0, "unloadable": 0, "bitwise-equal finishes": 0}
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = Path(name)
         scenes = write_scenes("whu-ohs", folder / "scenes", size=32, count=10, progress=False)
@@ -51,39 +47,45 @@ def main() -> int:
             Case(stage, workers, scenes, start / "run" / "stage1" / "best")
             for stage, workers in itertools.product(("stage1", "stage2"), (0, 2))
         ]
+        plans = list(itertools.product(KINDS, cases))
         wanted = {}
-        for case in cases:
-            calm = folder / f"{case.stage}-{case.workers}"
-            pace = measure(case, calm)
-            wanted[case] = pace, outcome(calm / "run" / case.stage)
-            print(
-                f"{case.stage}, {case.workers} workers: {pace.seconds:.2f} s undisturbed, "
-                f"{len(pace.savings)} savings of {sum(pace.savings):.2f} s"
-            )
-        trials = list(
-            itertools.islice(itertools.cycle(itertools.product(KINDS, cases)), options.count)
-        )
-        for number, (kind, case) in enumerate(tqdm(trials, unit="kill", file=sys.stderr)):
+        for number in numbers:
+            kind, case = plans[number % len(plans)]
+            if case not in wanted:
+                calm = folder / f"calm-{case.stage}-{case.workers}"
+                wanted[case] = measure(case, calm), outcome(calm / "run" / case.stage)
             pace, expected = wanted[case]
             trial = folder / f"trial-{number}"
             run = trial / "run" / case.stage
-            counts["saving"] += kill(case, trial, pace, kind, draw)
+            counts["kills"] += 1
+            counts["while saving"] += kill(case, trial, pace, kind, random.Random(number))
             faults = unloadable(run)
-            counts["unloadable"] += bool(faults)
             status = finish(case, trial)
             wrong = differences(expected, outcome(run)) if status == 0 else [f"status {status}"]
-            counts["different"] += bool(wrong)
-            for fault in [*faults, *wrong]:
-                print(f"kill {number} ({kind}, {case.stage}, {case.workers} workers): {fault}")
-            if status:
-                print((trial / "output.txt").read_text())
+            if status != 0:
+                wrong.append((trial / "output.txt").read_text())
+            counts["unloadable"] += bool(faults)
+            counts["bitwise-equal finishes"] += not wrong
+            failures += [
+                f"{number} ({kind}, {case.stage}, {case.workers} workers): {fault}"
+                for fault in [*faults, *wrong]
+            ]
             shutil.rmtree(trial)
-    print(
-        f"{options.count} kills, {counts['saving']} of them while saving: "
-        f"{counts['unloadable']} unloadable, {options.count - counts['different']} bitwise-equal "
-        "finishes"
-    )
-    return 1 if counts["unloadable"] or counts["different"] else 0
+    return counts["kills"], failures, counts
+
+
+def main() -> int:
+    """Prints one line for each failure and the figure; status 1 if any trial failed."""
+    parser = argparse.ArgumentParser(prog="tests.harden.kills")
+    parser.add_argument("--count", type=int, default=200, help="trials")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first")
+    options = parser.parse_args()
+    numbers = range(options.seed, options.seed + options.count)
+    _, failures, counts = trials(tqdm(numbers, unit="kill", file=sys.stderr))
+    for failure in failures:
+        print(failure)
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

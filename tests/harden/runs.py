@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -27,7 +28,7 @@ from spectralx.resume import load_state
 from tests.spectralx.tiny import TINY
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.harden.runs", "tests.harden.faults"])
+CONTEXT.set_forkserver_preload(["tests.harden.runs"])
 
 # Long enough to be interrupted anywhere: validations at 4 and 8, a state every 2nd step.
 OPTIONS = (
@@ -109,6 +110,13 @@ def child(case: Case, folder: Path, connection: Connection | None) -> None:
     os._exit(status)
 
 
+def full_child(case: Case, folder: Path, bytes_left: int) -> None:
+    """`child` on a disk that takes no file of more than `bytes_left`."""
+    # Writing past the limit fails as on a full disk: Python ignores the signal that comes with it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, resource.RLIM_INFINITY))
+    child(case, folder, None)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -175,7 +183,8 @@ def finish(case: Case, folder: Path) -> int:
     if process.is_alive():
         process.kill()
         raise TimeoutError(f"{folder}: still running after {LONGEST} s")
-    return int(process.exitcode)
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def calm(
 
 @pytest.mark.parametrize(
     ("stage", "workers", "kind", "seed"),
-    [("stage1", 0, "saving", 1), ("stage1", 2, "time", 2), ("stage2", 2, "saving", 3)],
+    [("stage1", 0, "saving", 1), ("stage2", 2, "time", 3)],
 )
 def test_killed_at_random(
     calm: dict[str, tuple[runs.Pace, dict[str, Any]]],

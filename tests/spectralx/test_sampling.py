@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 
 from spectralx.data import Sample
 from spectralx.datamodule import TaskData
-from spectralx.sampling import Augmented, Shared, TrainingOrder, derive_seed
+from spectralx.sampling import Augmented, Shared, TrainingOrder, derive_seed, stay_with
 from tests.spectralx.tiny import tiny_settings
 
 
@@ -63,6 +64,15 @@ def test_seeds_differ_by_purpose_and_place() -> None:
     assert len(seeds) == 24
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, "model", 5) == derive_seed(0, "model", 5)
+
+
+def test_a_data_loading_process_does_not_outlive_the_one_that_started_it() -> None:
+    stay_with(os.getppid(), 0)
+    child = os.fork()
+    if child == 0:
+        stay_with(-1, 0)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 class _Noise(Dataset[Sample]):
