@@ -71,7 +71,8 @@ def failures_of(number: int) -> list[str]:
     checks: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [(forward, tuple(args), {})]
     if entry.differentiable:
         given = backward_arguments(entry, args, triton)
-        options = {"test_utils": ("test_schema", "test_faketensor")}  # it has no gradient
+        # It has no gradient.
+        options: dict[str, Any] = {"test_utils": ("test_schema", "test_faketensor")}
         checks.append((backward_operator(entry, triton), given, options))
     found = []
     for operator, given, options in checks:
