@@ -14,6 +14,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 
 # Test files and folders that need more than PyTorch, and the packages they need.
 NEEDS = {
+    "harden": ("jsonargparse", "lightning", "rasterio", "safetensors", "scipy", "torchmetrics"),
     "spectralx/data": ("rasterio", "scipy", "tqdm"),
     "spectralx/prediction": ("jsonargparse", "matplotlib", "rasterio", "safetensors", "tqdm"),
     "spectralx/test_cli.py": ("jsonargparse", "rasterio"),

@@ -77,8 +77,9 @@ def batch_norm_relu(
     check_map("x", x, "channels")
     check_shape("x", x, (x.shape[0], norm.num_features, "rows", "columns"))
     mean, variance = norm.running_mean, norm.running_var
-    for held in (*norm.parameters(), *norm.buffers()):
-        check_device("norm", held, "x", x)
+    for held in (norm.weight, norm.bias, mean, variance):
+        if held is not None:
+            check_device("norm", held, "x", x)
     if moments is not None:
         check_floating("moments", moments)
         check_device("moments", moments, "x", x)

@@ -294,17 +294,26 @@ def channel_moments(x: Tensor) -> Tensor:
     return joined_moments(parts)
 
 
+def _dense(
+    moments: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the kernels read as rows of channels side by side."""
+    weight, bias = (None if value is None else value.contiguous() for value in (weight, bias))
+    return moments.float().contiguous(), weight, bias
+
+
 def batch_norm_relu(
     x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool,
     batch: bool,
 ) -> Tensor:  # fmt: skip
     """As ``reference.batch_norm_relu``."""
     m = _Map(x)
+    moments, weight, bias = _dense(moments, weight, bias)
     out = torch.empty_like(m.x)
     if m.pixels:
         launch(
             normalize, m.by_tile,
-            m.x, moments.float(), weight, bias, out, *m.sizes, eps, *m.strides, *m.strides,
+            m.x, moments, weight, bias, out, *m.sizes, eps, *m.strides, *m.strides,
             RELU=relu, **m.tile,
         )  # fmt: skip
     return out
@@ -322,13 +331,14 @@ def batch_norm_relu_backward(output_grads: Sequence[Tensor | None], *values: Any
             for value, wants in zip(tensors, mask[:4], strict=True)
             if value is not None and wants
         ]
-    g, moments_ = _Map(grad), moments.float()
+    g = _Map(grad)
+    moments_, weight_, bias_ = _dense(moments, weight, bias)
     totals = None
     if (mask[0] and batch) or mask[2] or mask[3]:
         parts = x.new_empty(m.parts, 2 * m.channels, dtype=torch.float32)
         launch(
             norm_sums, (m.tiles, m.parts),
-            g.x, m.x, moments_, weight, bias, parts, *m.sizes, m.span, eps,
+            g.x, m.x, moments_, weight_, bias_, parts, *m.sizes, m.span, eps,
             *g.strides, *m.strides, RELU=relu, **m.tile,
         )  # fmt: skip
         totals = parts.new_empty(2 * m.channels)
@@ -342,7 +352,7 @@ def batch_norm_relu_backward(output_grads: Sequence[Tensor | None], *values: Any
         out = torch.empty_like(m.x)
         launch(
             norm_gradient, m.by_tile,
-            g.x, m.x, moments_, weight, bias, totals if batch else None, out, *m.sizes, eps,
+            g.x, m.x, moments_, weight_, bias_, totals if batch else None, out, *m.sizes, eps,
             *g.strides, *m.strides, *m.strides, RELU=relu, **m.tile,
         )  # fmt: skip
         found.append(out if out.stride() == x.stride() else torch.empty_like(x).copy_(out))

@@ -65,7 +65,11 @@ def attribute_match(draw: Draw) -> Sequence[Any]:
 
 
 def _rows(draw: Draw) -> tuple[int, ...]:
-    return draw.choice([(draw.size(),), (draw.batch(), draw.size()), (2, draw.batch(), 3)])
+    rows: list[tuple[int, ...]] = [
+        (draw.size(),), (draw.batch(), draw.size()), (2, draw.batch(), 3),
+    ]  # fmt: skip
+    found: tuple[int, ...] = draw.choice(rows)
+    return found
 
 
 def norm_linear(draw: Draw) -> Sequence[Any]:

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from spectralx import evaluate, train
 from spectralx.checkpoints import save
@@ -105,7 +106,7 @@ DOCUMENTS = (
     "{a: " * 5000,
 )
 WRONG_VALUES = ("[", "{", "null", "[1, {a: b}]", "!!python/name:os.system", "\x00", "nan", "-inf")
-MANIFESTS = (
+MANIFESTS: tuple[dict[str, Any], ...] = (
     {"tensors": {"file": "../model.safetensors", "sha256": "0" * 64}},
     {"tensors": {"file": "/etc/hostname", "sha256": "0" * 64}},
     {"tensors": {"file": "missing.safetensors", "sha256": "0" * 64}},

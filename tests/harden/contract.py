@@ -67,13 +67,15 @@ def failures_of(number: int) -> list[str]:
     """What opcheck objects to in a sample."""
     entry, args, dtype, triton = arguments(number)
     where = f"sample {number}: {entry.name}, {dtype}, {'triton' if triton else 'dispatcher'}"
-    checks = [(entry.operator.triton_op if triton else entry.operator.op, tuple(args), None)]
+    forward = entry.operator.triton_op if triton else entry.operator.op
+    checks: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [(forward, tuple(args), {})]
     if entry.differentiable:
         given = backward_arguments(entry, args, triton)
-        checks.append((backward_operator(entry, triton), given, ("test_schema", "test_faketensor")))
+        # It has no gradient.
+        options: dict[str, Any] = {"test_utils": ("test_schema", "test_faketensor")}
+        checks.append((backward_operator(entry, triton), given, options))
     found = []
-    for operator, given, utilities in checks:
-        options = {} if utilities is None else {"test_utils": utilities}
+    for operator, given, options in checks:
         results = torch.library.opcheck(operator, given, raise_exception=False, **options)
         for check, result in results.items():
             if result != "SUCCESS" and (entry.name, check) not in EXCEPTIONS:

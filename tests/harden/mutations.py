@@ -75,7 +75,8 @@ def compiled(tree: Path, file: str, *flags: str) -> Path:
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"], tree / "csrc"]
     command = [
         os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC", "-fopenmp", "-w",
-        *flags,
+        *flags, "-Wl,--no-as-needed", *(f"-L{path}" for path in cpp_extension.library_paths()),
+        "-lc10", "-ltorch_cpu",
         *(f"-I{path}" for path in includes), str(tree / file), str(extension), "-o", str(library),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)

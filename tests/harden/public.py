@@ -32,7 +32,7 @@ def _without(*names: str) -> Callable[[Named], Named]:
 
 
 def _residual_halving(backend: str | None, x: Any, eps: float, **flat: Any) -> Any:
-    pairs = {}
+    pairs: dict[str, Any] = {}
     for name in ("convolution", "halving", "lift", "norm", "half_norm"):
         weight = flat[f"weight of {name}"]
         pairs[name] = None if weight is None else (weight, flat[f"bias of {name}"])

@@ -370,6 +370,7 @@ def test_aomoa_refuses_what_it_would_pass_by(model: ToyViT) -> None:
 )
 def test_unknown_options_are_named_and_change_nothing(method, option):
     model = nn.Sequential(nn.Linear(8, 8))
+    options: dict[str, Any] = {option: 2}
     with pytest.raises(ValueError, match=f"options of {method}: got '{option}', expected"):
-        adapt(model, method=method, targets="0", **{option: 2})
+        adapt(model, method=method, targets="0", **options)
     assert type(model[0]) is nn.Linear

@@ -222,3 +222,20 @@ def test_checked() -> None:
     with pytest.raises(ValueError, match="norm: got one without running statistics"):
         fold_batch_norm(draw(3, 2, 1, 1), None, nn.BatchNorm2d(3, track_running_stats=False))
     assert batch_norm_relu(torch.empty(0, 3, 2, 2), norm.eval()).shape == (0, 3, 2, 2)
+
+
+def test_strided_channels(backend: str) -> None:
+    """Moments, weight and bias with gaps between their values: the same output and gradients."""
+    plain = ladder.cast(arguments(), torch.float32, grad=True, constants=(1,))
+    apart = list(plain)
+    for place in (1, 2, 3):
+        gaps = torch.stack([plain[place].detach(), torch.full_like(plain[place], 1e3)], -1)[..., 0]
+        apart[place] = gaps.requires_grad_(place > 1)
+    apart[0] = plain[0].detach().clone().requires_grad_()
+    (found, grads), (expected, truth) = (
+        ladder.run_with_gradients(lambda *v: BATCH_NORM_RELU(*v, backend=backend), args)
+        for args in (apart, plain)
+    )
+    assert ladder.relative_error(found[0], expected[0]) <= ROUND_OFF[torch.float32]
+    for name, grad in truth.items():
+        assert ladder.relative_error(grads[name], grad) <= ROUND_OFF[torch.float32], name
