@@ -101,11 +101,11 @@ def masks_bias(layer: nn.Module) -> bool:
     The mask multiplies the bias. What the layer says of two tokens shows that it does no more;
     without values (on the meta device) its names are taken for it.
     """
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     mask = getattr(layer, "bias_mask", None)
-    if not all(isinstance(each, Tensor) for each in (weight, bias, mask)):
+    if not isinstance(layer, nn.Linear) or not isinstance(mask, Tensor) or "forward" in vars(layer):
         return False
-    if mask.shape != bias.shape or "forward" in vars(layer):
+    weight, bias = layer.weight, layer.bias
+    if bias is None or mask.shape != bias.shape:
         return False
     if weight.is_meta:
         return True

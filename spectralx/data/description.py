@@ -246,7 +246,9 @@ class _Reading:
 
     def domains(self) -> dict[str, Domain]:
         values = self.values
-        own = {key: values[key] for key in ("images", "labels", "splits") if key in values}
+        own: dict[str, Any] = {
+            key: values[key] for key in ("images", "labels", "splits") if key in values
+        }
         if "domains" not in values:
             if "source" in values:
                 raise self.error("source", values["source"], "no source without domains")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,13 +20,11 @@ class Domains:
 
     Attributes
     ----------
-    train, validation, test : of the source.
+    source : its train, validation and test.
     targets : by name.
     """
 
-    train: ImageDataset
-    validation: ImageDataset
-    test: ImageDataset
+    source: Sequence[ImageDataset]
     targets: Mapping[str, ImageDataset] = field(default_factory=dict)
 
 
@@ -47,7 +45,7 @@ def described_domains(path: str | Path) -> Domains:
         name: _dataset(found, found.pairs(name, target=True)["test"], _name(found, name, "test"))
         for name in targets
     }
-    return Domains(first, *rest, others)
+    return Domains((first, *rest), others)
 
 
 def _name(description: Description, domain: str, split: str) -> str:

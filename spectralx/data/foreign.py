@@ -147,7 +147,7 @@ def domains_of(
         key: ForeignDataset(dataset, name=f"{name} {key}", **options)
         for key, dataset in (targets or {}).items()
     }
-    return Domains(*source, others)
+    return Domains(source, others)
 
 
 def domains_of_datamodule(datamodule: Any, *, name: str = "own", **options: Any) -> Domains:
@@ -161,17 +161,18 @@ def domains_of_datamodule(datamodule: Any, *, name: str = "own", **options: Any)
         (torchgeo's of tiles; its geographic ones index by place, not by number).
     name, options : as for `domains_of`.
     """
-    found = []
+    found: list[DictDataset] = []
     for stage, attribute in zip(_STAGES, _DATASETS, strict=True):
         datamodule.setup(stage)
-        dataset = getattr(datamodule, attribute, None)
+        dataset: Any = getattr(datamodule, attribute, None)
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             kind = type(datamodule).__name__
             raise data_error(
                 f"{kind}.{attribute}", type(dataset).__name__, "a dataset of samples by number"
             )
         found.append(dataset)
-    return domains_of(*found, name=name, **options)
+    train, validation, test = found
+    return domains_of(train, validation, test, name=name, **options)
 
 
 def _array(value: Any) -> Array:

@@ -8,7 +8,6 @@ is one line: the file, what was found, what is expected.
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,21 +25,12 @@ from .errors import DataError as DataError
 from .errors import data_error as data_error
 from .manifest import check_listed as check_listed
 from .tiff import missing_bytes
+from .wavelengths import wavelengths_of
 
 Array = npt.NDArray[Any]
 PixelWindow = tuple[int, int, int, int]  # first row, first column, rows, columns
 SUFFIXES = (".tif", ".tiff")
 LARGEST_READ = 16 << 30  # bytes of pixels at once; a header may declare any number
-
-_UNITS = {"nm": 1e-3, "nanometer": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "micrometer": 1.0,
-          "micron": 1.0}  # fmt: skip
-_NUMBER = r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
-_WITH_UNIT = re.compile(
-    _NUMBER + r"\s*(nanomet(?:er|re)|micromet(?:er|re)|micron|nm|um|µm|μm)s?\b", re.I
-)
-_BARE = re.compile(r"\s*" + _NUMBER + r"\s*")
-# A bare number above this is taken for nanometres: optical sensors end below 100 µm.
-_LARGEST_MICROMETRE = 100.0
 
 
 @dataclass(frozen=True)
@@ -297,23 +287,6 @@ def list_rasters(folder: str | Path, split: str) -> list[Path]:
     return files
 
 
-def parse_wavelength(text: str) -> float | None:
-    """Wavelength in µm stated by a band description, or None.
-
-    Understands a number with its unit anywhere in the text (``"band 1 (418.24 Nanometers)"``,
-    ``"0.466 um"``), or a number alone (taken for nanometres above 100, else for µm).
-    """
-    with_unit = _WITH_UNIT.search(text)
-    if with_unit is not None:
-        unit = with_unit.group(2).lower().replace("metre", "meter")
-        return float(with_unit.group(1)) * _UNITS[unit]
-    bare = _BARE.fullmatch(text)
-    if bare is None:
-        return None
-    value = float(bare.group(1))
-    return value * 1e-3 if value > _LARGEST_MICROMETRE else value
-
-
 def _info(path: Path, source: Any) -> RasterInfo:
     return RasterInfo(
         path=path,
@@ -323,29 +296,10 @@ def _info(path: Path, source: Any) -> RasterInfo:
         dtype=source.dtypes[0],
         nodata=source.nodata,
         descriptions=tuple(source.descriptions),
-        wavelengths=_wavelengths(source),
+        wavelengths=wavelengths_of(source),
         crs=source.crs,
         transform=source.transform,
     )
-
-
-def _wavelengths(source: Any) -> tuple[float, ...] | None:
-    """Wavelengths in µm from the bands' descriptions, else from their tags (ENVI's, GDAL's)."""
-    found: list[float] = []
-    for band, description in enumerate(source.descriptions, start=1):
-        value = parse_wavelength(description) if description else None
-        if value is None:
-            tags = {key.lower(): text for key, text in source.tags(band).items()}
-            imagery = source.tags(band, ns="IMAGERY").get("CENTRAL_WAVELENGTH_UM")
-            if imagery is not None:
-                value = parse_wavelength(f"{imagery} um")
-            elif "wavelength" in tags:
-                unit = tags.get("wavelength_units", tags.get("wavelength_unit", ""))
-                value = parse_wavelength(f"{tags['wavelength']} {unit}".strip())
-        if value is None:
-            return None
-        found.append(value)
-    return tuple(found)
 
 
 def _read(

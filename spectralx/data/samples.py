@@ -193,7 +193,10 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         pixels, classes, nodata = self.read(index)
         values: Array = pixels
-        if self.raw_samples:
+        valid: npt.NDArray[np.bool_]
+        if self.raw_samples and nodata is None and pixels.dtype.kind in "iu":
+            valid = np.broadcast_to(np.True_, pixels.shape)
+        elif self.raw_samples:
             valid = valid_values(pixels, nodata)
         else:
             values, valid = as_values(pixels, nodata)

@@ -158,7 +158,7 @@ def build_task(
         parts = _folder(root, wavelengths, class_names, nodata)
     else:
         parts = builders[name](root, official)
-    train, validation, source_test = parts.train, parts.validation, parts.test
+    train, validation, source_test = parts.source
     if official and parts.targets:
         validation = _together(parts.targets)
     scaling = train.normalisation if normalisation == "image" else fit_statistics(train.raw)
@@ -204,11 +204,11 @@ def _builders() -> dict[str, Callable[[Path, bool], Domains]]:
         **seasons,
         "north-south": lambda root, official: _north_south(root),
         "south-north": lambda root, official: _south_north(root),
-        "whu-ohs": lambda root, official: Domains(*[WhuOhs(root, split) for split in SPLITS]),
+        "whu-ohs": lambda root, official: Domains([WhuOhs(root, split) for split in SPLITS]),
         "dfc2020": lambda root, official: Domains(
-            *_divide(Dfc2020(root, official_labels=official), root)
+            _divide(Dfc2020(root, official_labels=official), root)
         ),
-        "mts12": lambda root, official: Domains(*_divide(Mts12(root), root)),
+        "mts12": lambda root, official: Domains(_divide(Mts12(root), root)),
         "folder": lambda root, official: _folder(root, None, None, None),
     }
 
@@ -220,14 +220,14 @@ def _whu_transfer(root: Path, source: str, target: str) -> Domains:
     else:
         parts = _divide(WhuOhsTransfer(root, source), root)
     split = "test" if whu_ohs.is_divided(root, target) else None
-    return Domains(*parts, {target: WhuOhsTransfer(root, target, split)})
+    return Domains(parts, {target: WhuOhsTransfer(root, target, split)})
 
 
 def _season(root: Path, season: str, official: bool) -> Domains:
     own, *others = [season, *(other for other in SEASONS if other != season)]
     parts = _divide(Dfc2020(root, own, official_labels=official), root)
     targets = {other: Dfc2020(root, other, official_labels=official) for other in others}
-    return Domains(*parts, targets)
+    return Domains(parts, targets)
 
 
 def _north_south(root: Path) -> Domains:
@@ -235,12 +235,13 @@ def _north_south(root: Path) -> Domains:
     halves = split_by_file(held_out.pairs, (0.5, 0.5), root=root, name=held_out.name)
     validation = held_out.subset(halves[0], name="MTS12 north validation")
     test = held_out.subset(halves[1], name="MTS12 north test")
-    return Domains(Mts12(root, "train"), validation, test, {"south": Mts12(root, "test")})
+    source = (Mts12(root, "train"), validation, test)
+    return Domains(source, {"south": Mts12(root, "test")})
 
 
 def _south_north(root: Path) -> Domains:
     north = Mts12(root, ("train", "validation"))
-    return Domains(*_divide(Mts12(root, "test"), root), {"north": north})
+    return Domains(_divide(Mts12(root, "test"), root), {"north": north})
 
 
 def _folder(
@@ -256,7 +257,7 @@ def _folder(
         if split not in pairs:
             raise data_error(root / f"{split}.csv", "no such file", "a CSV of image and mask")
         others.append(train.subset(pairs[split], name=f"{root.name} {split}"))
-    return Domains(train, *others)
+    return Domains((train, *others))
 
 
 def _divide(dataset: TileDataset, root: Path) -> list[TileDataset]:

@@ -157,10 +157,10 @@ def test_aomoa_refuses_a_linear_layer_with_another_forward() -> None:
 
 def test_aomoa_on_the_key_masked_projection_of_dinov3() -> None:
     """As on a plain layer whose bias is zero in the key third from the start."""
-    attention = nn.ModuleDict({"attn": RotaryAttention(16, 2)})
+    attention: Any = nn.ModuleDict({"attn": RotaryAttention(16, 2)})
     nn.init.normal_(attention["attn"].qkv.bias)
     before = copy.deepcopy(attention.state_dict())
-    plain = nn.ModuleDict({"attn": RotaryAttention(16, 2, mask_key_bias=False)})
+    plain: Any = nn.ModuleDict({"attn": RotaryAttention(16, 2, mask_key_bias=False)})
     weights = {name: tensor for name, tensor in before.items() if not name.endswith("bias_mask")}
     plain.load_state_dict(weights)
     plain["attn"].qkv.bias.data[16:32] = 0
@@ -168,7 +168,8 @@ def test_aomoa_on_the_key_masked_projection_of_dinov3() -> None:
         torch.manual_seed(1)
         assert "of 3 parts" in str(adapt(model, method="aomoa", targets="qkv"))
     x = torch.randn(2, 5, 16)
-    found, expected = [], []
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
     for model, results in ((attention, found), (plain, expected)):
         torch.manual_seed(2)  # the gates' noise
         out = model["attn"](x)

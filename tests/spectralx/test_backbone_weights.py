@@ -201,7 +201,7 @@ def test_dinov3_with_aomoa_on_its_joint_projection():
         expected = model(images)
         adapt(model.vit_backbone, method="aomoa", targets="qkv$", blocks=[5])
         initialise_backbone(model, state)
-        layer = model.get_submodule("vit_backbone.blocks.5.attn.qkv")
+        layer: Any = model.get_submodule("vit_backbone.blocks.5.attn.qkv")
         assert torch.equal(layer.linear.bias, state["blocks.5.attn.qkv.bias"])
         assert layer.linear.bias[WIDTH : 2 * WIDTH].any()  # which the mask hides
         layer.scaler.zero_()  # the adapter adds nothing

@@ -86,7 +86,7 @@ def test_a_datamodule_becomes_a_task() -> None:
     module = DataModule(parts)
     domains = domains_of_datamodule(module, name="mine", **OPTIONS)
     assert module.stages == ["fit", "validate", "test"]
-    assert [len(part) for part in (domains.train, domains.validation, domains.test)] == [4, 2, 3]
+    assert [len(part) for part in domains.source] == [4, 2, 3]
     for name, found in (("val", "val_dataset"), ("test", "test_dataset")):
         with pytest.raises(DataError, match=f"DataModule.{found}: found NoneType; expected"):
             domains_of_datamodule(DataModule({**parts, name: None}), **OPTIONS)

@@ -8,7 +8,8 @@ import rasterio
 from rasterio import Affine
 
 from spectralx.data import DataError, raster_info, read_image, read_raster, write_raster
-from spectralx.data.raster import list_rasters, parse_wavelength, read_label
+from spectralx.data.raster import list_rasters, read_label
+from spectralx.data.wavelengths import parse_wavelength
 
 RNG = np.random.default_rng(0)
 
