@@ -76,8 +76,8 @@ def use_cuda() -> bool:
 def precompile(header: str, folder: Path, compiler: str, options: list[str]) -> None:
     """Compiles csrc/`header` into `folder`, first in GCC's search path, unless it is there already.
 
-    GCC takes it for an ``#include "header"`` that opens a file, and reads the header itself where it
-    was compiled with other options. Other compilers have no such search, and read it each time.
+    GCC takes it for an ``#include "header"`` that opens a file, and reads the header itself where
+    it was compiled with other options. Other compilers have no such search, and read it each time.
     """
     import torch
 
@@ -116,7 +116,7 @@ def extension() -> dict[str, Any]:
     debug = bool(flag("DEBUG"))
     native = bool(flag("SPECTRALX_NATIVE"))
     cuda = use_cuda()
-    # Python's own flags hold -g; without it the build is quicker and the module a tenth of the size.
+    # Python's own flags hold -g; without it the build is quicker and the module a twentieth.
     optimise = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG", "-g0"]
     cxx = ["-std=c++20", "-Wall", "-Wno-unknown-pragmas", *optimise]
     if sys.platform == "win32":

@@ -39,9 +39,7 @@ def test_every_sketch_is_on_its_page() -> None:
 def test_links_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     missing = [
-        target
-        for target in targets
-        if "://" not in target and not (page.parent / target).exists()
+        target for target in targets if "://" not in target and not (page.parent / target).exists()
     ]
     assert not missing
 

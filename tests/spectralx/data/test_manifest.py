@@ -36,7 +36,8 @@ def test_a_changed_tile_is_refused(tiles: Path) -> None:
     assert read_mat_label(label).sum() == 20
     for path, read in ((tile, read_raster), (label, read_mat_label)):
         flip(path)
-        with pytest.raises(DataError, match=rf"{path.name}: found sha256 .*; expected .*{MANIFEST}"):
+        wanted = rf"{path.name}: found sha256 .*; expected .*{MANIFEST}"
+        with pytest.raises(DataError, match=wanted):
             read(path)
         flip(path)
         assert read(path).sum() == 20
