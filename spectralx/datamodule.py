@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -14,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spectralx.cli import InputError
 from spectralx.data import FixedStatistics, ImageMinMax, Sample, Task, TileDataset, build_task
-from spectralx.sampling import Augmented, Key, Shared, TrainingOrder, stay_with
+from spectralx.sampling import Augmented, Key, Shared, TrainingOrder, end_with_parent
 from spectralx.settings import DataSettings, RunSettings
 
 # Image files up to this size together are all read before training starts.
@@ -148,7 +146,7 @@ class TaskData(pl.LightningDataModule):
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=collate,
-            worker_init_fn=functools.partial(stay_with, os.getpid()),
+            worker_init_fn=end_with_parent,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Its own, so that reading leaves the randomness of training alone.
