@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,7 +24,7 @@ from spectralx.data import (
 from spectralx.data.cache import DiskCache, MemoryCache
 from spectralx.data.normalise import restore_normalisation as restore_normalisation
 from spectralx.data.samples import Batch as Batch
-from spectralx.sampling import Augmented, Key, Shared, TrainingOrder, stay_with
+from spectralx.sampling import Augmented, Key, Shared, TrainingOrder, end_with_parent
 from spectralx.settings import DataSettings, RunSettings
 
 # Image files up to this size together are all read before training starts.
@@ -140,7 +138,7 @@ class TaskData(pl.LightningDataModule):
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=collate,
-            worker_init_fn=functools.partial(stay_with, os.getpid()),
+            worker_init_fn=end_with_parent,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Its own, so that reading leaves the randomness of training alone.

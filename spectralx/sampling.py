@@ -9,6 +9,7 @@ train on the same.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from typing import Literal
@@ -24,12 +25,13 @@ _PURPOSES = {"order": 0, "augmentation": 1, "model": 2}
 Key = tuple[int, int]
 
 
-def stay_with(parent: int, worker: int) -> None:
-    """End this data-loading process if the process `parent` that started it has been killed.
+def end_with_parent(worker: int) -> None:
+    """End this data-loading process if the one that started it has been killed meanwhile.
 
-    From then on DataLoader's own processes watch over it; they do not notice what came before.
+    From then on DataLoader watches over that; it does not notice what came before.
     """
-    if os.getppid() != parent:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
         os._exit(1)
 
 

@@ -91,9 +91,7 @@ def test_two_processes_have_the_losses_of_one_and_go_on(
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(scenes: Path, tmp_path: Path) -> None:
     case = runs.Case("stage2", 0, scenes, options=("--stage2.optimizer.lr=1e30", STEADY))
-    began = time.monotonic()
     assert runs.finish_together(case, tmp_path, 2) == [1, 1]
-    assert time.monotonic() - began < 60
     text = (tmp_path / "output.txt").read_text()
     assert text.count("spectralx.train: error: loss: found") == 2
     assert str(scenes) in text

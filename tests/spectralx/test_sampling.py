@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import os
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from spectralx.data import Sample
 from spectralx.datamodule import TaskData
-from spectralx.sampling import Augmented, Shared, TrainingOrder, derive_seed, stay_with
+from spectralx.sampling import Augmented, Shared, TrainingOrder, derive_seed, end_with_parent
 from tests.spectralx.tiny import tiny_settings
 
 
@@ -67,12 +67,26 @@ def test_seeds_differ_by_purpose_and_place() -> None:
 
 
 def test_a_data_loading_process_does_not_outlive_the_one_that_started_it() -> None:
-    stay_with(os.getppid(), 0)
-    child = os.fork()
-    if child == 0:
-        stay_with(-1, 0)
-        os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    end_with_parent(0)  # this one was started by none, or by one that lives
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=end_with_parent, args=(0,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    orphan = context.Process(target=_orphaned)
+    orphan.start()
+    orphan.join()
+    assert orphan.exitcode == 1
+
+
+def _orphaned() -> None:
+    multiprocessing.process._parent_process = _Gone()  # type: ignore[attr-defined]
+    end_with_parent(0)
+
+
+class _Gone:
+    def is_alive(self) -> bool:
+        return False
 
 
 class _Noise(Dataset[Sample]):
