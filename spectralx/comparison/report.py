@@ -34,6 +34,7 @@ class Reached:
     miou : test set -> mIoU; "source", each target, and "target pooled" of several.
     trainable, decoder : parameters that train in stage 2, and those of them in the decoder.
     seconds : of all stages, reading, validation and test included.
+    interrupted : whether a stage was, so that seconds are those of its last part at least.
     memory : peak, bytes; see ``memory_of``.
     memory_of : what the peak is of.
     device : that trained.
@@ -44,6 +45,7 @@ class Reached:
     trainable: int
     decoder: int
     seconds: float
+    interrupted: bool
     memory: int
     memory_of: str
     device: str
@@ -84,6 +86,7 @@ def _reached(run: Run, records: Sequence[dict[str, Any]]) -> Reached:
         last["trainable"],
         last["trainable_decoder"],
         sum(record["seconds"] for record in records),
+        any(record["interrupted"] for record in records),
         max(record["peak_memory_bytes"] for record in records),
         last["peak_memory_of"],
         last["device"],
@@ -103,6 +106,7 @@ def method_table(results: Sequence[Reached]) -> Table:
     rows = []
     for method, group in _by_method(results).items():
         seconds = Figure(tuple(one.seconds for one in group)).mean
+        at_least = "≥ " if any(one.interrupted for one in group) else ""
         memory = max(one.memory for one in group)
         rows.append(
             [
@@ -111,7 +115,7 @@ def method_table(results: Sequence[Reached]) -> Table:
                 *(Figure(tuple(one.miou[test] for one in group)).percent() for test in tests),
                 f"{group[0].trainable:,}",
                 f"{group[0].beside_decoder:,}",
-                f"{seconds:.0f}",
+                f"{at_least}{seconds:.0f}",
                 f"{memory / 2**20:,.0f}",
             ]
         )
@@ -120,7 +124,8 @@ def method_table(results: Sequence[Reached]) -> Table:
     first = results[0]
     caption = (
         "mIoU in percent at the labels' own size, mean ± standard deviation over seeds; seconds of "
-        f"a run, all stages with validation and test; memory: {first.memory_of}; {first.device}."
+        "a run, all stages with validation and test (≥: one was interrupted); memory: "
+        f"{first.memory_of}; {first.device}."
     )
     return Table(headings, rows, caption)
 

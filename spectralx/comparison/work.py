@@ -76,12 +76,14 @@ def record(result: FitResult, seconds: float) -> dict[str, Any]:
 def work(run: Path, stage: Stage) -> None:
     """Train `stage` of the experiment ``run/settings.yaml`` and write its record.
 
-    Seconds are those of the whole stage: reading, training, validation and test.
+    Seconds are those of the whole stage: reading, training, validation and test; of the last part
+    of it where an interrupted stage goes on.
     """
     settings = load_settings(run / SETTINGS)
+    interrupted = (Path(settings.out) / stage).exists()
     started = time.monotonic()
     result = fit(stage, settings)
-    found = record(result, time.monotonic() - started)
+    found = {"interrupted": interrupted, **record(result, time.monotonic() - started)}
     write_text(record_path(run, stage), json.dumps(found, indent=2) + "\n")
 
 

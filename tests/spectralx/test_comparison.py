@@ -132,7 +132,8 @@ def fake(plan: Plan, figures: dict[tuple[str, int], float]) -> None:
             continue
         for stage in plan.stages:
             record = {
-                "seconds": 10.0, "peak_memory_bytes": 2**30, "peak_memory_of": "the process",
+                "seconds": 10.0, "interrupted": run.seed == 2,
+                "peak_memory_bytes": 2**30, "peak_memory_of": "the process",
                 "device": "CPU", "trainable": 1000, "trainable_decoder": 900,
                 "tests": {
                     "source": {"miou": 0.5},
@@ -152,6 +153,8 @@ def test_the_report_says_who_is_ahead_seed_by_seed(tiny_scenes: Path, tmp_path: 
     printed = write_report(plan)
     rows = {line.split("  ")[0]: line.split() for line in printed.splitlines() if line}
     assert rows["SpectralX"][1:7] == ["3", "50.0", "±", "0.0", "50.0", "±"]
+    lines = [line for line in printed.splitlines() if line.startswith(("LoRA", "frozen"))]
+    assert ["≥ 20" in line for line in lines[:2]] == [True, False]  # frozen's seed 2 is not there
     assert rows["LoRA"] == ["LoRA", "11.7", "±", "7.6", "3", "of", "3", "ahead"]
     assert rows["frozen"][4:] == ["1", "of", "2", "not", "told", "apart"]
     folder = plan.folder
