@@ -46,9 +46,10 @@ def _origin(name: str) -> list[str]:
     dates = sorted(slice_["date"] for slice_ in slices)
     commits = sorted({slice_["commit"] for slice_ in slices})
     machines = sorted({slice_["machine"] for slice_ in slices})
-    command = f"python -m tests.harden {name}" if PARTS[name].module else "a command of its own"
+    command = f"python -m tests.harden{' ' if PARTS[name].module else '.'}{name}"
+    cut = f" in {len(slices)} slices" if len(slices) > 1 else ""
     return [
-        f"`{command}`, {dates[-1]} UTC, {seconds:,.0f} s in {len(slices)} slices, "
+        f"`{command}`, {dates[-1]} UTC, {seconds:,.0f} s{cut}, "
         f"commit {', '.join(commits)}; {'; '.join(machines)}"
     ]
 

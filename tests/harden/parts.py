@@ -14,8 +14,8 @@ class Part:
     row : its number in docs/RELIABILITY.md.
     title, figure : what is tried, and what is asked of it.
     count : samples that the figure asks for.
-    module : of this package, with ``run(numbers) -> Outcome``; "" where another command writes
-        the part's JSON (`tests.harden.record.append`).
+    module : of this package, with ``run(numbers) -> Outcome``; "" where the part's JSON is written
+        (`tests.harden.record.append`) by a command of its own, ``python -m tests.harden.<name>``.
     quick : samples that ``make test`` runs; 0 for parts that CI leaves out.
     whole : whether the samples are one run that cannot be cut into slices.
     """
