@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from spectralx.checkpoints.sources import RGB
 from spectralx.cli import write_text
-from spectralx.data import Task, TileDataset, write_raster
+from spectralx.data import ImageDataset, Task, write_raster
 from spectralx.pictures import composite_bands
 from spectralx.settings import Settings
 
@@ -53,7 +53,7 @@ def optical_copy(task: Task, folder: Path, *, progress: bool = True) -> Path:
     return folder
 
 
-def _copy(dataset: TileDataset, split: str, bands: list[int], root: Path, bar: tqdm) -> None:
+def _copy(dataset: ImageDataset, split: str, bands: list[int], root: Path, bar: tqdm) -> None:
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["image", "mask"])

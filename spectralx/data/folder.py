@@ -165,7 +165,8 @@ def pairs_of_csv(root: Path, table: Path) -> list[Pair]:
         names = [(row[column] or "").strip() for column in COLUMNS]
         if not all(names):
             raise data_error(f"{table} line {number}", "an empty entry", "an image and a mask")
-        pairs.append(Pair(*(_listed(root, name, f"{table} line {number}") for name in names)))
+        image, label = (_listed(root, name, f"{table} line {number}") for name in names)
+        pairs.append(Pair(image, label))
     return pairs
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from spectralx import evaluate, train
 from spectralx.checkpoints import save
 from spectralx.data import manifest
-from spectralx.options import _option_names
+from spectralx.options import _option_names, make_parser
 from tests.harden.record import Outcome
 from tests.harden.tiny import tiny_model
 from tests.spectralx.test_cli import make_folder
@@ -162,12 +162,17 @@ class Sandbox:
         ]  # fmt: skip
 
 
+def option_names() -> list[str]:
+    """Every option of a training command."""
+    return _option_names(make_parser("spectralx"))
+
+
 def unknown_option(sandbox: Sandbox, choose: random.Random) -> Sample:
-    name = list(choose.choice(_option_names()))
+    name = list(choose.choice(option_names()))
     place = choose.randrange(2, len(name))
     name[place : place + 1] = choose.choice(["", "x", "__", "..", "-"])
     option = "".join(name)
-    if option in _option_names():
+    if option in option_names():
         option += "x"
     return option, train.main, sandbox.training(f"{option}=1")
 
@@ -175,7 +180,7 @@ def unknown_option(sandbox: Sandbox, choose: random.Random) -> Sample:
 def wrong_value(sandbox: Sandbox, choose: random.Random) -> Sample:
     numbers = [
         name
-        for name in _option_names()
+        for name in option_names()
         if name.endswith(("size", "steps", "lr", "depth", "heads", "dim", "workers", "every"))
     ]
     option = f"{choose.choice(numbers)}={choose.choice(WRONG_VALUES)}"

@@ -21,7 +21,7 @@ from spectralx.comparison.optical import optical_copy
 from spectralx.comparison.report import reached, verdict, write_report
 from spectralx.comparison.runs import Plan, run_all
 from spectralx.comparison.work import record_path, work
-from spectralx.data import build_task, raster_info, read_raster
+from spectralx.data import TileDataset, build_task, raster_info, read_raster
 from spectralx.fit import Stage
 from tests.spectralx.test_evaluation import StrictPage
 from tests.spectralx.tiny import tiny_config, tiny_settings
@@ -74,6 +74,7 @@ def test_an_optical_copy_holds_red_green_and_blue(tiny_scenes: Path, tmp_path: P
     images = sorted((root / "images").iterdir())
     assert len(images) == len(task.train) + len(task.validation) + len(task.source_test)
     assert raster_info(images[0]).wavelengths == (0.64, 0.55, 0.466)
+    assert isinstance(task.train, TileDataset)
     first = task.train.pairs[0]
     bands = [task.wavelengths.index(band) for band in (0.64, 0.55, 0.466)]
     copied = read_raster(root / "images" / "train-000000.tif")

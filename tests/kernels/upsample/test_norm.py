@@ -213,7 +213,9 @@ def test_checked() -> None:
     with pytest.raises(ValueError, match=r"moments: got shape \[3\], expected \[2, 3\]"):
         batch_norm_relu(draw(2, 3, 2, 2).float(), norm, moments=torch.ones(3))
     with pytest.raises(TypeError, match=r"moments: got dtype torch.complex64"):
-        batch_norm_relu(draw(2, 3, 2, 2).float(), norm, moments=torch.ones(2, 3).cfloat())
+        batch_norm_relu(
+            draw(2, 3, 2, 2).float(), norm, moments=torch.ones(2, 3).to(torch.complex64)
+        )
     with pytest.raises(ValueError, match="moments: got device meta, expected cpu as x"):
         batch_norm_relu(draw(2, 3, 2, 2).float(), norm, moments=torch.ones(2, 3, device="meta"))
     with pytest.raises(ValueError, match="norm: got device cpu, expected meta as x"):

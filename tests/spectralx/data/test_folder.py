@@ -182,6 +182,7 @@ def test_real_tiles_are_read(real: Path) -> None:
     assert [len(part) for part in (task.train, task.validation, task.source_test)] == [14, 2, 2]
     assert task.bands == 218
     assert task.num_classes == 7
+    assert isinstance(task.train, FolderDataset)
     assert task.train.file_bands == 224
     assert task.wavelengths[0] == pytest.approx(0.41824)
     assert task.wavelengths[-1] == pytest.approx(2.446, abs=2e-3)

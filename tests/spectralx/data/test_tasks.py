@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectralx.data import DataError, FixedStatistics, Task, TileDataset, build_task, task_names
+from spectralx.data import (
+    DataError,
+    FixedStatistics,
+    ImageDataset,
+    Task,
+    TileDataset,
+    build_task,
+    task_names,
+)
 from spectralx.data.tiles import Pair, split_by_file
 
 from .conftest import COUNT, ROOT_OF_TASK, SIZE
@@ -16,7 +24,8 @@ GAP = ("WS-WD", "WD-WS", "spring", "summer", "autumn", "winter", "north-south", 
 NO_GAP = ("whu-ohs", "dfc2020", "mts12")
 
 
-def _files(dataset: TileDataset) -> set[Path]:
+def _files(dataset: ImageDataset) -> set[Path]:
+    assert isinstance(dataset, TileDataset)
     return {pair.image for pair in dataset.pairs}
 
 
@@ -148,9 +157,11 @@ def test_the_published_protocol(scenes: Scenes) -> None:
     task, root = _build(scenes, "spring", official=True), scenes("dfc2020")
     assert {_domain(path, root) for path in _files(task.validation)} == set(task.target_tests)
     assert task.validation[0]["mask"].shape == (24, 24)
+    assert isinstance(task.train, TileDataset)
     assert task.train.label_values is not None
     assert task.train.label_values[3] == 3
     default = _build(scenes, "spring")
+    assert isinstance(default.train, TileDataset)
     assert default.train.label_values is not None
     assert 3 not in default.train.label_values
 
