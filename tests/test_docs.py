@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +55,41 @@ def test_api_pages_are_made(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "AoMoALinear" in (tmp_path / "spectralx_kernels.html").read_text()
     assert "Warning" not in done.stderr
+
+
+# Sizes and steps that make the commands of docs/training.md quick.
+QUICK = {
+    "spectralx.data.scenes": ["--count", "6", "--size", "32", "--quiet"],
+    "spectralx.train": shlex.split(
+        "--data.image_size 32 --model.embed_dim 16 --model.num_heads 2 --model.stem_dim 8"
+        " --model.tokenizer_heads 2 --model.low_rank 4 --stage1.decoder_dim 16"
+        " --stage1.decoder_depth 1 --stage1.decoder_heads 2 --stage1.fcn_dim 8"
+        " --stage1.run.steps 1 --stage1.run.batch_size 2 --stage2.head_channels 8"
+        " --stage2.run.steps 1 --stage2.run.batch_size 2 --trainer.progress false"
+    ),
+    "spectralx.evaluate": ["--pictures", "1"],
+    "spectralx.predict": ["--progress", "false"],
+}
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("lightning", "rasterio")),
+    reason="lightning or rasterio is not installed",
+)
+def test_the_way_from_images_to_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of docs/training.md, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        shlex.split(line)
+        for block in blocks(ROOT / "docs" / "training.md", "sh")
+        for line in block.splitlines()
+    ]
+    assert [command[2] for command in commands] == list(QUICK)
+    for _, _, name, *options in commands:
+        package = importlib.import_module(name)
+        main = getattr(package, "main", None) or importlib.import_module(f"{name}.__main__").main
+        assert main([*options, *QUICK[name]]) == 0, name
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert len(list((tmp_path / "maps").glob("*.tif"))) == len(
+        list((tmp_path / "scenes" / "ts" / "image").glob("*.tif"))
+    )
