@@ -36,6 +36,16 @@ class Stopwatch:
         return time.perf_counter() - begin
 
 
+class ProcessorTime(Stopwatch):
+    """Seconds of processor time that a call takes, of all threads together: on a busy machine, with
+    one thread, what the call itself takes."""
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        begin = time.process_time()
+        run()
+        return time.process_time() - begin
+
+
 class CudaStopwatch(Stopwatch):
     """Seconds between two CUDA events around a call, from a cold L2 cache, host time included
     where the GPU waits for the host."""

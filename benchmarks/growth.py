@@ -2,7 +2,8 @@
 
     python -m benchmarks.growth images|pixels [--part NAME ...] [--bands C] [--seconds S]
 
-Evaluation in float32 on the CPU; all sizes of a part are timed in turns.
+Evaluation in float32 on the CPU; all sizes of a part are timed in turns, in processor time, so for
+one thread (``OMP_NUM_THREADS=1``).
 
 - `stem`: convolutions, linear in pixels;
 - `spatial`: the layers of that block are linear in pixels, its attention, within quarters of the
@@ -28,7 +29,7 @@ from functools import partial
 import torch
 
 from benchmarks import floors
-from benchmarks.clock import interleave, stopwatch_for
+from benchmarks.clock import ProcessorTime, interleave
 from benchmarks.report import as_text
 from benchmarks.shapes import STEM_WIDTH, TOKENS, WIDTH
 from spectralx_kernels import HyperT
@@ -86,7 +87,7 @@ def grow(part: str, axis: str, bands: int, seconds: float) -> list[list[str]]:
         run, operations = built(part, batch, side, bands)
         runs[f"{batch} x {side}"] = partial(_call, run)
         works.append(operations)
-    samples = interleave(runs, stopwatch_for("cpu"), seconds=seconds, rounds=(3, 30), warm_up=1)
+    samples = interleave(runs, ProcessorTime(), seconds=seconds, rounds=(3, 30), warm_up=1)
     medians = [1e3 * statistics.median(samples[name]) for name in runs]
     first = sizes[0][0] * sizes[0][1] ** 2
     rows = [["images x side", "ms", "time", "work", "time/size", "time/work"]]
