@@ -53,15 +53,15 @@ class Checksums:
                     f"{line[:40]!r}",
                     "a SHA-256 and a path",
                 )
-            expected[_resolved(manifest.parent / match[2])] = match[1]
+            expected[resolved(manifest.parent / match[2])] = match[1]
         return cls(manifest, expected)
 
     def __contains__(self, path: Path) -> bool:
-        return _resolved(path) in self.expected
+        return resolved(path) in self.expected
 
     def verify(self, path: Path) -> None:
         """Raise DataError unless `path` has the hash it should; each file is read once."""
-        path = _resolved(path)
+        path = resolved(path)
         if path in self._verified:
             return
         if path not in self.expected:
@@ -96,5 +96,6 @@ def write_checksums(
     return len(lines)
 
 
-def _resolved(path: Path) -> Path:
+def resolved(path: Path) -> Path:
+    """`path` from the root of the file system, links left alone."""
     return Path(os.path.abspath(path))
