@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from spectralx.cli import one_line, refresh_seconds
 
-from .checksums import Checksums
+from .checksums import Checksums, resolved
 from .description import Description
 from .domains import kept_bands
 from .folder import SPLITS, stated_wavelengths
@@ -88,10 +88,11 @@ class _Check:
                 self.note(error)
         self.compare(measured)
         if checksums is not None:
-            held = {Path(path).absolute() for pair in pairs.values() for path in pair[:2]}
-            for path in sorted(checksums.expected):
-                if path not in held:
-                    self.note(data_error(path, "a checksum but no place in the data", "none"))
+            self.tables(checksums)
+            held = {path for pair in pairs.values() for path in pair[:2]}
+            known = {resolved(path) for path in held | tables_of(self.description)}
+            for path in sorted({*checksums.expected} - known):
+                self.note(data_error(path, "a checksum but no place in the data", "none"))
         self.summarise(splits, measured)
         return self.report
 
@@ -133,6 +134,13 @@ class _Check:
         except DataError as error:
             self.note(error)
             return None
+
+    def tables(self, checksums: Checksums) -> None:
+        for table in sorted(tables_of(self.description)):
+            try:
+                checksums.verify(table)
+            except DataError as error:
+                self.note(error)
 
     def measure(self, pair: Pair) -> _Image:
         """Read an image and its labels, strip by strip."""
@@ -284,12 +292,20 @@ def check(description: Description, *, progress: bool = False) -> Report:
 
 def files_of(description: Description) -> list[Path]:
     """All images and labels of a data set, each once, and the tables of its splits."""
-    found: set[Path] = set()
-    for name, domain in description.domains.items():
+    found = tables_of(description)
+    for name in description.domains:
         found |= {path for pair in description.every(name) for path in pair[:2]}
-        tables: Iterable[object] = domain.splits.values()
-        found |= {description.root / table for table in tables if isinstance(table, str)}
     return sorted(found)
+
+
+def tables_of(description: Description) -> set[Path]:
+    """The CSV files of its splits."""
+    return {
+        description.root / table
+        for domain in description.domains.values()
+        for table in domain.splits.values()
+        if isinstance(table, str)
+    }
 
 
 def strips(info: RasterInfo) -> Iterator[PixelWindow]:

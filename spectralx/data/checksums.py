@@ -53,15 +53,15 @@ class Checksums:
                     f"{line[:40]!r}",
                     "a SHA-256 and a path",
                 )
-            expected[_resolved(manifest.parent / match[2])] = match[1]
+            expected[resolved(manifest.parent / match[2])] = match[1]
         return cls(manifest, expected)
 
     def __contains__(self, path: Path) -> bool:
-        return _resolved(path) in self.expected
+        return resolved(path) in self.expected
 
     def verify(self, path: Path) -> None:
         """Raise DataError unless `path` has the hash it should; read anew only when it changes."""
-        path = _resolved(path)
+        path = resolved(path)
         if path not in self.expected:
             raise data_error(path, f"no checksum in {self.manifest}", "one for each file")
         state = path.stat()
@@ -98,5 +98,6 @@ def write_checksums(
     return len(lines)
 
 
-def _resolved(path: Path) -> Path:
+def resolved(path: Path) -> Path:
+    """`path` from the root of the file system, links left alone."""
     return Path(os.path.abspath(path))

@@ -190,10 +190,18 @@ def open_raster(path: str | Path) -> Iterator[OpenRaster]:
 def valid_values(raw: Array, nodata: float | None) -> npt.NDArray[np.bool_]:
     """Where `raw` is finite and not `nodata` (a nodata value of NaN is covered by the former)."""
     valid = np.isfinite(raw) if raw.dtype.kind == "f" else np.ones(raw.shape, dtype=bool)
-    if nodata is not None and np.isfinite(nodata):
+    if nodata is not None and np.isfinite(nodata) and _fits(nodata, raw.dtype):
         # Compared in the file's dtype, in which the nodata value was written.
         valid &= raw != np.asarray(nodata).astype(raw.dtype)
     return valid
+
+
+def _fits(value: float, dtype: np.dtype[Any]) -> bool:
+    """Whether a pixel of `dtype` can have `value`: -9999 is no missing pixel of unsigned ones."""
+    if dtype.kind not in "iu":
+        return True
+    limits = np.iinfo(dtype)
+    return limits.min <= value <= limits.max and value == int(value)
 
 
 def read_label(path: str | Path, window: PixelWindow | None = None) -> npt.NDArray[np.int64]:

@@ -266,7 +266,11 @@ def _scaling(normalisation: Normalisation, values: Array, valid: npt.NDArray[np.
     if isinstance(normalisation, FixedStatistics):
         return normalisation.scaling()
     if isinstance(normalisation, ImageMinMax):
-        return normalisation.scaling(*extremes(values, valid))
+        # Where some are missing, extremes are sought among floats.
+        complete = bool(valid.all())
+        return normalisation.scaling(
+            *extremes(values if complete else values.astype(np.float32), valid)
+        )
     raise TypeError(
         f"normalisation: found {type(normalisation).__name__}; expected ImageMinMax or "
         "FixedStatistics for raw samples"

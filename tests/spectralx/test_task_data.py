@@ -59,7 +59,7 @@ def first_batches(settings: Settings) -> list[Any]:
     for loader in (data.train_dataloader(), data.val_dataloader()):
         torch.manual_seed(3)
         batch = next(iter(loader))
-        found += [batch["image"].dtype, data.on_after_batch_transfer(batch, 0)]
+        found += [batch["image"][0].dtype, data.on_after_batch_transfer(batch, 0)]
     return found
 
 

@@ -308,6 +308,20 @@ def test_a_manifest_holds_files_to_their_bytes(
     )
 
 
+def test_a_manifest_holds_the_tables_of_splits_too(folder: Path) -> None:
+    for split, name in (("train", "t0"), ("validation", "t1"), ("test", "t2")):
+        table = f"image,mask\nimages/{name}.tif,labels/{name}.tif\n"
+        (folder / f"{split}.csv").write_text(table)
+    splits = {split: f"{split}.csv" for split in ("train", "validation", "test")}
+    config = described(folder, images=None, labels=None, splits=splits)
+    assert main(["manifest", str(config), "--quiet"]) == 0
+    assert check(read_description(config)).problems == []
+    (folder / "test.csv").write_text("image,mask\nimages/t3.tif,labels/t2.tif\n")
+    problems = "\n".join(check(read_description(config)).problems)
+    assert "test.csv: found sha256" in problems
+    assert "images/t3.tif: found no checksum" in problems
+
+
 def _reads(part: Any, index: int) -> bool:
     try:
         part[index]

@@ -184,3 +184,16 @@ def test_what_is_too_large_to_read_at_once_is_refused(
     monkeypatch.setattr("spectralx.data.raster.LARGEST_READ", 4 * SIZE * SIZE - 1)
     with pytest.raises(DataError, match=r"0\.tif: found .* of 12x12 pixels, .*; expected at most"):
         plain[0]
+
+
+def test_a_nodata_value_that_no_pixel_can_have(tmp_path: Path) -> None:
+    """-9999 of unsigned pixels is not 55537."""
+    plain = dataset(tmp_path, "uint16")
+    values = np.full((2, SIZE, SIZE), 55537, np.uint16)
+    values[:, 0, 0] = 0
+    write_raster(plain.pairs[0].image, values)
+    own = plain._replaced(nodata=-9999.0)
+    image = own[0]["image"]
+    assert image.sum() == 2 * (SIZE**2 - 1)
+    raw = collate([own.with_raw_samples()[0]])
+    assert torch.equal(finish(raw, size=None, clipped=False)["image"][0], image)
