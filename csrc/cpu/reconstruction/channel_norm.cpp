@@ -1,12 +1,16 @@
-// spectralx::channel_norm on the CPU. Maths: spectralx_kernels/reconstruction/README.md.
+// spectralx::channel_norm and channel_norm_conv2d on the CPU. Maths:
+// spectralx_kernels/reconstruction/README.md.
 //
 // Nothing but x is needed for backward: norms and activations of a row of channels are formed again.
-// Tasks take a fixed number of rows and their sums are added up in order, so that results do not depend
-// on the number of threads.
+// The map that a convolution takes exists for some images at a time. Tasks take a fixed number of rows
+// and their sums are added up in order, so that results do not depend on the number of threads.
 #include "cpu/reconstruction/channel_norm.h"
 
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -21,6 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 namespace {
 
 constexpr int64_t kElements = 1 << 15;  // of a task: two maps of them fit in the L2 cache
+constexpr int64_t kMapBytes = 1 << 27;  // of normed maps that exist at a time in forward
 
 Activation activation_of(std::string_view name) {
   if (name == "none") return Activation::kNone;
@@ -81,7 +86,7 @@ void ChannelNorm::apply(const Tensor& x, const OptionalTensor& addend, double sc
     const Parameters<A> by(*this, channels);
     const S* more = addend.has_value() ? addend->const_data_ptr<S>() : nullptr;
     for_tasks(x, [&](int64_t, int64_t row, int64_t rows) {
-      std::vector<A> scratch(rows_together(channels) * channels);
+      std::vector<A> scratch(channels);
       head_kernels<S, A>().norm(x.const_data_ptr<S>() + row * channels,
                                 more == nullptr ? nullptr : more + row * channels, rows, by.norm,
                                 static_cast<A>(scale), scratch.data(),
@@ -99,7 +104,7 @@ void ChannelNorm::gradient(const Tensor& grad, const Tensor& x, const Tensor& x_
     const int64_t tasks = (x.numel() / channels + most - 1) / most;
     std::vector<A> parts(sums.defined() ? tasks * 2 * channels : 0, A(0));
     for_tasks(x, [&](int64_t task, int64_t row, int64_t rows) {
-      std::vector<A> scratch(3 * rows_together(channels) * channels);
+      std::vector<A> scratch(3 * channels);
       A* to = sums.defined() ? parts.data() + task * 2 * channels : nullptr;
       head_kernels<S, A>().norm_gradient(
           grad.const_data_ptr<S>() + row * channels, x.const_data_ptr<S>() + row * channels, rows,
@@ -119,6 +124,12 @@ Tensor as_map(const Tensor& x) {
 
 namespace {
 
+Tensor like(const Tensor& map) { return at::empty(map.sizes(), map.options(), kChannelsLast); }
+
+OptionalTensor converted(const OptionalTensor& tensor, at::ScalarType type) {
+  return tensor.has_value() ? OptionalTensor(tensor->to(type)) : std::nullopt;
+}
+
 Tensor channel_norm(const Tensor& x, const OptionalTensor& addend, const Tensor& weight,
                     const Tensor& bias, double eps, std::string_view before, std::string_view after,
                     double scale) {
@@ -128,6 +139,17 @@ Tensor channel_norm(const Tensor& x, const OptionalTensor& addend, const Tensor&
   const Tensor map = as_map(x), out = like(map);
   norm.apply(map, addend.has_value() ? OptionalTensor(as_map(*addend)) : std::nullopt, scale, out);
   return out.to(x.scalar_type());
+}
+
+// The wanted gradients of weight and bias of a norm, behind those in `found`.
+void push_norm_grads(const Tensor& sums, const OptionalTensor& weight, const OptionalTensor& bias,
+                     bool wants_weight, bool wants_bias, std::vector<Tensor>& found) {
+  if (wants_weight) found.push_back(sums.select(0, 0).to(weight->scalar_type(), false, true));
+  if (wants_bias) found.push_back(sums.select(0, 1).to(bias->scalar_type(), false, true));
+}
+
+Tensor sums_for(const Tensor& x, bool wanted) {
+  return wanted ? at::zeros({2, x.size(1)}, x.options().dtype(at::kDouble)) : Tensor();
 }
 
 std::vector<Tensor> channel_norm_backward(const c10::List<OptionalTensor>& output_grads,
@@ -155,10 +177,106 @@ std::vector<Tensor> channel_norm_backward(const c10::List<OptionalTensor>& outpu
   return found;
 }
 
+void check_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       bool transposed, at::IntArrayRef stride, at::IntArrayRef padding) {
+  const int64_t ins = transposed ? 0 : 1;
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(ins) == x.size(1), "weight: got shape ",
+                    weight.sizes(), ", expected ", x.size(1), " channels in");
+  TORCH_CHECK_VALUE(!bias.has_value() || bias->numel() == weight.size(1 - ins), "bias: got ",
+                    bias->numel(), " values, expected ", weight.size(1 - ins));
+  TORCH_CHECK_VALUE(stride.size() == 2 && padding.size() == 2,
+                    "stride, padding: expected two integers each");
+}
+
+Tensor channel_norm_conv2d(const Tensor& x, const OptionalTensor& norm_weight,
+                           const OptionalTensor& norm_bias, double eps, std::string_view before,
+                           std::string_view after, const Tensor& weight, const OptionalTensor& bias,
+                           bool transposed, at::IntArrayRef stride, at::IntArrayRef padding) {
+  const ChannelNorm norm(norm_weight, norm_bias, eps, before, after, x);
+  check_convolution(x, weight, bias, transposed, stride, padding);
+  const Tensor map = as_map(x), kernel = weight.to(map.scalar_type());
+  const OptionalTensor offset = converted(bias, map.scalar_type());
+  const int64_t batch = x.size(0), bytes = x.numel() / std::max<int64_t>(batch, 1) * map.itemsize();
+  const int64_t most = std::max<int64_t>(kMapBytes / bytes, 1);
+  Tensor out;
+  for (int64_t image = 0; image < std::max<int64_t>(batch, 1); image += most) {
+    const int64_t count = std::min(most, batch - image);
+    const Tensor part = map.narrow(0, image, count), normed = like(part);
+    norm.apply(part, std::nullopt, 1, normed);
+    const Tensor made = at::convolution(normed, kernel, offset, stride, padding, {1, 1}, transposed,
+                                        {0, 0}, 1)
+                            .contiguous(kChannelsLast);
+    if (count == batch) {
+      out = made;
+    } else {
+      if (!out.defined()) {
+        out = at::empty({batch, made.size(1), made.size(2), made.size(3)}, made.options(),
+                        kChannelsLast);
+      }
+      out.narrow(0, image, count).copy_(made);
+    }
+  }
+  return out.to(x.scalar_type());
+}
+
+std::vector<Tensor> channel_norm_conv2d_backward(
+    const c10::List<OptionalTensor>& output_grads, const Tensor& x, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, double eps, std::string_view before, std::string_view after,
+    const Tensor& weight, const OptionalTensor& bias, bool transposed, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::TensorList, const c10::List<bool>& mask) {
+  TORCH_CHECK(output_grads.size() == 1 && mask.size() == 11,
+              "output_grads, output_mask: expected 1 and 11 entries");
+  const ChannelNorm norm(norm_weight, norm_bias, eps, before, after, x);
+  check_convolution(x, weight, bias, transposed, stride, padding);
+  const OptionalTensor given = output_grads[0];
+  const bool parameters = mask[1] || mask[2], inside = mask[0] || parameters;
+  const Tensor sums = sums_for(x, parameters);
+  Tensor x_grad, weight_grad, bias_grad;
+  if (given.has_value() && x.size(0) > 0) {
+    const Tensor map = as_map(x), grad = as_map(*given), kernel = weight.to(map.scalar_type());
+    if (mask[0]) x_grad = like(map);
+    const auto sum_options = map.options().dtype(sum_type(map.scalar_type()));
+    // An image at a time: of the normed map and its gradient no more exists.
+    for (int64_t image = 0; image < x.size(0); ++image) {
+      const Tensor part = map.narrow(0, image, 1);
+      Tensor normed = part;  // of the same shape, where the values do not matter
+      if (mask[6]) {
+        normed = like(part);
+        norm.apply(part, std::nullopt, 1, normed);
+      }
+      auto [normed_grad, kernel_grad, offset_grad] = at::convolution_backward(
+          grad.narrow(0, image, 1), normed, kernel, at::IntArrayRef({weight.size(transposed ? 1 : 0)}),
+          stride, padding, {1, 1}, transposed, {0, 0}, 1,
+          {inside, static_cast<bool>(mask[6]), static_cast<bool>(mask[7])});
+      if (inside) {
+        const Tensor to = mask[0] ? x_grad.narrow(0, image, 1) : Tensor();
+        norm.gradient(normed_grad.contiguous(kChannelsLast), part, to, sums);
+      }
+      const auto add = [&](const Tensor& from, Tensor& to) {
+        if (!to.defined()) to = at::zeros(from.sizes(), sum_options);
+        to.add_(from);
+      };
+      if (mask[6]) add(kernel_grad, weight_grad);
+      if (mask[7]) add(offset_grad, bias_grad);
+    }
+  }
+  std::vector<Tensor> found;
+  const auto push = [&](bool wanted, const Tensor& grad, const Tensor& input) {
+    if (wanted) found.push_back(grad.defined() ? laid_out(grad, input) : at::zeros_like(input));
+  };
+  push(mask[0], x_grad, x);
+  push_norm_grads(sums, norm_weight, norm_bias, mask[1], mask[2], found);
+  push(mask[6], weight_grad, weight);
+  if (mask[7]) push(true, bias_grad, *bias);
+  return found;
+}
+
 }  // namespace
 }  // namespace spectralx::cpu
 
 TORCH_LIBRARY_IMPL(spectralx, CPU, m) {
   m.impl("channel_norm", &spectralx::cpu::channel_norm);
   m.impl("channel_norm_backward", &spectralx::cpu::channel_norm_backward);
+  m.impl("channel_norm_conv2d", &spectralx::cpu::channel_norm_conv2d);
+  m.impl("channel_norm_conv2d_backward", &spectralx::cpu::channel_norm_conv2d_backward);
 }

@@ -1,12 +1,8 @@
 // Norms over the channels of a map, with what stands before and behind them; see channel_norm.cpp.
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <optional>
 #include <string_view>
-#include <vector>
 
 #include "cpu/reconstruction/heads.h"
 #include "cpu/upsample/maps.h"
@@ -22,8 +18,7 @@ struct ChannelNorm {
   ChannelNorm(const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
               double eps, std::string_view before, std::string_view after, const at::Tensor& x);
 
-  // out = that + scale addend. All maps are channels last or lines of one image, and in the type that
-  // is computed with.
+  // out = that + scale addend. All maps are channels last and in the type that is computed with.
   void apply(const at::Tensor& x, const std::optional<at::Tensor>& addend, double scale,
              const at::Tensor& out) const;
 
@@ -38,23 +33,5 @@ inline at::ScalarType map_type(at::ScalarType type) { return type == at::kHalf ?
 
 // x in the type that is computed with, channels last.
 at::Tensor as_map(const at::Tensor& x);
-
-// Memory for a map of this shape.
-inline at::Tensor like(const at::Tensor& map) {
-  return at::empty(map.sizes(), map.options(), kChannelsLast);
-}
-
-// What `gradient` adds to, for a norm of x; undefined if not wanted.
-inline at::Tensor sums_for(const at::Tensor& x, bool wanted) {
-  return wanted ? at::zeros({2, x.size(1)}, x.options().dtype(at::kDouble)) : at::Tensor();
-}
-
-// The wanted gradients of weight and bias of a norm, behind those in `found`.
-inline void push_norm_grads(const at::Tensor& sums, const std::optional<at::Tensor>& weight,
-                            const std::optional<at::Tensor>& bias, bool wants_weight,
-                            bool wants_bias, std::vector<at::Tensor>& found) {
-  if (wants_weight) found.push_back(sums.select(0, 0).to(weight->scalar_type(), false, true));
-  if (wants_bias) found.push_back(sums.select(0, 1).to(bias->scalar_type(), false, true));
-}
 
 }  // namespace spectralx::cpu

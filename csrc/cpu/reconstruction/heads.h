@@ -22,22 +22,17 @@ struct RowNorm {
   int64_t channels;
 };
 
-// Rows that norms work on together, so that their activations run over one long line.
-inline int64_t rows_together(int64_t channels) { return channels < 512 ? 1024 / channels : 1; }
-
 // S is what maps hold, A what is computed in: float for float and bfloat16. Rows are dense, and a line
 // is a row of pixels of a map.
 template <typename S, typename A>
 struct HeadKernels {
   const char* instruction_set;
 
-  // out = after(norm(before(x))) + scale addend; addend may be null.
-  // scratch: [rows_together, channels].
+  // out = after(norm(before(x))) + scale addend; addend may be null. scratch: [channels].
   void (*norm)(const S* x, const S* addend, int64_t rows, const RowNorm<A>& norm, A scale,
                A* scratch, S* out);
 
-  // x_grad, and weight_grad and bias_grad [channels] added to; null: not wanted. scratch: three times
-  // that of `norm`.
+  // x_grad, and weight_grad and bias_grad [channels] added to; null: not wanted. scratch: [3, channels].
   void (*norm_gradient)(const S* grad, const S* x, int64_t rows, const RowNorm<A>& norm, A* scratch,
                         S* x_grad, A* weight_grad, A* bias_grad);
 

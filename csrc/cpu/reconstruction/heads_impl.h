@@ -53,113 +53,104 @@ inline void with_slope(Activation activation, const Each& each) {
   }
 }
 
+// row = before(x), then its deviations from their mean; the reciprocal of their standard deviation.
 template <typename S, typename A>
-inline void activate(Activation activation, const S* x, int64_t count, A* out) {
-  with_activation<A>(activation, [&](const auto& f) {
+inline A deviations(const S* x, const RowNorm<A>& norm, A* row) {
+  const int64_t channels = norm.channels;
+  with_activation<A>(norm.before, [&](const auto& f) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = f(widen(x[i]));
+    for (int64_t c = 0; c < channels; ++c) row[c] = f(widen(x[c]));
   });
-}
-
-// row = its deviations from its mean, over their standard deviation; the reciprocal of that.
-template <typename A>
-inline A whiten(int64_t channels, A eps, A* row) {
+  if (norm.weight == nullptr) return A(1);
   A sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t c = 0; c < channels; ++c) sum += row[c];
   const A mean = sum / static_cast<A>(channels);
 #pragma omp simd reduction(+ : square)
-  for (int64_t c = 0; c < channels; ++c) square += (row[c] - mean) * (row[c] - mean);
-  const A rstd = A(1) / std::sqrt(square / static_cast<A>(channels) + eps);
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) row[c] = (row[c] - mean) * rstd;
-  return rstd;
+  for (int64_t c = 0; c < channels; ++c) {
+    const A d = row[c] - mean;
+    row[c] = d;
+    square += d * d;
+  }
+  return A(1) / std::sqrt(square / static_cast<A>(channels) + norm.eps);
 }
 
 template <typename S, typename A>
-void norm_rows(const S* x, const S* addend, int64_t rows, const RowNorm<A>& norm, A scale,
-               A* scratch, S* out) {
-  const int64_t channels = norm.channels, most = spectralx::cpu::rows_together(channels);
-  for (int64_t first = 0; first < rows; first += most) {
-    const int64_t count = std::min(most, rows - first), values = count * channels;
-    activate(norm.before, x, values, scratch);
-    for (int64_t r = 0; norm.weight != nullptr && r < count; ++r) {
-      A* row = scratch + r * channels;
-      whiten(channels, norm.eps, row);
+void norm_rows(const S* x, const S* addend, int64_t rows, const RowNorm<A>& norm, A scale, A* row,
+               S* out) {
+  const int64_t channels = norm.channels;
+  for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
+    const A rstd = deviations(x, norm, row);
+    if (norm.weight != nullptr) {
 #pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) row[c] = row[c] * norm.weight[c] + norm.bias[c];
+      for (int64_t c = 0; c < channels; ++c) row[c] = row[c] * rstd * norm.weight[c] + norm.bias[c];
     }
     with_activation<A>(norm.after, [&](const auto& f) {
       if (addend == nullptr) {
 #pragma omp simd
-        for (int64_t i = 0; i < values; ++i) store(f(scratch[i]), out[i]);
+        for (int64_t c = 0; c < channels; ++c) store(f(row[c]), out[c]);
         return;
       }
 #pragma omp simd
-      for (int64_t i = 0; i < values; ++i) store(f(scratch[i]) + scale * widen(addend[i]), out[i]);
+      for (int64_t c = 0; c < channels; ++c) store(f(row[c]) + scale * widen(addend[c]), out[c]);
     });
-    x += values, out += values;
-    if (addend != nullptr) addend += values;
+    if (addend != nullptr) addend += channels;
   }
-}
-
-// Gradient before a norm: dz, of what it gave, to that of what it was given.
-template <typename A>
-inline void through_norm(int64_t channels, const A* weight, const A* white, A rstd, A* dz) {
-  A sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-  for (int64_t c = 0; c < channels; ++c) {
-    const A h = dz[c] * weight[c];
-    dz[c] = h;
-    sum += h;
-    dot += h * white[c];
-  }
-  const A mean = sum / static_cast<A>(channels), along = dot / static_cast<A>(channels);
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) dz[c] = rstd * (dz[c] - mean - white[c] * along);
 }
 
 template <typename S, typename A>
 void norm_gradient(const S* grad, const S* x, int64_t rows, const RowNorm<A>& norm, A* scratch,
                    S* x_grad, A* weight_grad, A* bias_grad) {
-  const int64_t channels = norm.channels, most = spectralx::cpu::rows_together(channels);
-  A *white = scratch, *dz = scratch + most * channels, *rstd = dz + most * channels;
-  for (int64_t first = 0; first < rows; first += most) {
-    const int64_t count = std::min(most, rows - first), values = count * channels;
-    activate(norm.before, x, values, white);
-    const A* at = white;  // what `after` is taken of
-    if (norm.weight != nullptr) {
-      at = dz;
-      for (int64_t r = 0; r < count; ++r) {
-        A *row = white + r * channels, *to = dz + r * channels;
-        rstd[r] = whiten(channels, norm.eps, row);
+  const int64_t channels = norm.channels;
+  A *row = scratch, *dz = scratch + channels, *slope = scratch + 2 * channels;
+  for (int64_t r = 0; r < rows; ++r, x += channels, grad += channels) {
+    const A rstd = deviations(x, norm, row);
+    if (norm.weight == nullptr) {
+      with_slope<A>(norm.after, [&](const auto& f) {
 #pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) to[c] = row[c] * norm.weight[c] + norm.bias[c];
-      }
-    }
-    with_slope<A>(norm.after, [&](const auto& f) {
+        for (int64_t c = 0; c < channels; ++c) dz[c] = widen(grad[c]) * f(row[c]);
+      });
+    } else {
+      with_slope<A>(norm.after, [&](const auto& f) {
 #pragma omp simd
-      for (int64_t i = 0; i < values; ++i) dz[i] = widen(grad[i]) * f(at[i]);
-    });
-    for (int64_t r = 0; norm.weight != nullptr && r < count; ++r) {
-      A *row = white + r * channels, *of = dz + r * channels;
+        for (int64_t c = 0; c < channels; ++c) {
+          row[c] *= rstd;
+          dz[c] = widen(grad[c]) * f(row[c] * norm.weight[c] + norm.bias[c]);
+        }
+      });
       if (weight_grad != nullptr) {
 #pragma omp simd
         for (int64_t c = 0; c < channels; ++c) {
-          weight_grad[c] += of[c] * row[c];
-          bias_grad[c] += of[c];
+          weight_grad[c] += dz[c] * row[c];
+          bias_grad[c] += dz[c];
         }
       }
-      if (x_grad != nullptr) through_norm(channels, norm.weight, row, rstd[r], of);
+      if (x_grad == nullptr) continue;
+      A sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+      for (int64_t c = 0; c < channels; ++c) {
+        const A h = dz[c] * norm.weight[c];
+        dz[c] = h;
+        sum += h;
+        dot += h * row[c];
+      }
+      const A mean = sum / static_cast<A>(channels), along = dot / static_cast<A>(channels);
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) dz[c] = rstd * (dz[c] - mean - row[c] * along);
     }
-    if (x_grad != nullptr) {
+    if (x_grad == nullptr) continue;
+    if (norm.before == Activation::kNone) {
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) store(dz[c], x_grad[c]);
+    } else {
       with_slope<A>(norm.before, [&](const auto& f) {
 #pragma omp simd
-        for (int64_t i = 0; i < values; ++i) store(dz[i] * f(widen(x[i])), x_grad[i]);
+        for (int64_t c = 0; c < channels; ++c) slope[c] = f(widen(x[c]));
       });
-      x_grad += values;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) store(dz[c] * slope[c], x_grad[c]);
     }
-    x += values, grad += values;
+    x_grad += channels;
   }
 }
 

@@ -2,8 +2,8 @@
 //
 // A map of 4 h x 4 w pixels is 64 times the size of what comes in. It is made a strip at a time, from
 // the first convolution to the last, and kept for nothing: backward makes it again. A strip goes as far
-// as the lines at hand allow, since a 3x3 convolution wants a line above and one below; `LineWindow`
-// keeps those that the next strip needs. Strips run in order and their sums are added in order.
+// as the lines at hand allow, since a 3x3 convolution wants a line above and one below; `Window` keeps
+// those that the next strip needs. Strips run in order and their sums are added in order.
 //
 // h x w: what comes in; k, the first stride: k h x k w, the lines; last stride: pixels.
 #include <ATen/ops/empty.h>
@@ -21,13 +21,100 @@
 #include <vector>
 
 #include "cpu/common/linear.h"
-#include "cpu/reconstruction/pixel_head.h"
+#include "cpu/reconstruction/channel_norm.h"
 
 namespace spectralx::cpu {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kStripBytes = 1 << 22;  // of the widest lines of a strip, about
+
+// Lines [first, last) of a map that are at hand.
+template <typename S>
+class Window {
+ public:
+  Window(int64_t lines, int64_t length, const at::TensorOptions& options)
+      : length_(length), store_(at::empty({lines, length}, options)) {}
+
+  S* at(int64_t line) const { return data<S>(store_) + (line - first_) * length_; }
+  int64_t last() const { return last_; }
+  void extend(int64_t last) {
+    TORCH_INTERNAL_ASSERT(last - first_ <= store_.size(0));
+    last_ = last;
+  }
+  // Lines before `first` are not needed any more.
+  void drop(int64_t first) {
+    first = std::max(first, first_);
+    std::memmove(at(first_), at(first), (last_ - first) * length_ * sizeof(S));
+    first_ = first;
+  }
+  // [lines, length] from `line` on.
+  Tensor rows(int64_t line, int64_t count) const { return store_.narrow(0, line - first_, count); }
+  // The lines above, at and below; null beyond the map.
+  std::array<const S*, 3> around(int64_t line, int64_t lines) const {
+    return {line > 0 ? at(line - 1) : nullptr, at(line), line + 1 < lines ? at(line + 1) : nullptr};
+  }
+
+ private:
+  int64_t length_, first_ = 0, last_ = 0;
+  Tensor store_;
+};
+
+struct Sizes {
+  int64_t batch, ins, height, width;  // what comes in
+  int64_t up, wide, half;             // first stride; channels of its lines, and half as many
+  int64_t mixed, down, bands;         // channels before the last convolution; last stride; bands out
+  int64_t lines, line;                // of a map, and pixels of a line
+  int64_t strip;                      // rows of what comes in
+
+  Sizes(const Tensor& x, const Tensor& expand, const Tensor& grouped, const Tensor& mix,
+        const Tensor& project, int64_t itemsize) {
+    const auto want = [](bool holds, const char* name, const Tensor& found, const char* expected) {
+      TORCH_CHECK_VALUE(holds, name, ": got shape ", found.sizes(), ", expected ", expected);
+    };
+    want(x.dim() == 4, "x", x, "[batch, channels, height, width]");
+    want(expand.dim() == 4 && expand.size(0) == x.size(1) && expand.size(1) % 2 == 0 &&
+             expand.size(2) == expand.size(3),
+         "expand", expand, "[channels, even, k, k]");
+    want(grouped.sizes() == at::IntArrayRef({expand.size(1) / 2, 2, 3, 3}), "grouped", grouped,
+         "[half of expand's, 2, 3, 3]");
+    want(mix.dim() == 4 && mix.size(1) == grouped.size(0) && mix.size(2) == 1 && mix.size(3) == 1,
+         "mix", mix, "[any, half of expand's, 1, 1]");
+    want(project.dim() == 4 && project.size(0) == mix.size(0) && project.size(2) == project.size(3),
+         "project", project, "[mix's, bands, k, k]");
+    batch = x.size(0), ins = x.size(1), height = x.size(2), width = x.size(3);
+    up = expand.size(2), wide = expand.size(1), half = wide / 2;
+    mixed = mix.size(0), down = project.size(2), bands = project.size(1);
+    lines = up * height, line = up * width;
+    strip = std::clamp<int64_t>(kStripBytes / (up * line * wide * itemsize), 1,
+                                std::max<int64_t>(height, 1));
+  }
+};
+
+// Weights as products take them: [out, in].
+struct Weights {
+  Tensor expand, expand_bias;    // [up up wide, ins], by tap
+  Tensor taps, taps_bias;        // [9, wide] in the type of sums
+  Tensor mix, mix_bias;          // [mixed, half]
+  Tensor project, project_bias;  // [down down bands, mixed], by tap
+
+  Weights(const Sizes& s, at::ScalarType type, at::TensorList given) {
+    const auto by_tap = [&](const Tensor& weight) {
+      return weight.to(type).permute({2, 3, 1, 0}).reshape({-1, weight.size(0)}).contiguous();
+    };
+    const auto repeated = [&](const Tensor& bias, int64_t times) {
+      return bias.to(type).repeat({times});
+    };
+    expand = by_tap(given[0]), expand_bias = repeated(given[1], s.up * s.up);
+    taps = given[2].to(sum_type(type)).permute({2, 3, 0, 1}).reshape({9, s.wide}).contiguous();
+    taps_bias = given[3].to(sum_type(type)).contiguous();
+    mix = given[4].to(type).reshape({s.mixed, s.half}).contiguous();
+    mix_bias = given[5].to(type).contiguous();
+    project = by_tap(given[6]), project_bias = repeated(given[7], s.down * s.down);
+  }
+};
 
 // Runs over the lines [first, last) in parallel.
 template <typename Run>
@@ -40,7 +127,7 @@ void for_lines(int64_t first, int64_t last, const Run& run) {
 template <typename S, typename A>
 class PixelHead {
  public:
-  PixelHead(const HeadSizes& sizes, const HeadWeights& weights, const at::TensorOptions& options)
+  PixelHead(const Sizes& sizes, const Weights& weights, const at::TensorOptions& options)
       : s_(sizes), w_(weights), options_(options.memory_format(std::nullopt)) {}
 
   // x: rows [batch height width, ins].
@@ -48,7 +135,7 @@ class PixelHead {
     const Tensor out = at::empty({s_.batch, s_.bands, s_.down * s_.lines, s_.down * s_.line},
                                  options_, kChannelsLast);
     for (int64_t image = 0; image < s_.batch; ++image) {
-      LineWindow<S> hidden = window();
+      Window<S> hidden = window();
       int64_t from = 0;
       for (int64_t row = 0; row < s_.height; row += s_.strip) {
         const int64_t end = std::min(row + s_.strip, s_.height);
@@ -68,7 +155,7 @@ class PixelHead {
   }
 
   // Gradients by the order of the schema, undefined where not wanted. grad: channels last; those of
-  // weights lie as `HeadWeights` has them.
+  // weights lie as `Weights` has them.
   std::array<Tensor, 9> backward(const Tensor& grad, const Tensor& x,
                                  const std::array<bool, 9>& wanted) const {
     std::array<Tensor, 9> found;
@@ -101,8 +188,8 @@ class PixelHead {
   void backward_of(int64_t image, const Tensor& grad, const Tensor& x, const Backward& to,
                    std::array<Tensor, 9>& found) const {
     const std::array<bool, 9>& wanted = to.wanted;
-    LineWindow<S> hidden = window(), slope = window(), twice = window();
-    LineWindow<S> expanded(s_.strip + 2, s_.up * s_.line * s_.wide, options_);
+    Window<S> hidden = window(), slope = window(), twice = window();
+    Window<S> expanded(s_.strip + 2, s_.up * s_.line * s_.wide, options_);
     // Lines whose gradient is known behind the 3x3 convolution and before it; rows of x.
     int64_t known = 0, reached = 0, rows = 0;
     for (int64_t row = 0; row < s_.height; row += s_.strip) {
@@ -159,15 +246,15 @@ class PixelHead {
 
   static const HeadKernels<S, A>& kernels() { return head_kernels<S, A>(); }
 
-  LineWindow<S> window() const { return {s_.strip * s_.up + 4, s_.line * s_.wide, options_}; }
+  Window<S> window() const { return {s_.strip * s_.up + 4, s_.line * s_.wide, options_}; }
 
   Tensor lines(int64_t count, int64_t channels) const {
     return at::empty({count * s_.line, channels}, options_);
   }
 
   // The lines of rows [row, end) of an image of x, behind GELU, and its derivative there.
-  void expand(const Tensor& x, int64_t image, int64_t row, int64_t end, LineWindow<S>& hidden,
-              LineWindow<S>* slope) const {
+  void expand(const Tensor& x, int64_t image, int64_t row, int64_t end, Window<S>& hidden,
+              Window<S>* slope) const {
     const Tensor from = x.narrow(0, (image * s_.height + row) * s_.width, (end - row) * s_.width);
     const Tensor made = linear_layer(from, w_.expand, w_.expand_bias);
     hidden.extend(end * s_.up);
@@ -184,7 +271,7 @@ class PixelHead {
   }
 
   // GELU of the 3x3 convolution at lines [first, last), and its derivative if defined.
-  void group(const LineWindow<S>& hidden, int64_t first, int64_t last, const Tensor& out,
+  void group(const Window<S>& hidden, int64_t first, int64_t last, const Tensor& out,
              const Tensor& slope) const {
     const int64_t length = s_.line * s_.half;
     for_lines(first, last, [&](int64_t line) {
@@ -206,7 +293,7 @@ class PixelHead {
 
   // Lines of the gradient behind the 3x3 convolution, each channel for both that it comes of.
   void double_lines(const Tensor& grad, const Tensor& slope, int64_t first, int64_t last,
-                    LineWindow<S>& twice) const {
+                    Window<S>& twice) const {
     twice.extend(last);
     const int64_t length = s_.line * s_.half;
     for_lines(first, last, [&](int64_t line) {
@@ -217,8 +304,8 @@ class PixelHead {
   }
 
   // Lines [first, last) of the gradient before the first GELU, as the first product made them.
-  void spread(const LineWindow<S>& twice, const LineWindow<S>& slope, const Tensor& taps, int64_t first,
-              int64_t last, const LineWindow<S>& expanded) const {
+  void spread(const Window<S>& twice, const Window<S>& slope, const Tensor& taps, int64_t first,
+              int64_t last, const Window<S>& expanded) const {
     const int64_t chunk = s_.up * s_.wide;
     for_lines(first, last, [&](int64_t line) {
       std::vector<A> scratch(s_.wide);
@@ -228,7 +315,7 @@ class PixelHead {
     });
   }
 
-  void add_taps(const LineWindow<S>& twice, const LineWindow<S>& hidden, int64_t first, int64_t last,
+  void add_taps(const Window<S>& twice, const Window<S>& hidden, int64_t first, int64_t last,
                 const Tensor& sums) const {
     constexpr int64_t kChannels = 32;
     at::parallel_for(0, (s_.wide + kChannels - 1) / kChannels, 1, [&](int64_t begin, int64_t end) {
@@ -273,8 +360,8 @@ class PixelHead {
     return values;
   }
 
-  const HeadSizes& s_;
-  const HeadWeights& w_;
+  const Sizes& s_;
+  const Weights& w_;
   at::TensorOptions options_;
 };
 
@@ -286,8 +373,8 @@ using Given = std::array<Tensor, 8>;
 template <typename Run>
 void with_head(const Tensor& x, const Given& weights, const Run& run) {
   const auto type = map_type(x.scalar_type());
-  const HeadSizes sizes(x, weights[0], weights[2], weights[4], weights[6], at::elementSize(type));
-  const HeadWeights made(sizes, type, weights);
+  const Sizes sizes(x, weights[0], weights[2], weights[4], weights[6], at::elementSize(type));
+  const Weights made(sizes, type, weights);
   SPECTRALX_DISPATCH(type, [&] {
     run(PixelHead<S, A>(sizes, made, x.options().dtype(type)), sizes, rows_of(x.to(type)));
   });
@@ -298,7 +385,7 @@ Tensor pixel_head(const Tensor& x, const Tensor& expand, const Tensor& expand_bi
                   const Tensor& mix_bias, const Tensor& project, const Tensor& project_bias) {
   Tensor out;
   with_head(x, {expand, expand_bias, grouped, grouped_bias, mix, mix_bias, project, project_bias},
-            [&](const auto& head, const HeadSizes&, const Tensor& rows) { out = head.forward(rows); });
+            [&](const auto& head, const Sizes&, const Tensor& rows) { out = head.forward(rows); });
   return out.to(x.scalar_type());
 }
 
@@ -317,7 +404,7 @@ std::vector<Tensor> pixel_head_backward(const c10::List<OptionalTensor>& output_
   std::array<Tensor, 9> found;
   const OptionalTensor given = output_grads[0];
   if (given.has_value()) {
-    with_head(x, weights, [&](const auto& head, const HeadSizes& s, const Tensor& rows) {
+    with_head(x, weights, [&](const auto& head, const Sizes& s, const Tensor& rows) {
       found = head.backward(as_map(*given), rows, wanted);
       // Back from the layouts of products.
       const auto map = [&](Tensor& grad, at::IntArrayRef view, at::IntArrayRef order) {

@@ -118,16 +118,6 @@ def test_a_map_of_many_strips(up: int) -> None:
     ladder.check_accuracy(PIXEL_HEAD, args, torch.float32)
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5])
-def test_a_convolution_of_many_strips(kernel: int) -> None:
-    """The C++ kernels convolve some lines at a time; borders, and strips that do not divide."""
-    x, vectors = draw(2, 400, 37, 60), (draw(400, seed=2), draw(400, seed=3))
-    weight = draw(3, 400, kernel, kernel, seed=4) / (20 * kernel)
-    sides = ([1, 1], [kernel // 2, kernel // 2])
-    args = (x, *vectors, 1e-6, "none", "leaky_relu", weight, draw(3, seed=5), False, *sides)
-    ladder.check_accuracy(CHANNEL_NORM_CONV2D, args, torch.float32)
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 6), st.integers(1, 6)), half=st.integers(1, 20),
