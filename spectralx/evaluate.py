@@ -51,7 +51,10 @@ def segmentation_scores(
     official: bool = False,
 ) -> Scores:
     """Scores of `model` over all batches, at the size of their masks."""
-    scores = SegmentationScores(class_names, protocol="official" if official else "proper")
+    # This process's own: others that train with it take no part.
+    scores = SegmentationScores(
+        class_names, protocol="official" if official else "proper", sync_on_compute=False
+    )
     with _inference(model) as device:
         for batch in batches:
             predictions = predict_masks(model(batch["image"].to(device)), batch["mask"])
