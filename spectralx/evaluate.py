@@ -51,10 +51,7 @@ def segmentation_scores(
     official: bool = False,
 ) -> Scores:
     """Scores of `model` over all batches, at the size of their masks."""
-    # This process's own: others that train with it take no part.
-    scores = SegmentationScores(
-        class_names, protocol="official" if official else "proper", sync_on_compute=False
-    )
+    scores = SegmentationScores(class_names, protocol="official" if official else "proper")
     with _inference(model) as device:
         for batch in batches:
             predictions = predict_masks(model(batch["image"].to(device)), batch["mask"])
