@@ -137,9 +137,9 @@ class Scores:
 
 
 class SegmentationScores(Metric):
-    """Accumulates a confusion matrix over batches, and with ``sync_on_compute=True`` over processes.
+    """Accumulates a confusion matrix over batches, with ``sync_on_compute=True`` over processes.
 
-    Not by default: a process that scores while others train would wait for them for ever.
+    Not by default: one that scores by itself would wait for the others for ever.
 
     Parameters
     ----------
