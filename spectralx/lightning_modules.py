@@ -286,7 +286,9 @@ class SegmentationStage(Stage):
         self.label_smoothing = label_smoothing
         self.official = official
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self.scores = SegmentationScores(class_names, protocol="official" if official else "proper")
+        self.scores = SegmentationScores(
+            class_names, protocol="official" if official else "proper", sync_on_compute=True
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         mask = batch["mask"]

@@ -137,7 +137,9 @@ class Scores:
 
 
 class SegmentationScores(Metric):
-    """Accumulates a confusion matrix over batches and, under DDP, over processes.
+    """Accumulates a confusion matrix over batches, with ``sync_on_compute=True`` over processes.
+
+    Not by default: one that scores by itself would wait for the others for ever.
 
     Parameters
     ----------
@@ -158,7 +160,7 @@ class SegmentationScores(Metric):
         protocol: Protocol = "proper",
         **torchmetrics_options: Any,
     ) -> None:
-        super().__init__(**torchmetrics_options)
+        super().__init__(**{"sync_on_compute": False, **torchmetrics_options})
         self.class_names = tuple(class_names)
         self.ignore_index = ignore_index
         self.protocol: Protocol = protocol

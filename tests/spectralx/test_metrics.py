@@ -98,7 +98,7 @@ def _count_own_share(rank: int, world: int, folder: str) -> None:
     )
     try:
         prediction, target = _images()
-        metric = SegmentationScores(NAMES)
+        metric = SegmentationScores(NAMES, sync_on_compute=True)
         for epoch in range(2):  # reset clears what was gathered, too
             metric.reset()
             for index in range(rank, len(target), world):
