@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -128,15 +129,34 @@ def _alone(folder: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM, so that a child is known before anything stops its parent."""
+    came: list[int] = []
+    before = {
+        kind: signal.signal(kind, lambda number, frame: came.append(number))
+        for kind in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
 def _work(folder: Path, stage: Stage, what: str, lock: int) -> None:
     """Train one stage in a process of its own; its output goes to ``<stage>.log``."""
     command = [sys.executable, "-m", "spectralx.comparison.work", str(folder), stage]
+    process: subprocess.Popen[bytes] | None = None
     with open(folder / f"{stage}.log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, pass_fds=(lock,))
         try:
+            with _undisturbed():
+                process = subprocess.Popen(command, stdout=log, pass_fds=(lock,))
             status = process.wait()
         finally:
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 process.terminate()
                 process.wait()
     if status:

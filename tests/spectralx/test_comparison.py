@@ -183,7 +183,7 @@ def test_the_command_goes_on_after_a_kill(tiny_scenes: Path, tmp_path: Path, cap
     command = ["--config", str(tiny_config(tmp_path)), f"--data.root={tiny_scenes}"]
     command += [f"--out={out}", "--stage2.init_from=null", *QUICK, "--seeds=0"]
     started = subprocess.Popen(
-        [sys.executable, "-m", "spectralx.compare", *command, "--methods=frozen,lora"]
+        [sys.executable, "-m", "spectralx.compare", *command, "--methods=frozen,full"]
     )
     log = out / "runs" / "frozen-seed0" / "stage2.log"
     while not log.is_file():

@@ -4,9 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
-import shutil
-import subprocess
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
@@ -17,7 +14,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from spectralx import checkpoints, pictures
+from spectralx import checkpoints
 from spectralx.build import segmentation_model
 from spectralx.cli import InputError, write_folder
 from spectralx.data import task_names
@@ -249,31 +246,6 @@ def test_seeds_are_scored_at_both_sizes_and_reported(experiments: Path, tmp_path
     assert [[int(x) for x in row[1:]] for row in table[1:]] == task["confusion"]["model"]["target"][
         1
     ]
-
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-
-def test_a_page_opens_in_a_browser(tmp_path: Path) -> None:
-    """Chromium without a display, from the path or SPECTRALX_BROWSER; nothing on its console."""
-    named = os.environ.get("SPECTRALX_BROWSER")
-    browser = named or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium here; SPECTRALX_BROWSER names one")
-    page = Page("Evaluation")
-    page.table(Table(["class", "mIoU"], [["paddy field", "51.0 ± 0.3"]]))
-    pictures.confusion(
-        tmp_path / "picture.png", torch.eye(3, dtype=torch.int64), ["", "a", "b"], "title"
-    )
-    page.picture(tmp_path / "picture.png", "confusion")
-    file = tmp_path / "report.html"
-    file.write_text(page.html(), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()]
-    run = subprocess.run([browser, *options], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert "CONSOLE" not in run.stderr
-    assert "51.0 ± 0.3" in StrictPage(run.stdout).texts
 
 
 def task_root(experiments: Path) -> str:
