@@ -7,11 +7,12 @@
 #include <cmath>
 #include <vector>
 
-#include "common/patch_norm.h"
 #include "cpu/reconstruction/streams.h"
 #include "cpu/upsample/columns.h"
 
 namespace spectralx::cpu {
+
+constexpr double kPatchNormEpsilon = 1e-6;  // PATCH_NORM_EPS in reference.py
 
 // Images [B, C, H, W] as rows.
 template <typename T>

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectralx_kernels import official_inert, official_parameters
 from spectralx_kernels.refine import AreAdapter
@@ -71,6 +72,41 @@ def test_sizes_and_definition(tokens, positions):
     given = inputs(3, count, places, torch.float64)
     torch.testing.assert_close(adapter(*given), by_definition(adapter, *given))
     assert adapter(*(value[:0] for value in given)).shape == (0, count, 8)
+
+
+def test_folded_norms_follow_every_change():
+    """Evaluation without gradients keeps the convolutions with the norms in them."""
+    adapter = small().double()
+    given = inputs(2, dtype=torch.float64)
+
+    def check() -> None:
+        with torch.no_grad():
+            folded = adapter(*given)
+        torch.testing.assert_close(folded, adapter(*given))
+
+    adapter.train()(*given)  # statistics move
+    adapter.eval()
+    check()
+    check()
+    with torch.no_grad():
+        for name, value in [*adapter.named_parameters(), *adapter.named_buffers()]:
+            if name.startswith("refine_spa") and value.is_floating_point():
+                value.add_(torch.rand_like(value))
+                check()
+    adapter.load_state_dict(small(spatial_dim=6).double().state_dict())
+    check()
+    copied = copy.deepcopy(adapter)
+    adapter.refine_spa[0].weight.data = torch.zeros_like(adapter.refine_spa[0].weight)
+    check()
+    with torch.no_grad():
+        assert not torch.equal(copied(*given), adapter(*given))
+    adapter.refine_spa[4].train()
+    check()
+    adapter.refine_spa[1] = nn.Identity()
+    adapter.refine_spa[4].eval()
+    check()
+    with torch.inference_mode():
+        torch.testing.assert_close(adapter(*given), adapter(*given))
 
 
 def test_paper_sizes_are_the_defaults():
