@@ -25,19 +25,19 @@ SHAPE = StepShape(
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "widest"),
+    ("name", "family", "size", "widest"),
     [
-        ("stage2", "scalemae", "decoder"),
-        ("stage1", "scalemae", "head"),
-        ("stage1", "satmae++", "head"),
+        ("stage2", "scalemae", 128, "decoder"),
+        ("stage1", "scalemae", 64, "head"),
+        ("stage1", "satmae++", 64, "head"),
     ],
 )
 def test_a_step_is_the_sum_of_its_parts(
-    name: str, family: Literal["scalemae", "satmae++"], widest: str,
+    name: str, family: Literal["scalemae", "satmae++"], size: int, widest: str,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     stage = STAGES[name]
-    before, after = measure(stage, replace(SHAPE, family=family), Setting(), 1)
+    before, after = measure(stage, replace(SHAPE, family=family, image_size=size), Setting(), 1)
     for found in (before, after):
         (seconds,) = found.rounds
         ways = {*stage.parts, *(part + BACKWARD for part in stage.parts if part != "optimizer")}

@@ -197,7 +197,7 @@ Tensor channel_norm_conv2d(const Tensor& x, const OptionalTensor& norm_weight,
   const Tensor map = as_map(x), kernel = weight.to(map.scalar_type());
   const OptionalTensor offset = converted(bias, map.scalar_type());
   const int64_t batch = x.size(0), bytes = x.numel() / std::max<int64_t>(batch, 1) * map.itemsize();
-  const int64_t most = std::max<int64_t>(kMapBytes / bytes, 1);
+  const int64_t most = std::max<int64_t>(kMapBytes / std::max<int64_t>(bytes, 1), 1);
   Tensor out;
   for (int64_t image = 0; image < std::max<int64_t>(batch, 1); image += most) {
     const int64_t count = std::min(most, batch - image);
