@@ -87,18 +87,6 @@ def one_of(word: str, choices: Iterable[str]) -> str:
     return "one of " + ", ".join(close + [name for name in names if name not in close])
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, its folder included, in one step: all of it or nothing."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 @contextmanager
 def write_folder(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
     """A folder to fill that takes the place of `path` when the block ends well, and else is gone.
@@ -130,3 +118,20 @@ def write_folder(path: str | os.PathLike[str], marker: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, its folder included, in one step: all of it or nothing."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refresh_seconds() -> float:
+    """Least seconds between two updates of a progress bar; few where stderr is no terminal."""
+    return 0.1 if sys.stderr.isatty() else 20.0
