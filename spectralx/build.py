@@ -129,7 +129,7 @@ def start_identity(stage: str, settings: Settings) -> str | None:
     """
     stage1 = stage1_checkpoint(settings) if stage == "stage2" else None
     if stage1 is not None:
-        return str(checkpoints.read_manifest(stage1)[1]["tensors"]["sha256"])
+        return str(checkpoints.read_manifest(stage1)["tensors"]["sha256"])
     weights = settings.model.backbone_weights
     if weights is None:
         return None

@@ -163,6 +163,53 @@ def segmentation(
     _save(figure, path)
 
 
+def read_curves(path: str | os.PathLike[str]) -> dict[str, Curve]:
+    """Every logged quantity of a ``metrics.csv``: name -> (steps, values)."""
+    curves: dict[str, Curve] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if name not in ("step", "epoch") and text:
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(float(row["step"]))
+                    values.append(float(text))
+    return curves
+
+
+def learning_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve]) -> None:
+    """Losses, scores and learning rate over optimiser steps, one panel each.
+
+    Parameters
+    ----------
+    path : PNG file to write.
+    curves : ``<split>/<quantity>`` -> (steps, values), as `read_curves` gives them. Quantities
+        named ``loss`` or ``*_loss`` share the first panel, ``lr`` has the last.
+    """
+    panels: dict[str, dict[str, Curve]] = {"loss": {}, "score": {}, "learning rate": {}}
+    for name, curve in sorted(curves.items()):
+        quantity = name.rpartition("/")[2]
+        if quantity.endswith("loss"):
+            panels["loss"][name] = curve
+        elif quantity == "lr":
+            panels["learning rate"][name] = curve
+        elif "/" in name:
+            panels["score"][name] = curve
+    kept = {title: lines for title, lines in panels.items() if lines}
+    figure = Figure(figsize=(4.6 * max(len(kept), 1), 3.4), dpi=_DPI, layout="constrained")
+    for position, (title, lines) in enumerate(kept.items(), start=1):
+        axes = figure.add_subplot(1, len(kept), position)
+        for name, (steps, values) in lines.items():
+            axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else None)
+        drawn = [value for _, values in lines.values() for value in values if value > 0]
+        if title == "loss" and drawn and max(drawn) > 20 * min(drawn) and math.isfinite(max(drawn)):
+            axes.set_yscale("log")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    _save(figure, path)
+
+
 def confusion(
     path: str | os.PathLike[str], matrix: Tensor, class_names: Sequence[str], title: str
 ) -> None:
@@ -276,51 +323,4 @@ def map_with_legend(
         if share > 0
     ]
     figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
-    _save(figure, path)
-
-
-def read_curves(path: str | os.PathLike[str]) -> dict[str, Curve]:
-    """Every logged quantity of a ``metrics.csv``: name -> (steps, values)."""
-    curves: dict[str, Curve] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if name not in ("step", "epoch") and text:
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(float(row["step"]))
-                    values.append(float(text))
-    return curves
-
-
-def learning_curves(path: str | os.PathLike[str], curves: Mapping[str, Curve]) -> None:
-    """Losses, scores and learning rate over optimiser steps, one panel each.
-
-    Parameters
-    ----------
-    path : PNG file to write.
-    curves : ``<split>/<quantity>`` -> (steps, values), as `read_curves` gives them. Quantities
-        named ``loss`` or ``*_loss`` share the first panel, ``lr`` has the last.
-    """
-    panels: dict[str, dict[str, Curve]] = {"loss": {}, "score": {}, "learning rate": {}}
-    for name, curve in sorted(curves.items()):
-        quantity = name.rpartition("/")[2]
-        if quantity.endswith("loss"):
-            panels["loss"][name] = curve
-        elif quantity == "lr":
-            panels["learning rate"][name] = curve
-        elif "/" in name:
-            panels["score"][name] = curve
-    kept = {title: lines for title, lines in panels.items() if lines}
-    figure = Figure(figsize=(4.6 * max(len(kept), 1), 3.4), dpi=_DPI, layout="constrained")
-    for position, (title, lines) in enumerate(kept.items(), start=1):
-        axes = figure.add_subplot(1, len(kept), position)
-        for name, (steps, values) in lines.items():
-            axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else None)
-        drawn = [value for _, values in lines.values() for value in values if value > 0]
-        if title == "loss" and drawn and max(drawn) > 20 * min(drawn) and math.isfinite(max(drawn)):
-            axes.set_yscale("log")
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
     _save(figure, path)

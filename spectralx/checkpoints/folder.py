@@ -186,16 +186,14 @@ def save(
     return folder
 
 
-def read_manifest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The folder and the manifest of the checkpoint in `path` (or whose manifest `path` is).
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of the checkpoint in the folder `path`.
 
     Raises
     ------
     CheckpointError : no checkpoint there, or another format.
     """
     folder = Path(path)
-    if folder.name == MANIFEST:
-        folder = folder.parent
     if folder.is_file():
         raise CheckpointError(
             f"{folder}: got a file, expected a checkpoint folder (python -m spectralx.checkpoints "
@@ -205,11 +203,11 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     if not file.is_file():
         raise CheckpointError(f"{folder}: got no {MANIFEST}, expected a checkpoint folder")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON: {one_line(error)}") from error
     _check_manifest(file, manifest)
-    return folder, manifest
+    return manifest
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -220,7 +218,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError : no checkpoint there, another format, or tensors that are missing, damaged
         or not those of the manifest.
     """
-    folder, manifest = read_manifest(path)
+    folder = Path(path)
+    if folder.name == MANIFEST:
+        folder = folder.parent
+    manifest = read_manifest(folder)
     file = folder / MANIFEST
     entry = manifest["tensors"]
     tensor_file = folder / entry["file"]

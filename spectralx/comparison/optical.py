@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spectralx.checkpoints.sources import RGB
-from spectralx.cli import write_text
+from spectralx.cli import refresh_seconds, write_text
 from spectralx.data import ImageDataset, Task, write_raster
 from spectralx.pictures import composite_bands
 from spectralx.settings import Settings
@@ -46,7 +46,13 @@ def optical_copy(task: Task, folder: Path, *, progress: bool = True) -> Path:
     bands = list(composite_bands(task.wavelengths, RGB))
     parts = {"train": task.train, "validation": task.validation, "test": task.source_test}
     total = sum(len(dataset) for dataset in parts.values())
-    with tqdm(total=total, desc="optical images", unit="image", disable=not progress) as bar:
+    with tqdm(
+        total=total,
+        desc="optical images",
+        unit="image",
+        disable=not progress,
+        mininterval=refresh_seconds(),
+    ) as bar:
         for split, dataset in parts.items():
             _copy(dataset, split, bands, partial, bar)
     os.replace(partial, folder)

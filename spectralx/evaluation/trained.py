@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from spectralx import checkpoints
-from spectralx.cli import InputError, one_of
+from spectralx.cli import InputError, one_of, refresh_seconds
 from spectralx.data import Task, task_names
 from spectralx.data.augment import Resize
 from spectralx.data.dfc2020 import SEASONS
@@ -63,7 +63,8 @@ class Trained:
     @classmethod
     def read(cls, path: str | Path) -> Trained:
         """The checkpoint in the folder `path`."""
-        folder, manifest = checkpoints.read_manifest(path)
+        folder = Path(path)
+        manifest = checkpoints.read_manifest(folder)
         extra: Any = manifest.get("extra") or {}
         if "settings" not in extra or "normalisation" not in manifest:
             raise InputError(
@@ -118,19 +119,15 @@ class Trained:
 
 
 def find_checkpoints(paths: Sequence[str | Path]) -> list[Path]:
-    """The checkpoints `paths` name, and the best of stage 2 of every experiment below them.
-
-    Raises
-    ------
-    InputError : a folder without either.
-    """
+    """The folders `paths`, or where one is no checkpoint the best of stage 2 of every experiment
+    below it."""
     found: list[Path] = []
     for path in map(Path, paths):
         below = sorted(file.parent for file in path.glob(f"**/stage2/best/{checkpoints.MANIFEST}"))
         if below and not (path / checkpoints.MANIFEST).is_file():
             found += below
         else:
-            found.append(checkpoints.read_manifest(path)[0])
+            found.append(path)
     return list(dict.fromkeys(found))
 
 
@@ -247,7 +244,9 @@ def score_task(
         for name in data.tests:
             loader = data.test_loader(name)
             what = f"{task}, {name}, seed {one.settings.seed}"
-            batches = tqdm(loader, desc=what, unit="batch", disable=not progress)
+            batches = tqdm(
+                loader, desc=what, unit="batch", disable=not progress, mininterval=refresh_seconds()
+            )
             found[name] = confusion_at_both_sizes(model, batches, names)
             sizes |= found[name].native_sizes
             if pictures_to is not None and position == 0:

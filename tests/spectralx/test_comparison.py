@@ -95,7 +95,7 @@ def test_all_methods_from_one_backbone(
     assert in_process == [("pretraining", "stage1"), *own]
     backbone = next((plan.folder / "pretraining/stage1/best").glob("*.safetensors"))
     for run in plan.runs:
-        base = checkpoints.read_manifest(run.folder / "stage2" / "best")[1]["base"]
+        base = checkpoints.read_manifest(run.folder / "stage2" / "best")["base"]
         assert base["file"] == backbone.name
     found = {one.run.method.name: one for one in reached(plan)}
     decoders = {one.decoder for one in found.values()}
