@@ -11,8 +11,8 @@ in batches of the same sizes. Printed are the medians, tiles a second, and the r
 aim is 0.9. The largest part of the rest is printed too: the same prediction with a model that does
 nothing.
 
-``--clock processor`` counts processor time, for a machine that others use too; it charges the reading
-thread in full, though it runs beside the model.
+``--clock processor`` counts processor time, for a machine that others use too; it charges the
+reading thread in full, though it runs beside the model.
 """
 
 from __future__ import annotations

@@ -64,10 +64,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: in
 
 
 STOPS = [
-    *[(Store, "finish", calls, False) for calls in (1, 2, 3, ROWS, ROWS + 1)],
-    *[(Store, "write", calls, False) for calls in (1, 4)],
+    *[(Store, "finish", calls, False) for calls in (1, 3, ROWS + 1)],
+    (Store, "write", 4, False),
     (Store, "write", 3, True),
-    *[(output, "write_cog", calls, before) for calls in (1, 2) for before in (False, True)],
+    (output, "write_cog", 1, False),
+    (output, "write_cog", 2, True),
     (os, "replace", 5, True),
     (run, "discard", 1, True),
 ]  # fmt: skip
