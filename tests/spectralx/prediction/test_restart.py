@@ -159,7 +159,7 @@ def test_a_killed_process_goes_on_with_the_same_command(
     command += ["--output", str(target), "--probabilities", "top", "--batch_size", "2"]
     command += ["--quicklook", "false"]
     child = subprocess.run(
-        [sys.executable, "-c", KILLED, *command], capture_output=True, check=False, timeout=120
+        [sys.executable, "-c", KILLED, *command], capture_output=True, check=False, timeout=600
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".map.tif.partial"]
