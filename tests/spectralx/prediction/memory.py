@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+from rasterio import Affine
 from rasterio.windows import Window
 
 from spectralx.predict import Options, load_predictor, predict_scene
@@ -34,6 +35,7 @@ def write_large(path: Path, bands: int, rows: int, columns: int, *, whole: bool)
     with rasterio.open(
         path, "w", driver="GTiff", count=bands, height=rows, width=columns, dtype="uint16",
         nodata=0, BIGTIFF="IF_SAFER", SPARSE_OK=True, interleave="band",
+        crs="EPSG:32650", transform=Affine(10.0, 0.0, 3e5, 0.0, -10.0, 4e6),
     ) as target:  # fmt: skip
         for row in range(0, rows, 128 if whole else 512):
             count = min(128, rows - row)
