@@ -50,7 +50,7 @@ class CsvLog(Logger):
 
     @property
     def version(self) -> str:
-        """None: there is one file."""
+        """Empty: there is one file."""
         return ""
 
     def log_hyperparams(self, *unused: Any, **options: Any) -> None:
