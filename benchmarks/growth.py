@@ -15,8 +15,9 @@ one thread (``OMP_NUM_THREADS=1``).
   their square;
 - `whole`: with images only.
 
-For each size, images x side: `ms`; `time`, relative to the first size; `work`, multiply-adds relative to the first
-size (`benchmarks.floors`); `time/size` and `time/work`, 1 where time grows in proportion.
+For each size, images x side: `ms`; `time`, relative to the first size; `work`, multiply-adds
+relative to the first size (`benchmarks.floors`); `time/size` and `time/work`, 1 where time grows in
+proportion.
 """
 
 from __future__ import annotations
