@@ -15,8 +15,9 @@ one thread (``OMP_NUM_THREADS=1``).
   their square;
 - `whole`: with images only.
 
-For each size: `ms`; `time`, relative to the first size; `work`, multiply-adds relative to the first
-size (`benchmarks.floors`); `time/size` and `time/work`, 1 where time grows in proportion.
+For each size, images x side: `ms`; `time`, relative to the first size; `work`, multiply-adds
+relative to the first size (`benchmarks.floors`); `time/size` and `time/work`, 1 where time grows in
+proportion.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def grow(part: str, axis: str, bands: int, seconds: float) -> list[list[str]]:
     samples = interleave(runs, ProcessorTime(), seconds=seconds, rounds=(3, 30), warm_up=1)
     medians = [1e3 * statistics.median(samples[name]) for name in runs]
     first = sizes[0][0] * sizes[0][1] ** 2
-    rows = [["images x side", "ms", "time", "work", "time/size", "time/work"]]
+    rows = [["size", "ms", "time", "work", "time/size", "time/work"]]
     for (batch, side), median, operations in zip(sizes, medians, works, strict=True):
         time, size, more = median / medians[0], batch * side**2 / first, operations / works[0]
         numbers = (time, more, time / size, time / more)

@@ -1,4 +1,4 @@
-"""Stop training in other ways than by killing it: ``python -m tests.harden.faults``.
+"""Stop training in other ways than by killing it: ``python -m tests.harden faults``.
 
 SIGTERM at a random moment, a full disk at a random saving, a data-loading process killed. After
 each, what was saved before must be whole, the message one line, the status the documented one; a
@@ -8,22 +8,19 @@ end, and what it leaves is compared with an undisturbed run, bit for bit.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from spectralx.cli import RUN_STATUS, STOP_STATUS
 from spectralx.data.scenes import write_scenes
+from tests.harden.record import Outcome
 from tests.harden.runs import (
     CONTEXT,
     LONGEST,
@@ -124,13 +121,8 @@ FAULTS: dict[str, tuple[int, Callable[[Case, Path, Pace, random.Random], list[st
 }
 
 
-def trials(numbers: Iterable[int]) -> tuple[int, list[str], dict[str, int]]:
-    """Run the trials of these numbers, the faults and the stages in turn.
-
-    Returns
-    -------
-    How many, a line for each failure, and how many of each fault went as they must.
-    """
+def run(numbers: Iterable[int]) -> Outcome:
+    """Run the trials of these numbers, the faults and the stages in turn."""
     failures: list[str] = []
     counts = dict.fromkeys(FAULTS, 0)
     checked = 0
@@ -155,23 +147,4 @@ def trials(numbers: Iterable[int]) -> tuple[int, list[str], dict[str, int]]:
             counts[fault] += not wrong
             failures += [f"{number} ({fault}, {case.stage}): {each}" for each in wrong]
             shutil.rmtree(trial)
-    return checked, failures, counts
-
-
-def main() -> int:
-    """Prints one line for each failure and the figures; status 1 if any trial failed."""
-    parser = argparse.ArgumentParser(prog="tests.harden.faults")
-    parser.add_argument("--count", type=int, default=60, help="trials, a third of each fault")
-    parser.add_argument("--seed", type=int, default=0, help="number of the first")
-    options = parser.parse_args()
-    numbers = range(options.seed, options.seed + options.count)
-    checked, failures, counts = trials(tqdm(numbers, unit="run", file=sys.stderr))
-    for failure in failures:
-        print(failure)
-    good = ", ".join(f"{count} {fault}" for fault, count in counts.items())
-    print(f"{checked} runs, as they must be: {good}")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Outcome(checked, failures, {"as they must be": counts})

@@ -1,40 +1,31 @@
-"""Kill training at random and look at what comes of it: ``python -m tests.harden.kills``.
+"""Kill training at random and look at what comes of it: ``python -m tests.harden kills``.
 
 Each trial starts a run of a tiny model, kills it with SIGKILL at a random moment or in the middle
 of a random saving, looks whether everything it left can be read, runs the same command to the end,
 and compares weights, optimiser, random generators, logs, scores and pictures with those of a run
 that nobody disturbed, bit for bit. Both stages, with 0 and 2 data-loading processes in turn.
 
-Trials are numbered and a number decides all about its trial: ``--seed 40 --count 20`` runs those
-from 40 on, so that slices add up.
+Trials are numbered, and a number decides all about its trial.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from spectralx.data.scenes import write_scenes
+from tests.harden.record import Outcome
 from tests.harden.runs import Case, Kind, differences, finish, kill, measure, outcome, unloadable
 
 KINDS: tuple[Kind, ...] = ("time", "saving")
 
 
-def trials(numbers: Iterable[int]) -> tuple[int, list[str], dict[str, int]]:
-    """Run the trials of these numbers.
-
-    Returns
-    -------
-    How many, a line for each failure, and counts by name.
-    """
+def run(numbers: Iterable[int]) -> Outcome:
+    """Run the trials of these numbers."""
     failures: list[str] = []
     counts = {"kills": 0, "while saving": 0, "unloadable": 0, "bitwise-equal finishes": 0}
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
@@ -71,22 +62,4 @@ def trials(numbers: Iterable[int]) -> tuple[int, list[str], dict[str, int]]:
                 for fault in [*faults, *wrong]
             ]
             shutil.rmtree(trial)
-    return counts["kills"], failures, counts
-
-
-def main() -> int:
-    """Prints one line for each failure and the figure; status 1 if any trial failed."""
-    parser = argparse.ArgumentParser(prog="tests.harden.kills")
-    parser.add_argument("--count", type=int, default=200, help="trials")
-    parser.add_argument("--seed", type=int, default=0, help="number of the first")
-    options = parser.parse_args()
-    numbers = range(options.seed, options.seed + options.count)
-    _, failures, counts = trials(tqdm(numbers, unit="kill", file=sys.stderr))
-    for failure in failures:
-        print(failure)
-    print(", ".join(f"{count} {name}" for name, count in counts.items()))
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Outcome(counts["kills"], failures, dict(counts))

@@ -14,8 +14,7 @@ class Part:
     row : its number in docs/RELIABILITY.md.
     title, figure : what is tried, and what is asked of it.
     count : samples that the figure asks for.
-    module : of this package, with ``run(numbers) -> Outcome``; "" where the part's JSON is written
-        (`tests.harden.record.append`) by a command of its own, ``python -m tests.harden.<name>``.
+    module : of this package, with ``run(numbers) -> Outcome``.
     quick : samples that ``make test`` runs; 0 for parts that CI leaves out.
     whole : whether the samples are one run that cannot be cut into slices.
     """
@@ -24,7 +23,7 @@ class Part:
     title: str
     figure: str
     count: int
-    module: str = ""
+    module: str
     quick: int = 0
     whole: bool = False
 
@@ -80,12 +79,14 @@ PARTS: dict[str, Part] = {
         "SIGKILL at random times, at least 50 while saving; both stages; 0 and 2 workers",
         "200 kills, 0 unloadable, 200 bitwise-equal finishes",
         200,
+        "kills",
     ),
     "faults": Part(
         8,
         "SIGTERM, full disk, killed worker",
         "20 each; old checkpoint whole; error within 10 s",
         60,
+        "faults",
     ),
     "tiles": Part(
         9,

@@ -1,4 +1,4 @@
-"""Interrupted runs end as undisturbed ones do, bit for bit; `tests.harden.kills` does more."""
+"""Interrupted runs end as undisturbed ones do, bit for bit; `tests.harden kills` does more."""
 
 from __future__ import annotations
 
