@@ -11,16 +11,42 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx_kernels._checks import check_range, check_shape
+from spectralx_kernels._kept import Kept
 from spectralx_kernels._official_names import OfficialNames
+from spectralx_kernels.hypert.dense import norm_linear
 from spectralx_kernels.refine.ops import (
     add_weighted_halves,
     gather_norm,
     gather_norm_mix,
     match_argmax,
 )
+from spectralx_kernels.upsample import fold_batch_norm
+
+
+class _Folded:
+    """Convolution and batch norm in evaluation as one convolution, whose weight is kept."""
+
+    def __init__(self) -> None:
+        self._kept = Kept()
+
+    def __call__(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+        """``relu(norm(conv(x)))``."""
+
+        def fold() -> tuple[Tensor, Tensor]:
+            weight, bias = fold_batch_norm(conv.weight, conv.bias, norm)
+            return weight.contiguous(memory_format=torch.channels_last), bias
+
+        used = (conv.weight, conv.bias, *norm.parameters(), norm.running_mean, norm.running_var)
+        weight, bias = self._kept.of([each for each in used if each is not None], fold)
+        convolved = F.conv2d(x, weight, bias, conv.stride, conv.padding)  # type: ignore[arg-type]
+        return F.relu(convolved, inplace=True)
+
+    def forget(self) -> None:
+        self._kept.forget()
 
 
 class _Match(OfficialNames):
@@ -52,8 +78,8 @@ class _Match(OfficialNames):
         return torch.cat([tensor, torch.zeros_like(tensor)])
 
     def keys(self, features: Tensor) -> Tensor:
-        keys: Tensor = self.to_k(self.norm_media(features))
-        return keys
+        norm = self.norm_media
+        return norm_linear(features, norm.weight, norm.bias, self.to_k.weight, norm_eps=norm.eps)
 
     def forward(self, tokens: Tensor, keys: Tensor) -> Tensor:
         return match_argmax(self.to_q(self.norm_latents(tokens)), keys)
@@ -133,6 +159,8 @@ class AreAdapter(OfficialNames):
             nn.Conv1d(spatial_dim, count, 1, bias=False), nn.BatchNorm1d(count), nn.ReLU()
         )
 
+        self._folded = _Folded(), _Folded()
+
     @property
     def official_inert(self) -> Mapping[str, tuple[int, ...]]:
         count, places = math.prod(self.token_map), math.prod(self.feature_map)
@@ -166,23 +194,53 @@ class AreAdapter(OfficialNames):
         first, second = tokens.chunk(2, dim=-1)
         return self.spa_match_attn(first, keys[0]), self.spe_match_attn(second, keys[1])
 
+    def _convolved(self, maps: Tensor) -> Tensor:
+        """`refine_spa`; in evaluation without gradients its norms are in the convolutions' weights,
+        which are kept: folding them takes longer than the norms do."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.refine_spa(maps)  # type: ignore[no-any-return]
+        layers = list(self.refine_spa)
+        pairs = [(layers[0], layers[1]), (layers[3], layers[4])]
+        for folded, (conv, norm) in zip(self._folded, pairs, strict=True):
+            # Others: an adapted convolution, a norm that averages over processes.
+            if (
+                type(conv) is nn.Conv2d
+                and type(norm) is nn.BatchNorm2d
+                and not norm.training
+                and norm.running_mean is not None
+            ):
+                maps = folded(maps, conv, norm)
+            else:
+                maps = F.relu(norm(conv(maps)))
+        return maps
+
+    def spatial_weight(self, half: Tensor, match: Tensor) -> Tensor:
+        """Weights [B, N] of the first halves [B, N, D/2] of the tokens; match : [B, P]."""
+        norm = self.norm
+        gathered = gather_norm(half, match, norm.weight, norm.bias, norm_eps=norm.eps)
+        maps = gathered.unflatten(1, self.feature_map).permute(0, 3, 1, 2)  # channels last
+        return self._convolved(maps).mean(dim=1).flatten(1)
+
+    def spectral_weight(self, half: Tensor, match: Tensor) -> Tensor:
+        """Weights [B, N] of the second halves [B, N, D/2]; match : [B, spatial_dim]."""
+        norm = self.norm
+        mixing = self.refine_spe.get_parameter("0.weight").squeeze(-1)  # [N, spatial_dim]
+        mixed = gather_norm_mix(half, match, norm.weight, norm.bias, mixing, norm_eps=norm.eps)
+        weight: Tensor = self.refine_spe[1:](mixed).mean(dim=2)
+        return weight
+
+    def train(self, mode: bool = True) -> AreAdapter:
+        """As of ``nn.Module``; forgets the folded weights."""
+        for folded in self._folded:
+            folded.forget()
+        return super().train(mode)
+
     def refine(self, tokens: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
         """Refined tokens [B, N, D]; `keys` as `project_keys` returns them."""
         match_spatial, match_spectral = self.match(tokens, keys)
         first, second = tokens.chunk(2, dim=-1)
-        norm = self.norm
-
-        gathered = gather_norm(
-            first, match_spatial, norm.weight, norm.bias, norm_eps=norm.eps
-        )  # [B, P, D/2]
-        refined = self.refine_spa(gathered.unflatten(1, self.feature_map).permute(0, 3, 1, 2))
-        spatial_weight = refined.mean(dim=1).flatten(1)  # [B, N]
-
-        mixing = self.refine_spe.get_parameter("0.weight").squeeze(-1)  # [N, spatial_dim]
-        mixed = gather_norm_mix(
-            second, match_spectral, norm.weight, norm.bias, mixing, norm_eps=norm.eps
-        )
-        spectral_weight = self.refine_spe[1:](mixed).mean(dim=2)  # [B, N]
+        spatial_weight = self.spatial_weight(first, match_spatial)
+        spectral_weight = self.spectral_weight(second, match_spectral)
         return add_weighted_halves(tokens, spatial_weight, spectral_weight, self.scale)
 
     def forward(self, tokens: Tensor, spatial: Tensor, spectral: Tensor) -> Tensor:

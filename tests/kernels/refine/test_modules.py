@@ -96,7 +96,8 @@ def test_folded_norms_follow_every_change():
     adapter.load_state_dict(small(spatial_dim=6).double().state_dict())
     check()
     copied = copy.deepcopy(adapter)
-    adapter.refine_spa[0].weight.data = torch.zeros_like(adapter.refine_spa[0].weight)
+    weight = adapter.refine_spa.get_parameter("0.weight")
+    weight.data = torch.zeros_like(weight)
     check()
     with torch.no_grad():
         assert not torch.equal(copied(*given), adapter(*given))
