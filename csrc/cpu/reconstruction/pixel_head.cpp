@@ -46,7 +46,7 @@ class Window {
   }
   // Lines before `first` are not needed any more.
   void drop(int64_t first) {
-    first = std::max(first, first_);
+    first = std::clamp(first, first_, last_);
     std::memmove(at(first_), at(first), (last_ - first) * length_ * sizeof(S));
     first_ = first;
   }
