@@ -3,7 +3,7 @@
     python -m spectralx.predict --checkpoint runs/.../best --input SCENE.tif --output MAP.tif
     python -m spectralx.predict --checkpoint runs/.../best --input 'scenes/*.tif' --output maps
 
-Memory does not grow with the scene's height, and by a few hundred bytes a pixel with its width. A
+Memory does not grow with the scene's height, and by a kilobyte or two a pixel with its width. A
 run that ended in whatever way goes on with the same command and gives the same bytes; a map is
 there under its name only when it is whole.
 """
