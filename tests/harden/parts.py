@@ -14,7 +14,7 @@ class Part:
     row : its number in docs/RELIABILITY.md.
     title, figure : what is tried, and what is asked of it.
     count : samples that the figure asks for.
-    module : of this package, with ``run(numbers) -> Outcome``.
+    module : of this package, with ``run(numbers) -> Outcome``; "" for what needs a GPU.
     quick : samples that ``make test`` runs; 0 for parts that CI leaves out.
     whole : whether the samples are one run that cannot be cut into slices.
     """
@@ -23,7 +23,7 @@ class Part:
     title: str
     figure: str
     count: int
-    module: str
+    module: str = ""
     quick: int = 0
     whole: bool = False
 
