@@ -95,6 +95,11 @@ def triton_modules() -> dict[str, str]:
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def prefer_triton(args: Sequence[Any], dtype: torch.dtype | None) -> str | None:
+    """`Operator`'s `prefer` of kernels that on a GPU are proven in Triton alone."""
+    return "triton" if args[0].is_cuda else None
+
+
 class Operator:
     """A differentiable operator with a reference and kernels by device.
 

@@ -13,7 +13,7 @@ from spectralx_kernels._checks import (
     looks_itself,
     values_are_free,
 )
-from spectralx_kernels._operator import Operator
+from spectralx_kernels._operator import Operator, prefer_triton
 from spectralx_kernels.reconstruction import reference
 
 # Noise is compared: in float32 under autocast.
@@ -23,14 +23,19 @@ RANDOM_MASKING = Operator(
     reference.random_masking,
     differentiable=False,
     autocast_to=torch.float32,
+    prefer=prefer_triton,
 )
 GATHER_TOKENS = Operator(
-    "gather_tokens", "(Tensor tokens, Tensor ids) -> Tensor", reference.gather_tokens
+    "gather_tokens",
+    "(Tensor tokens, Tensor ids) -> Tensor",
+    reference.gather_tokens,
+    prefer=prefer_triton,
 )
 RESTORE_TOKENS = Operator(
     "restore_tokens",
     "(Tensor tokens, Tensor ids_restore, Tensor mask_token) -> Tensor",
     reference.restore_tokens,
+    prefer=prefer_triton,
 )
 for _operator in (RANDOM_MASKING, GATHER_TOKENS, RESTORE_TOKENS):
     _operator.add_triton("spectralx_kernels.reconstruction.triton_masking")

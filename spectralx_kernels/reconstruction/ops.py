@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spectralx_kernels._checks import check_device, check_floating, check_shape
-from spectralx_kernels._operator import Operator
+from spectralx_kernels._operator import Operator, prefer_triton
 from spectralx_kernels.reconstruction import reference
 from spectralx_kernels.reconstruction.patches import check_image, check_patch, square_grid
 
@@ -18,6 +18,7 @@ MASKED_PATCH_LOSS = Operator(
     "(Tensor prediction, Tensor images, Tensor mask, int patch, bool normalize) -> Tensor",
     reference.masked_patch_loss,
     autocast_to=torch.float32,
+    prefer=prefer_triton,
     keep_format=True,
 )
 UPSAMPLED_L1_LOSS = Operator(
@@ -25,6 +26,7 @@ UPSAMPLED_L1_LOSS = Operator(
     "(Tensor prediction, Tensor images) -> Tensor",
     reference.upsampled_l1_loss,
     autocast_to=torch.float32,
+    prefer=prefer_triton,
     keep_format=True,
 )
 BAND_RECONSTRUCTION_LOSS = Operator(
@@ -33,6 +35,7 @@ BAND_RECONSTRUCTION_LOSS = Operator(
     "-> Tensor",
     reference.band_reconstruction_loss,
     autocast_to=torch.float32,
+    prefer=prefer_triton,
     keep_format=True,
 )
 for _operator in (MASKED_PATCH_LOSS, UPSAMPLED_L1_LOSS, BAND_RECONSTRUCTION_LOSS):
