@@ -16,7 +16,7 @@ else
   READY := $(VENV)/.ready
 endif
 
-.PHONY: setup train real test lint types gates gpu bench docs clean
+.PHONY: setup train real test lint types gates gpu bench docs harden clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -61,6 +61,11 @@ gates: $(READY)
 # make gpu PART=tests for one part. Uses $(PYTHON) as it is.
 gpu:
 	$(PYTHON) -m tests.gpu.run $(if $(PART),--part $(PART))
+
+# Drawn, hostile and damaged input, and the page of what came of it. make harden PART=routing for one.
+harden: $(READY)
+	$(RUN) -m tests.harden $(or $(PART),all)
+	$(RUN) -m tests.harden page
 
 # Pages of everything public, from its docstrings: build/docs/index.html.
 docs: $(READY)
