@@ -51,6 +51,7 @@ def _check_norm(x: Tensor, norm: nn.LayerNorm) -> Pair:
     check_shape("x", x, (x.shape[0], *norm.normalized_shape, "height", "width"))
     if norm.weight is None or norm.bias is None:
         raise ValueError("norm: got one without weight or bias, expected both")
+    check_like("weight of norm", norm.weight, "x", x)
     return norm.weight, norm.bias
 
 
@@ -148,6 +149,7 @@ def channel_norm_conv2d(
             "or output padding"
         )
     check_shape("x", x, (x.shape[0], convolution.in_channels, "height", "width"))
+    check_like("weight of convolution", convolution.weight, "x", x)
     out: Tensor = CHANNEL_NORM_CONV2D(
         x,
         weight,

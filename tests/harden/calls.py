@@ -167,6 +167,63 @@ def masked_patch_loss(draw: Draw) -> Sequence[Any]:
     )
 
 
+ACTIVATIONS = ("none", "gelu", "relu", "leaky_relu")
+
+
+def channel_norm(draw: Draw) -> Sequence[Any]:
+    channels = draw.norm_width()
+    shape = draw.batch(), channels, draw.size(high=5), draw.size(high=5)
+    return (
+        draw.normal(*shape),
+        draw.maybe(*shape),
+        draw.normal(channels, scale=0.1, offset=1),
+        draw.normal(channels),
+        EPS,
+        draw.choice(ACTIVATIONS),
+        draw.choice(ACTIVATIONS),
+        draw.choice([1.0, 0.5]),
+    )
+
+
+def channel_norm_conv2d(draw: Draw) -> Sequence[Any]:
+    channels, outs, transposed = draw.norm_width(), draw.size(high=5), draw.flag()
+    kernel = draw.size(high=3)
+    pair = draw.flag()
+    weight = (channels, outs, kernel, kernel) if transposed else (outs, channels, kernel, kernel)
+    stride = kernel if transposed else draw.choice([1, 2])
+    padding = 0 if transposed else kernel // 2
+    sides = draw.size(low=kernel, high=6), draw.size(low=kernel, high=6)
+    return (
+        draw.normal(draw.batch(), channels, *sides),
+        draw.normal(channels, scale=0.1, offset=1) if pair else None,
+        draw.normal(channels) if pair else None,
+        EPS,
+        draw.choice(ACTIVATIONS),
+        draw.choice(ACTIVATIONS),
+        draw.normal(*weight),
+        draw.maybe(outs),
+        transposed,
+        [stride, stride],
+        [padding, padding],
+    )
+
+
+def pixel_head(draw: Draw) -> Sequence[Any]:
+    ins, half, mixed, bands = (draw.size(high=4) for _ in range(4))
+    up, down = draw.size(high=3), draw.size(high=3)
+    return (
+        draw.normal(draw.batch(), ins, draw.size(high=4), draw.size(high=4)),
+        draw.normal(ins, 2 * half, up, up),
+        draw.normal(2 * half),
+        draw.normal(half, 2, 3, 3),
+        draw.normal(half),
+        draw.normal(mixed, half, 1, 1),
+        draw.normal(mixed),
+        draw.normal(mixed, bands, down, down),
+        draw.normal(bands),
+    )
+
+
 def upsampled_l1_loss(draw: Draw) -> Sequence[Any]:
     batch, bands = draw.batch(), draw.size(high=5)
     sides = draw.size(), draw.size()

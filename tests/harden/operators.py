@@ -18,6 +18,11 @@ from spectralx_kernels.aomoa.ops import AOMOA, GATING
 from spectralx_kernels.hypert.attention import ATTRIBUTE_MATCH, WINDOW_ATTENTION
 from spectralx_kernels.hypert.dense import FEED_FORWARD, LINEAR_ADD, NORM_LINEAR
 from spectralx_kernels.hypert.stem import RESIDUAL_HALVING
+from spectralx_kernels.reconstruction.heads import (
+    CHANNEL_NORM,
+    CHANNEL_NORM_CONV2D,
+    PIXEL_HEAD,
+)
 from spectralx_kernels.reconstruction.masking import (
     GATHER_TOKENS,
     RANDOM_MASKING,
@@ -100,6 +105,9 @@ ENTRIES = (
     Entry(MASKED_PATCH_LOSS, calls.masked_patch_loss),
     Entry(UPSAMPLED_L1_LOSS, calls.upsampled_l1_loss),
     Entry(BAND_RECONSTRUCTION_LOSS, calls.band_reconstruction_loss),
+    Entry(CHANNEL_NORM, calls.channel_norm),
+    Entry(CHANNEL_NORM_CONV2D, calls.channel_norm_conv2d),
+    Entry(PIXEL_HEAD, calls.pixel_head),
     Entry(MATCH, calls.match_argmax),
     Entry(GATHER_NORM, calls.gather_norm),
     Entry(GATHER_NORM_MIX, calls.gather_norm_mix),

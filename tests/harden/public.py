@@ -68,6 +68,42 @@ def _confusion(backend: str | None, *, ignore_index: int, **given: Any) -> Any:
     return kernels.confusion_matrix_update(**given, ignore_index=ignore_index, backend=backend)
 
 
+def _layer_norm(x: Any) -> nn.LayerNorm:
+    return nn.LayerNorm(x.shape[1]).to(x)
+
+
+def _norm_arguments(named: Named) -> Named:
+    found = _without("weight", "bias", "eps")(named)
+    return {**found, "norm": _layer_norm(named["x"])}
+
+
+def _norm_convolution_arguments(named: Named) -> Named:
+    x, weight, transposed = named["x"], named["weight"], named["transposed"]
+    ins, outs = weight.shape[:2] if transposed else reversed(weight.shape[:2])
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    sides = {"stride": named["stride"], "padding": named["padding"]}
+    convolution = kind(ins, outs, weight.shape[2:], **sides).to(x)
+    norm = None if named["norm_weight"] is None else _layer_norm(x)
+    given = {name: named[name] for name in ("before", "after")}
+    return {"x": x, "norm": norm, "convolution": convolution, **given}
+
+
+PIXEL_PAIRS = ("expand", "grouped", "mix", "project")
+
+
+def _pixel_arguments(named: Named) -> Named:
+    found = {"x": named["x"]}
+    for name in PIXEL_PAIRS:
+        found[f"weight of {name}"] = named[name]
+        found[f"bias of {name}"] = named[f"{name}_bias"]
+    return found
+
+
+def _pixel_head(backend: str | None, x: Any, **flat: Any) -> Any:
+    pairs = {name: (flat[f"weight of {name}"], flat[f"bias of {name}"]) for name in PIXEL_PAIRS}
+    return kernels.pixel_head(x, backend=backend, **pairs)
+
+
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda backend, **given: function(**given, backend=backend)
 
@@ -87,6 +123,9 @@ PUBLIC: dict[str, Public] = {
     "masked_patch_loss": Public(_plain(kernels.masked_patch_loss)),
     "upsampled_l1_loss": Public(_plain(kernels.upsampled_l1_loss)),
     "band_reconstruction_loss": Public(_plain(kernels.band_reconstruction_loss)),
+    "channel_norm": Public(_plain(kernels.channel_norm), _norm_arguments),
+    "channel_norm_conv2d": Public(_plain(kernels.channel_norm_conv2d), _norm_convolution_arguments),
+    "pixel_head": Public(_pixel_head, _pixel_arguments),
     "match_argmax": Public(_plain(kernels.match_argmax)),
     "gather_norm": Public(_plain(kernels.gather_norm)),
     "gather_norm_mix": Public(_plain(kernels.gather_norm_mix)),

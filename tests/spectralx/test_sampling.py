@@ -130,10 +130,10 @@ def test_going_on_reads_nothing_that_was_seen(tiny_scenes: Path, tmp_path: Path)
     settings = tiny_settings(tiny_scenes, tmp_path, "--data.cache=false")
     data = TaskData(settings.data, settings.stage1.run)
     read = []
-    plain = type(data.task.train).read_values
+    plain = type(data.task.train).read_pixels
 
     class Counting(type(data.task.train)):  # type: ignore[misc]
-        def read_values(self, index: int) -> Any:
+        def read_pixels(self, index: int) -> Any:
             read.append(index)
             return plain(self, index)
 

@@ -48,7 +48,8 @@ def test_a_model_for_other_bands_shares_all_but_what_sees_them() -> None:
     other = for_bands(model, [trained[band] for band in order])
     images = torch.rand(1, 5, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(other(images[:, order]), model(images))
+        # Sums run over the bands in another order.
+        torch.testing.assert_close(other(images[:, order]), model(images), rtol=1e-4, atol=1e-4)
         wider = for_bands(model, np.linspace(0.4, 1.8, 9).tolist())
         assert wider(torch.rand(1, 9, SIDE, SIDE)).shape == model(images).shape
     assert model.in_channels == 5
