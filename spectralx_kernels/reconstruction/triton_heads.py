@@ -147,7 +147,10 @@ class _Norm:
     def __init__(
         self, weight: Tensor | None, bias: Tensor | None, eps: float, before: str, after: str
     ) -> None:
-        self.weight, self.bias, self.eps = weight, bias, eps
+        self.weight, self.bias = (
+            None if value is None else value.contiguous() for value in (weight, bias)
+        )
+        self.eps = eps
         self.kinds = {"BEFORE": before, "AFTER": after}
 
     def apply(self, x: Tensor, addend: Tensor | None = None, scale: float = 1.0) -> Tensor:

@@ -108,7 +108,7 @@ def _by_taps(given: Arguments, out: Tensor, with_moments: bool) -> Tensor | None
         parts = Parts.empty(given.x, s.batch * s.out_height * tiles, s.outs)
     launch(
         interpolate, (s.batch * s.out_height * programs,),
-        lines, given.bias, given.addend, out,
+        lines, None if given.bias is None else given.bias.contiguous(), given.addend, out,
         s.out_height, s.outs, s.out_width, s.padding[1], *s.columns,
         s.out_height * s.width * inner, s.width * inner, s.outs, inner, 1,
         *_strides(out), *_strides(given.addend), *(parts or (None, None)),

@@ -76,6 +76,13 @@ class Worker {
         kernels_.add_keys(scores, score(key), lanes, scale_, largest, sum);
       }
       for (int64_t n = 0; n < lanes; ++n) log_sum[n] = log_of_sum(largest[n], sum[n]);
+      // A query's only key has all of its weight: all queries tie, whatever a fused multiplication
+      // would leave of a score less itself.
+      if (count_ == 1) {
+        for (int64_t n = 0; n < lanes; ++n) {
+          if (std::isfinite(log_sum[n])) scores[n] = log_sum[n] = W(0);
+        }
+      }
       for (int64_t key = 0; key < count_; key += kKeys) {
         const int64_t n = count_ > kKeys ? score(key) : count_;
         kernels_.choose(scores, n, scale_, log_sum, q, live, best + key * kLanes,

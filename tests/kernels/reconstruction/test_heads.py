@@ -82,6 +82,17 @@ def test_ladder_of_the_pixels() -> None:
     ladder.check_repeats(PIXEL_HEAD, head_arguments())
 
 
+def test_strided_weights_of_a_norm_are_read_right(backend: str) -> None:
+    x, weights = draw(2, 5, 4, 3).float(), draw(5, 2, seed=2).float()
+    pair = weights[:, 0], weights[:, 1]
+    for operator, args in (
+        (CHANNEL_NORM, (x, None, *pair, 1e-6, "none", "gelu", 1.0)),
+        (CHANNEL_NORM_CONV2D, (x, *pair, *ladder.cast(conv_arguments(), torch.float32)[3:])),
+    ):
+        found, wanted = (operator(*args, backend=name) for name in (backend, "eager"))
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("before", "after"), ACTIVATIONS)
 def test_norms_agree(before: str, after: str, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectralx_kernels import _backends
 from spectralx_kernels.refine import (
     add_weighted_halves,
     gather_norm,
@@ -92,6 +93,14 @@ def test_match_ties_go_to_the_lowest_index(dtype):
     twice = draw(2, 6, 4, seed=2).to(dtype)
     twice[:, 3:] = twice[:, :3]
     assert (match_argmax(twice, k) < 3).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_for_an_only_key_all_queries_tie(backend):
+    if backend not in _backends.available("match_argmax", "cpu"):
+        pytest.skip(f"no {backend} here")
+    q, k = draw(3, 37, 5).float(), draw(3, 1, 5, seed=1).float()
+    assert not match_argmax(q, k, backend=backend).any()
 
 
 def test_match_of_nan_and_of_one_query():

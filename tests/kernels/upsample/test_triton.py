@@ -93,6 +93,13 @@ def test_convolution_beyond_one_tile(
     ladder.check_accuracy(UPSAMPLE_CONV2D_MOMENTS, args[:-1], torch.float32)
 
 
+def test_a_strided_bias_is_read_right() -> None:
+    x, weight, bias = draw(1, 3, 2, 4).float(), draw(5, 3, 3, 3).float(), draw(10).float()
+    args = (x, weight, bias[::2], None, [4, 8], [1, 1], False, True, False)
+    found, wanted = (UPSAMPLE_CONV2D(*args, backend=name) for name in ("triton", "eager"))
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("area", [(3, 7), (5, 5)])
 def test_moments_of_many_parts(area: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles a part, several parts a group, several groups; the last of each not full."""
