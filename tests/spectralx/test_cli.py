@@ -200,7 +200,7 @@ def test_checkpoints_of_other_sizes_and_data_are_refused(
 def test_the_command_itself(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "spectralx.train", "stage1", "--config", "quickstart"]
     run = subprocess.run(
-        [*command, f"--data.root={tmp_path / 'nowhere'}"],
+        [*command, f"--data.root={tmp_path / 'nowhere'}", f"--out={tmp_path / 'run'}"],
         capture_output=True,
         text=True,
         check=False,
