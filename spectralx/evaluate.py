@@ -170,7 +170,7 @@ def _tables(results: Sequence[TaskResult]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of ``python -m spectralx.evaluate``; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(prog="spectralx.evaluate", exit_on_error=False)
+    parser = ArgumentParser(prog="spectralx.evaluate", exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--checkpoint",
         type=str,

@@ -87,7 +87,7 @@ def _check_config(path: Path) -> None:
 
 def make_parser(program: str) -> ArgumentParser:
     """Parser of the options of an experiment: ``--config`` and one option a setting."""
-    parser = ArgumentParser(prog=program, exit_on_error=False, description=None)
+    parser = ArgumentParser(prog=program, exit_on_error=False, description=None, allow_abbrev=False)
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file, or the name of a packaged one"
     )

@@ -148,7 +148,7 @@ def _note(predictor: Predictor, options: Options) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of ``python -m spectralx.predict``; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(prog="spectralx.predict", exit_on_error=False)
+    parser = ArgumentParser(prog="spectralx.predict", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=str, required=True, help="folder of a segmentation")
     parser.add_argument(
         "--input", type=str, nargs="+", required=True, help="GeoTIFFs, folders or glob patterns"
