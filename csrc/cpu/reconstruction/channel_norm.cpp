@@ -4,15 +4,9 @@
 // Nothing but x is needed for backward: norms and activations of a row of channels are formed again.
 // The map that a convolution takes exists for some images at a time. Tasks take a fixed number of rows
 // and their sums are added up in order, so that results do not depend on the number of threads.
-#include "cpu/reconstruction/channel_norm.h"
+#include "cpu/torch.h"
 
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
+#include "cpu/reconstruction/channel_norm.h"
 
 #include <algorithm>
 #include <vector>

@@ -78,6 +78,17 @@ int with_pass(const SpectralxNorm& p, const Run& run) {
   });
 }
 
+// A pass that keeps nothing: launched(Activation, S, N, packs of a block, grid).
+template <typename Run>
+int pass_over(const SpectralxNorm& p, const Run& launched) {
+  if (p.rows == 0) return 0;
+  return with_pass(p, [&](auto activation, auto tag, auto n) {
+    const int packs = packs_of(ceil_div(p.channels, n.value));
+    return launched(activation, tag, n, packs,
+                    grid_of(p.channels, n.value, packs, ceil_div(p.rows, int64_t(kNormRows))));
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -122,16 +133,10 @@ int spectralx_channel_moments(int64_t type, const void* x, int64_t rows, int64_t
 }
 
 int spectralx_normalize(const SpectralxNorm* p, void* stream) {
-  if (p->rows == 0) return 0;
-  const auto on = static_cast<cudaStream_t>(stream);
-  return with_pass(*p, [&](auto activation, auto tag, auto n) {
-    using A = decltype(activation);
+  return pass_over(*p, [&](auto activation, auto tag, auto n, int packs, dim3 grid) {
     using S = decltype(tag);
-    constexpr int N = decltype(n)::value;
-    const int packs = packs_of(ceil_div(p->channels, N));
-    return SPECTRALX_LAUNCH((normalize<A, S, N>),
-                            grid_of(p->channels, N, packs, ceil_div(p->rows, int64_t(kNormRows))),
-                            kTile, 0, on, pass_of<S>(*p, packs));
+    return SPECTRALX_LAUNCH((normalize<decltype(activation), S, decltype(n)::value>), grid, kTile, 0,
+                            static_cast<cudaStream_t>(stream), pass_of<S>(*p, packs));
   });
 }
 
@@ -157,16 +162,10 @@ int spectralx_norm_sums(const SpectralxNorm* p, void* parts, void* sums, void* s
 }
 
 int spectralx_norm_gradient(const SpectralxNorm* p, void* stream) {
-  if (p->rows == 0) return 0;
-  const auto on = static_cast<cudaStream_t>(stream);
-  return with_pass(*p, [&](auto activation, auto tag, auto n) {
-    using A = decltype(activation);
+  return pass_over(*p, [&](auto activation, auto tag, auto n, int packs, dim3 grid) {
     using S = decltype(tag);
-    constexpr int N = decltype(n)::value;
-    const int packs = packs_of(ceil_div(p->channels, N));
-    return SPECTRALX_LAUNCH((norm_gradient<A, S, N>),
-                            grid_of(p->channels, N, packs, ceil_div(p->rows, int64_t(kNormRows))),
-                            kTile, 0, on, pass_of<S>(*p, packs));
+    return SPECTRALX_LAUNCH((norm_gradient<decltype(activation), S, decltype(n)::value>), grid, kTile, 0,
+                            static_cast<cudaStream_t>(stream), pass_of<S>(*p, packs));
   });
 }
 }
