@@ -7,13 +7,14 @@ Source: SpectralX, stage 2; the head is "Unified Perceptual Parsing for Scene Un
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx_kernels import concat_conv2d, fold_batch_norm, upsample_conv2d
+from spectralx_kernels.kept import Kept
 
 NECK_SCALES = (4.0, 2.0, 1.0, 0.5)
 POOL_SCALES = (1, 2, 3, 6)
@@ -61,7 +62,7 @@ class ConvUnit(nn.Module):
         )
         self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS) if norm else None
         self.plain = False
-        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._kept = Kept()
         if norm:
             nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         else:
@@ -118,22 +119,20 @@ class ConvUnit(nn.Module):
         assert variance is not None
         assert inner_bias is not None
         outer = self.conv.weight
+
+        def make() -> tuple[Tensor, Tensor]:
+            # Scaled before the product: one rounding of the large weight.
+            scaled, shift = fold_batch_norm(outer, None, bn)
+            weight, bias = _product(scaled, inner)
+            return weight, bias + shift
+
         used = (outer, inner.conv.weight, inner_bias, bn.weight, bn.bias, mean, variance)
-        state = None
-        if not any(tensor.is_inference() for tensor in used):
-            state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in used]
-        if self._kept is not None and state is not None and self._kept[0] == state:
-            return self._kept[1]
-        # Scaled before the product: one rounding of the large weight.
-        scaled, shift = fold_batch_norm(outer, None, bn)
-        weight, bias = _product(scaled, inner)
-        made = weight, bias + shift
-        self._kept = (state, made)
-        return made
+        weight, bias = self._kept.of(used, make)
+        return weight, bias
 
     def train(self, mode: bool = True) -> ConvUnit:
         """As of ``nn.Module``; forgets the kept product."""
-        self._kept = None
+        self._kept.forget()
         return super().train(mode)
 
 
