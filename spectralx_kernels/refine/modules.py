@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx_kernels._checks import check_range, check_shape
-from spectralx_kernels.kept import Kept
 from spectralx_kernels._official_names import OfficialNames
 from spectralx_kernels.hypert.dense import norm_linear
+from spectralx_kernels.kept import Kept
 from spectralx_kernels.refine.ops import (
     add_weighted_halves,
     gather_norm,
