@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spectralx_kernels._backends import INTERPRETED
+from spectralx_kernels._triton_races import race
 
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that one program can have; NVIDIA's tables of compute capabilities.
@@ -51,11 +52,13 @@ class Compilation(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel takes of a multiprocessor; bytes but for the registers."""
+    """What a compiled kernel takes of a multiprocessor, bytes but for the registers, and what
+    `_triton_races.race` says of it."""
 
     registers: int
     shared: int
     spilled: int
+    race: str
 
 
 _recording: list[Compilation] | None = None
@@ -139,4 +142,6 @@ def compile_for(compilation: Compilation, architecture: int) -> Usage:
     if found is None:
         raise RuntimeError(f"cuobjdump: got {report.stderr!r}, expected resource usage")
     # Triton's kernels have no arrays of their own: a stack frame holds spilled registers.
-    return Usage(int(found[1]), compiled.metadata.shared, int(found[2]))
+    return Usage(
+        int(found[1]), compiled.metadata.shared, int(found[2]), race(compiled.asm["ttgir"])
+    )

@@ -62,7 +62,7 @@ def line(compilation: Compilation, architecture: int) -> tuple[str, str]:
         usage = compile_for(compilation, architecture)
     except Exception as error:  # whatever a compiler says of a kernel belongs in the table
         return head, f"{type(error).__name__}: {error}"
-    wrong = f"spills {usage.spilled} bytes" if usage.spilled else ""
+    wrong = f"spills {usage.spilled} bytes" if usage.spilled else usage.race
     if usage.shared > SHARED_LIMIT[architecture]:
         wrong = f"takes {usage.shared} bytes of {SHARED_LIMIT[architecture]} bytes shared memory"
     return f"{head}{usage.registers:>9} {usage.shared:>7} {usage.spilled:>7}", wrong

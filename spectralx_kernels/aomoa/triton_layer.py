@@ -12,7 +12,6 @@ from torch import Tensor
 from spectralx_kernels._backends import INTERPRETED
 from spectralx_kernels._triton import launch
 from spectralx_kernels.aomoa import triton_products as products
-from spectralx_kernels.aomoa.ops import PROVEN_RANK
 
 MOST_EXPERTS = 256  # a tile's logits stay in registers
 MOST_UNROLLED = 8  # experts whose code stands one after the other
@@ -90,11 +89,6 @@ class Layer:
         sizes = (self.width, self.out, self.rank, self.hidden)
         self.large = self.narrow and all(size % 8 == 0 for size in sizes)
         self.padded_experts = padded(self.experts)
-        if x.is_cuda and self.narrow and self.rank > PROVEN_RANK:
-            raise ValueError(
-                f"gate: got rank {self.rank} in {x.dtype}, expected at most {PROVEN_RANK} in "
-                "Triton; use another backend"
-            )
 
     def plain(self, *shape: int) -> Tensor:
         """Memory in the type of x."""

@@ -79,13 +79,18 @@ def down_norm(
         for k0 in range(0, width, BK):
             inside = (k0 + k) < width
             full = here[:, None] & inside[None, :]
-            values = tl.load(x + row[:, None] * width + (k0 + k)[None, :], full, 0.0)
+            at = x + row[:, None] * width + (k0 + k)[None, :]
+            values = tl.load(at, full, 0.0)
+            # For the moments from the cache again, which another policy keeps from being one load
+            # with the product's: shared by both, it is overwritten while the product reads it
+            # (_triton_races.py).
+            apart = tl.load(at, full, 0.0, eviction_policy="evict_last")
             weight = tl.load(
                 folded + n[None, :] * width + (k0 + k)[:, None],
                 inside[:, None] & (n < rank)[None, :],
                 0.0,
             )
-            moved = tl.where(full, values.to(tl.float32) - origin[:, None], 0.0)
+            moved = tl.where(full, apart.to(tl.float32) - origin[:, None], 0.0)
             sums += moved
             squares += moved * moved
             if SHIFTED:

@@ -52,3 +52,23 @@ def test_a_spill_and_too_much_shared_memory_are_seen() -> None:
     assert right == ""
     assert spilled.startswith("spills ")
     assert large.startswith("takes ")
+
+
+def test_a_copy_over_what_a_product_reads_is_seen() -> None:
+    code = (
+        "import torch\n"
+        "from spectralx_kernels import inspect\n"
+        "from spectralx_kernels._triton import Compilation\n"
+        "from tests.compile_gates.racing import product_and_sums\n"
+        "half = torch.empty(1, dtype=torch.bfloat16, device='meta')\n"
+        "given = {'x': half, 'weight': half, 'out': half.float(), 'sums': half.float()}\n"
+        "for apart in (False, True):\n"
+        "    arguments = {**given, 'width': 256, 'APART': apart}\n"
+        "    options = {'num_warps': 4, 'num_stages': 3}\n"
+        "    print(inspect.line(Compilation(product_and_sums, arguments, options), 90)[1])\n"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    together, apart = done.stdout.split("\n")[:2]
+    assert "while a product reads it" in together
+    assert apart == ""
