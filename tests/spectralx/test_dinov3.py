@@ -37,6 +37,15 @@ def test_rotation_keeps_lengths_and_leaves_the_first_tokens():
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 
+def test_rotation_turns_by_the_positions_angle():
+    """Of a pair (first half, second half): the complex number times e^(i angle)."""
+    x = torch.randn(1, 1, 12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sin, cos = rotation = AxialRope(8, dtype=torch.float64)(3, 4)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[:, :4]
+    found = rotate(x, rotation)
+    torch.testing.assert_close(torch.complex(found[..., :4], found[..., 4:]), turned)
+
+
 def test_rope_runs_in_bfloat16():
     x = torch.full((1, 1, 6, 8), 1.001)
     turned = rotate(x, AxialRope(8)(2, 2))
