@@ -361,12 +361,12 @@ class Operator:
             if grad is not None and output.requires_grad
         ]
         if not pairs:
-            return [torch.zeros_like(leaf) for leaf in wanted]
+            return [self._empty_grad(leaf).zero_() for leaf in wanted]
         grads = torch.autograd.grad(
             [output for output, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
         )
         return [
-            torch.zeros_like(leaf) if grad is None else self._grad_laid_out(leaf, grad)
+            self._empty_grad(leaf).zero_() if grad is None else self._grad_laid_out(leaf, grad)
             for leaf, grad in zip(wanted, grads, strict=True)
         ]
 

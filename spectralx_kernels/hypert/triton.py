@@ -154,6 +154,15 @@ def window_attention(
     return out
 
 
+def _zeros(inputs: Sequence[Tensor | None], mask: Sequence[bool]) -> list[Tensor]:
+    """Contiguous gradients of 0 for the inputs that want one."""
+    return [
+        torch.zeros_like(value, memory_format=torch.contiguous_format)
+        for value, wanted in zip(inputs, mask, strict=False)
+        if wanted and value is not None
+    ]
+
+
 def window_attention_backward(
     output_grads: Sequence[Tensor | None],
     qkv: Tensor,
@@ -167,7 +176,7 @@ def window_attention_backward(
     (dout,) = output_grads
     inputs = [qkv, padding]
     if dout is None:
-        return [torch.zeros_like(t) for t, wanted in zip(inputs, mask, strict=False) if wanted]  # type: ignore[arg-type]
+        return _zeros(inputs, mask)
     given = _windows(qkv.contiguous(), padding, num_heads, window)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     third = qkv.shape[-1] // 3
@@ -252,7 +261,7 @@ def attribute_match_backward(
     (dout,) = output_grads
     if dout is None or len(queries) == 0:
         inputs = [features, queries, norm_weight, norm_bias, kv_weight]
-        return [torch.zeros_like(t) for t, wanted in zip(inputs, mask, strict=False) if wanted]
+        return _zeros(inputs, mask)
     match = _Match.of(features, queries, norm_weight, norm_bias, kv_weight, norm_eps)
     images, count, width = len(features), *match.attention.q.shape
     dq = torch.empty(images, count, width, dtype=torch.float32, device=features.device)
