@@ -32,7 +32,8 @@ class Options:
     Attributes
     ----------
     window : side, or (height, width), in pixels of the scene of what the model sees at once; None
-        for its image size. Tiles of another size are resized to it.
+        for what an image of its training covered. Tiles of another size than the model's are
+        resized to it.
     overlap : share of a tile that it has in common with its neighbour, 0 to 0.5.
     batch_size : tiles at a time.
     probabilities : "none"; "top", a second file of the probability of the map's class; or "all",
@@ -147,7 +148,6 @@ def prepare(predictor: Predictor, scene: str | Path, output: str | Path, options
             "of its training; expected none"
         )
     stated = options.wavelengths or info.wavelengths
-    model = predictor.model
     try:
         bands = choose_bands(
             scene, info.bands, stated, predictor.wavelengths, predictor.model.in_channels
@@ -157,7 +157,8 @@ def prepare(predictor: Predictor, scene: str | Path, output: str | Path, options
             raise
         bands = list(range(info.bands))
         predictor = predictor.for_bands(stated)
-    tile = tile_pixels(options.window, model.image_size, predictor.cells)
+    window = predictor.window if options.window is None else options.window
+    tile = tile_pixels(window, predictor.cells)
     axes = [
         plan_axis(
             pixels,
