@@ -166,8 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--window",
         type=int | None,
-        help="side of what the model sees at once, in pixels of the scene; by default what an image "
-        "of its training covered",
+        help="side of what the model sees at once, in pixels of the scene; by default what a "
+        "training image covered",
     )
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a tile, 0 to 0.5")
     parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time")

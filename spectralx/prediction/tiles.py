@@ -117,7 +117,7 @@ def map_offset(transform: Any) -> tuple[int, int]:
 
 
 def whole_cells(sides: tuple[int, int], cells: tuple[int, int]) -> tuple[int, int]:
-    """The multiples of `cells`, rows and columns of a model's logits, that are nearest to `sides`."""
+    """The whole multiples of `cells`, rows and columns of logits, that are nearest to `sides`."""
     rows, columns = (
         max(round(side / count), 1) * count for side, count in zip(sides, cells, strict=True)
     )
@@ -141,7 +141,8 @@ def tile_pixels(window: int | Sequence[int], cells: tuple[int, int]) -> tuple[in
     if sides != near:
         raise InputError(
             f"window: found {sides[0]} x {sides[1]} pixels; expected multiples of the "
-            f"{cells[0]} x {cells[1]} cells that the model gives logits on, for example {near[0]} x {near[1]}"
+            f"{cells[0]} x {cells[1]} cells that the model gives logits on, for example "
+            f"{near[0]} x {near[1]}"
         )
     return sides
 
