@@ -170,7 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "training image covered",
     )
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a tile, 0 to 0.5")
-    parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time")
+    parser.add_argument(
+        "--batch_size", type=int | None, help="tiles at a time; by default 8 on a GPU, 2 on a CPU"
+    )
     parser.add_argument(
         "--probabilities",
         type=Probabilities,

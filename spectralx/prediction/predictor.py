@@ -121,28 +121,27 @@ def load_predictor(
         raise InputError(
             f"precision: found {precision!r}; expected one of {', '.join(get_args(Precision))}"
         )
-    loaded = checkpoints.load(checkpoint)
-    manifest = loaded.manifest
+    path = Path(checkpoint)
+    # Before the weights are read: what cannot predict is known at once.
+    manifest = checkpoints.read_manifest(checkpoints.folder_at(path))
     if manifest["model"] != "segmentation":
         raise InputError(
-            f"{loaded.path}: found a checkpoint of a {manifest['model']} model; expected a "
+            f"{path}: found a checkpoint of a {manifest['model']} model; expected a "
             "segmentation, as stage 2 trains"
         )
     if not manifest.get("normalisation"):
         raise InputError(
-            f"{loaded.path}: found a checkpoint without normalisation; expected one that "
+            f"{path}: found a checkpoint without normalisation; expected one that "
             "spectralx.train wrote, or that was saved with it"
         )
-    model = loaded.build()
+    model, _ = checkpoints.load_lean(path, _AUTOCAST.get(precision))
     assert isinstance(model, Segmentation)
-    model.requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = manifest.get("class_names")
     if names is None:
         names = ["unlabelled", *(f"class {index}" for index in range(1, model.num_classes))]
     if len(names) != model.num_classes:
-        raise InputError(
-            f"{loaded.path}: found {len(names)} class names; expected {model.num_classes}"
-        )
+        raise InputError(f"{path}: found {len(names)} class names; expected {model.num_classes}")
     wavelengths = manifest.get("wavelengths") or model.config["wavelengths"]
     extra = manifest.get("extra") or {}
     settings = extra.get("settings") or {}
@@ -154,7 +153,7 @@ def load_predictor(
         hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
         precision,
         settings.get("data", {}).get("crop"),
-        _tile_size(loaded.path, extra.get("tile_size")),
+        _tile_size(path, extra.get("tile_size")),
     )
 
 
