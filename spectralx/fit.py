@@ -29,7 +29,7 @@ from spectralx.evaluate import Evaluation, run_tests
 from spectralx.finished import FINISHED, Finished, FitResult, read_finished, write_finished
 from spectralx.keep_state import KeepState
 from spectralx.lightning_modules import ReconstructionStage, SegmentationStage
-from spectralx.logs import METRICS, SPEED, check_wandb, open_logs, take_back
+from spectralx.logs import METRICS, SPEED, check_wandb, close_logs, open_logs, take_back
 from spectralx.machine import (
     Processes,
     check_machine,
@@ -288,16 +288,18 @@ class _Run:
         with _quiet_lightning():
             logs = open_logs(folder, module.logged, settings.trainer.wandb, settings.as_dict())
             trainer = _trainer(settings, own, folder, self.group, logs, callbacks)
-            if state is None:
-                trainer.validate(module, datamodule=data, verbose=False)
-                about["before"] = keep.figures
-            if step < own.run.steps and not keep.stopped:
-                place_trainer(trainer, step)
-                try:
+            try:
+                if state is None:
+                    trainer.validate(module, datamodule=data, verbose=False)
+                    about["before"] = keep.figures
+                if step < own.run.steps and not keep.stopped:
+                    place_trainer(trainer, step)
                     trainer.fit(module, datamodule=data)
-                except SystemExit as error:
-                    # Lightning's way of passing on an interruption.
-                    raise KeyboardInterrupt(str(error.__context__ or "")) from error
+            except SystemExit as error:
+                # Lightning's way of passing on an interruption.
+                raise KeyboardInterrupt(str(error.__context__ or "")) from error
+            finally:
+                close_logs(logs)
         if self.stop.received is not None:
             self.stop.obey(" after the last step; the same command goes on from there")
         result = FitResult(

@@ -53,11 +53,10 @@ def write_corner(path: Path, bands: int, rows: int, columns: int) -> None:
     """A striped scene with pixels in its upper left corner: four tiles of 224 pixels."""
     write_large(path, bands, rows, columns, whole=False)
     with rasterio.open(path, "r+") as target:
-        blank = np.zeros((bands, min(128, rows), columns), dtype="uint16")
         for row in range(0, rows, 512):
-            target.write(
-                blank[:, : rows - row], window=Window(0, row, columns, min(128, rows - row))
-            )
+            count = min(128, rows - row)
+            blank = np.zeros((bands, count, columns), dtype="uint16")
+            target.write(blank, window=Window(0, row, columns, count))
         target.write(pixels(bands, 128, 650), window=Window(0, 0, 650, 128))
 
 
