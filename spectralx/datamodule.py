@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,6 +24,7 @@ from spectralx.data import (
     finish,
 )
 from spectralx.data.cache import DiskCache, MemoryCache
+from spectralx.data.damage import SkipDamaged
 from spectralx.data.normalise import restore_normalisation as restore_normalisation
 from spectralx.data.samples import Batch as Batch
 from spectralx.sampling import Augmented, Key, Shared, TrainingOrder, end_with_parent
@@ -53,6 +56,8 @@ class TaskData(pl.LightningDataModule):
     run : batch size and number of steps.
     normalisation : scaling of a model that is trained already, instead of the settings'.
     seed : of the order of training images and of their augmentation.
+    skip : leaves damaged files out of training and validation, where the settings ask for that; by
+        default all files are read to find them.
 
     Attributes
     ----------
@@ -72,8 +77,11 @@ class TaskData(pl.LightningDataModule):
         *,
         normalisation: ImageMinMax | FixedStatistics | None = None,
         seed: int = 0,
+        skip: SkipDamaged | None = None,
     ) -> None:
         super().__init__()
+        if settings.skip_damaged and skip is None:
+            skip = SkipDamaged(workers=settings.workers)
         self.run = run
         self.seed = seed
         self.first_step = 0
@@ -90,6 +98,7 @@ class TaskData(pl.LightningDataModule):
             wavelengths=settings.wavelengths,
             class_names=settings.class_names,
             nodata=settings.nodata,
+            skip=skip if settings.skip_damaged else None,
         )
         self._given = normalisation
         self._settings = settings
@@ -181,6 +190,25 @@ class TaskData(pl.LightningDataModule):
         dataset = self.tests[name]
         batches = Shared(len(dataset), batch_size=self.run.batch_size)
         return self._loader(self._dataset(f"test {name}", dataset), batches)
+
+    def images_digest(self) -> str:
+        """SHA-256 of the names, in order, of the images of training and validation."""
+        digest = hashlib.sha256()
+        for dataset in (self.task.train, self.task.validation):
+            names = [dataset.path_of(index) for index in range(len(dataset))]
+            digest.update(json.dumps(names).encode())
+        return digest.hexdigest()
+
+    def tile_size(self) -> tuple[int, int]:
+        """Height and width that an image of training covers, in pixels of the first file.
+
+        Of parts that are cut out and resized, those of the whole, which is what validation sees.
+        """
+        side = self._settings.image_size
+        if self._settings.crop == "crop":
+            return side, side
+        rows, columns = self.task.train.read_pixels(0)[0].shape[-2:]
+        return rows, columns
 
     def check(self) -> None:
         """Read images and labels once, so that damage is found before anything is written.

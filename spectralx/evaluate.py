@@ -22,13 +22,13 @@ from spectralx.cli import InputError, run_command, write_folder
 from spectralx.evaluation.report import (
     RESULTS,
     class_table,
-    file_name,
     summary_table,
     write_report,
 )
 from spectralx.evaluation.results import TaskResult
 from spectralx.evaluation.scoring import (
     Evaluation,
+    file_name,
     reconstruction_errors,
     run_tests,
     segmentation_scores,
@@ -100,6 +100,7 @@ def evaluate_tasks(
     device: str | None = None,
     pictures_to: Path | None = None,
     count: int = 3,
+    skip_damaged: bool = False,
     progress: bool = True,
 ) -> list[TaskResult]:
     """Score checkpoints of stage 2 on one task or several.
@@ -114,6 +115,7 @@ def evaluate_tasks(
     protocol : "proper", or "official" for the published protocol's labels and averages.
     batch_size, device : of the model.
     pictures_to : folder for pictures of the first `count` images, in a folder a task.
+    skip_damaged : leave files that cannot be read out of the tests; results and report name them.
     progress : show progress bars on stderr.
 
     Returns
@@ -136,6 +138,7 @@ def evaluate_tasks(
             device=device,
             pictures_to=None if pictures_to is None else pictures_to / file_name(name),
             count=count,
+            skip_damaged=skip_damaged,
             progress=progress,
         )
         for name, group in groups.items()
@@ -146,6 +149,8 @@ def _errors(trained: Trained, options: dict[str, Any]) -> str:
     """What a checkpoint of stage 1 reached, for the terminal."""
     if options["out"] is not None:
         raise InputError(f"{trained.path}: found stage 1; expected stage 2 for a report (--out)")
+    if options["skip_damaged"]:
+        raise InputError(f"{trained.path}: found stage 1; expected stage 2 for --skip_damaged")
     task = options["task"] or trained.settings.data.task
     found = evaluate(
         trained.path,
@@ -162,6 +167,12 @@ def _tables(results: Sequence[TaskResult]) -> str:
     each = [class_table(result) for result in results]
     titles = [f"\n{result.task}" for result in results]
     parts = [summary_table(results).plain()]
+    parts += [
+        f"{result.task}: left out of {test}: {error}"
+        for result in results
+        for test, files in result.skipped.items()
+        for error in files.values()
+    ]
     for title, table in zip(titles, each, strict=True):
         parts += [title, table.plain()]
     return "\n".join(parts)
@@ -193,6 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=str | None, help="folder for the report")
     parser.add_argument("--pictures", type=int, default=3, help="images drawn of each test set")
+    parser.add_argument(
+        "--skip_damaged",
+        action="store_true",
+        help="leave files that cannot be read out of the tests, and name them",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="images at a time")
     parser.add_argument("--device", type=str | None, help="cpu or cuda; by default the fastest")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -206,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "protocol": options["protocol"],
             "batch_size": options["batch_size"],
             "device": options["device"],
+            "skip_damaged": options["skip_damaged"],
         }
         first = Trained.read(find_checkpoints(paths)[0])
         if len(paths) == 1 and first.manifest["model"] == "reconstruction":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spectralx.cli import InputError, write_text
+from spectralx.data.damage import Skipped
 from spectralx.evaluate import Evaluation
 from spectralx.metrics import Scores
 
@@ -26,6 +27,8 @@ class FitResult:
     best, last : folders of the two checkpoints.
     before, after : validation figures before the first and after the last step, by name.
     evaluation : the best checkpoint on the test sets; None on all processes but the first.
+    skipped : damaged files that were left out as `data.skip_damaged` asks, with their errors, by
+        set.
     """
 
     folder: Path
@@ -34,6 +37,7 @@ class FitResult:
     before: dict[str, float]
     after: dict[str, float]
     evaluation: Evaluation | None
+    skipped: Skipped = field(default_factory=dict)
 
 
 @dataclass
@@ -64,6 +68,7 @@ def write_finished(finished: Finished) -> None:
         "before": result.before,
         "after": result.after,
         "tests": result.evaluation.tests,
+        "skipped": result.skipped,
         "scores": {
             name: {
                 "matrix": each.matrix.tolist(),
@@ -101,7 +106,13 @@ def read_finished(folder: Path) -> Finished | None:
         }
         evaluation = Evaluation(values["tests"], scores)
         result = FitResult(
-            folder, folder / "best", folder / "last", values["before"], values["after"], evaluation
+            folder,
+            folder / "best",
+            folder / "last",
+            values["before"],
+            values["after"],
+            evaluation,
+            values.get("skipped", {}),
         )
         return Finished(result, values["step"], values["stopped"], values["about"])
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -6,10 +6,10 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,20 +19,17 @@ from torch import Tensor, nn
 
 from spectralx import checkpoints, pictures
 from spectralx.averaging import AverageWeights
-from spectralx.build import (
-    initialise,
-    reconstruction_model,
-    segmentation_model,
-    start_identity,
-)
+from spectralx.beginning import Stage, describe, stage_data, stage_module
+from spectralx.build import start_identity
 from spectralx.callbacks import KeepCheckpoints, Progress, SaveModel
 from spectralx.cli import write_text
+from spectralx.data.damage import counts
 from spectralx.datamodule import TaskData, describe_normalisation
 from spectralx.evaluate import Evaluation, run_tests
 from spectralx.finished import FINISHED, Finished, FitResult, read_finished, write_finished
 from spectralx.keep_state import KeepState
 from spectralx.lightning_modules import ReconstructionStage, SegmentationStage
-from spectralx.logs import METRICS, SPEED, check_wandb, open_logs, take_back
+from spectralx.logs import METRICS, SPEED, check_wandb, close_logs, open_logs, take_back
 from spectralx.machine import (
     Processes,
     check_machine,
@@ -50,9 +47,6 @@ from spectralx.stopping import StopSignal
 from spectralx.training_state import place_trainer, restore_model
 
 __all__ = ["FitResult", "Stage", "fit"]
-
-Stage = Literal["stage1", "stage2"]
-
 
 # Settings that change no figure of a run: an interrupted one may go on with others.
 _FREE = {
@@ -82,55 +76,6 @@ def _quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _module(
-    stage: Stage, settings: Settings, data: TaskData, say: Callable[[str], None]
-) -> ReconstructionStage | SegmentationStage:
-    """The stage's model as it starts, ready for Lightning."""
-    task = data.task
-    if stage == "stage1":
-        first = reconstruction_model(settings, task.wavelengths)
-        _start(first, settings, say)
-        run = settings.stage1.run
-        return ReconstructionStage(first, settings.stage1.optimizer, run.steps, seed=settings.seed)
-    own = settings.stage2
-    second = segmentation_model(settings, task.wavelengths, task.num_classes)
-    _start(second, settings, say)
-    return SegmentationStage(
-        second,
-        own.optimizer,
-        own.run.steps,
-        class_names=list(task.class_names),
-        class_weights=data.class_weights() if own.class_weights == "balanced" else None,
-        label_smoothing=own.label_smoothing,
-        official=settings.data.official,
-        seed=settings.seed,
-    )
-
-
-def _start(
-    model: MaskedReconstruction | Segmentation, settings: Settings, say: Callable[[str], None]
-) -> None:
-    start = initialise(model, settings)
-    if start is not None:
-        say(str(start))
-    elif settings.model.trainable == "adapters":
-        say(
-            "note: the backbone is frozen at a random start; model.backbone_weights names a file "
-            "of public weights, model.trainable all trains everything"
-        )
-
-
-def _describe(stage: Stage, data: TaskData, model: nn.Module) -> str:
-    sizes = [f"{len(data.task.train)} training", f"{len(data.task.validation)} validation"]
-    sizes += [f"{len(dataset)} test ({name})" for name, dataset in data.tests.items()]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return (
-        f"{stage}: task {data.task.name}, {data.task.bands} bands, images: {', '.join(sizes)}; "
-        f"{trained:,} of {total:,} parameters train"
-    )
 
 
 def _about(stage: Stage, settings: Settings, processes: int) -> dict[str, Any]:
@@ -271,25 +216,25 @@ class _Run:
         if settings.trainer.threads is not None:
             torch.set_num_threads(settings.trainer.threads)
         pl.seed_everything(settings.seed, workers=False, verbose=False)
-        data = TaskData(settings.data, self.own.run, seed=settings.seed)
-        module = _module(self.stage, settings, data, self.say)
-        state = self.restore(module)
+        state = load_state(self.folder / "resume", self.say)
+        if state is not None:
+            self.check_same(state.values["about"])
+        data = stage_data(self.stage, settings, self.group, state, self.say)
+        module = stage_module(self.stage, settings, data, self.say)
+        if state is not None:
+            self.restore(module, state)
         data.check()
-        self.say(_describe(self.stage, data, module.model))
+        self.say(describe(self.stage, data, module.model))
         if self.group.rank == 0:
             self.prepare_folder(state)
         meet(self.group)
         return self.train(data, module, state)
 
-    def restore(self, module: ReconstructionStage | SegmentationStage) -> RunState | None:
-        """Put the latest state's weights into the model."""
+    def restore(self, module: ReconstructionStage | SegmentationStage, state: RunState) -> None:
+        """Put the weights of `state` into the model."""
         where = self.folder / "resume"
-        state = load_state(where, self.say)
-        if state is not None:
-            self.check_same(state.values["about"])
-            frozen = load_frozen(where, state.values["frozen"])
-            restore_model(module.model, {**state.tensors, **frozen}, str(where))
-        return state
+        frozen = load_frozen(where, state.values["frozen"])
+        restore_model(module.model, {**state.tensors, **frozen}, str(where))
 
     def prepare_folder(self, state: RunState | None) -> None:
         """What is in the folder is what was there at `state`."""
@@ -324,7 +269,11 @@ class _Run:
             patience=own.run.early_stopping,
             average=average,
         )
-        about: dict[str, Any] = {"about": self.about}
+        about: dict[str, Any] = {
+            "about": self.about,
+            "images": data.images_digest(),
+            "skipped": data.task.skipped,
+        }
         if state is not None:
             keep.restore(state.values["keep"])
             about["before"] = state.values["before"]
@@ -339,19 +288,29 @@ class _Run:
         with _quiet_lightning():
             logs = open_logs(folder, module.logged, settings.trainer.wandb, settings.as_dict())
             trainer = _trainer(settings, own, folder, self.group, logs, callbacks)
-            if state is None:
-                trainer.validate(module, datamodule=data, verbose=False)
-                about["before"] = keep.figures
-            if step < own.run.steps and not keep.stopped:
-                place_trainer(trainer, step)
-                try:
+            try:
+                if state is None:
+                    trainer.validate(module, datamodule=data, verbose=False)
+                    about["before"] = keep.figures
+                if step < own.run.steps and not keep.stopped:
+                    place_trainer(trainer, step)
                     trainer.fit(module, datamodule=data)
-                except SystemExit as error:
-                    # Lightning's way of passing on an interruption.
-                    raise KeyboardInterrupt(str(error.__context__ or "")) from error
+            except SystemExit as error:
+                # Lightning's way of passing on an interruption.
+                raise KeyboardInterrupt(str(error.__context__ or "")) from error
+            finally:
+                close_logs(logs)
         if self.stop.received is not None:
             self.stop.obey(" after the last step; the same command goes on from there")
-        result = FitResult(folder, keep.best, keep.last, about["before"], keep.figures, None)
+        result = FitResult(
+            folder,
+            keep.best,
+            keep.last,
+            about["before"],
+            keep.figures,
+            None,
+            data.task.skipped,
+        )
         if self.group.rank == 0:
             result.evaluation = self.test(data, keep, trainer.strategy.root_device)
             done = trainer.global_step if step < own.run.steps else step
@@ -361,6 +320,13 @@ class _Run:
 
     def saver(self, data: TaskData) -> SaveModel:
         """What writes a checkpoint of the stage."""
+        about: dict[str, Any] = {
+            "stage": self.stage,
+            "settings": self.settings.as_dict(),
+            "tile_size": list(data.tile_size()),
+        }
+        if data.task.skipped:
+            about["skipped"] = counts(data.task.skipped)
 
         def save(
             folder: Path, model: nn.Module, tensors: Mapping[str, Tensor], noted: dict[str, Any]
@@ -371,7 +337,7 @@ class _Run:
                 wavelengths=list(data.task.wavelengths),
                 class_names=list(data.task.class_names),
                 normalisation=describe_normalisation(data.task.train),
-                extra={"stage": self.stage, "settings": self.settings.as_dict(), **noted},
+                extra={**about, **noted},
                 tensors=tensors,
             )
 

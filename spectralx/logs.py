@@ -103,6 +103,13 @@ def open_logs(
     return logs
 
 
+def close_logs(logs: Sequence[Logger]) -> None:
+    """End the run of Weights & Biases: a later stage in this process begins one of its own."""
+    for log in logs:
+        if isinstance(log, WandbLogger):
+            log.experiment.finish()
+
+
 def check_wandb(wandb: str | None) -> None:
     """Refuse `wandb`, the name of a project, where the library is not installed."""
     if wandb is not None and importlib.util.find_spec("wandb") is None:

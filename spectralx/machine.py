@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from spectralx.cli import InputError
 from spectralx.run_settings import TrainerSettings
 
+T = TypeVar("T")
 # Lists of transformer blocks, as the backbones name them.
 _BLOCK_LISTS = ("blocks", "decoder_blocks")
 
@@ -194,6 +195,15 @@ def meet(group: Processes) -> None:
     """Wait for the other processes."""
     if group.count > 1:
         distributed.barrier()
+
+
+def share(group: Processes, value: T) -> T:
+    """What the first process called this with, in all of them; plain values alone."""
+    if group.count == 1:
+        return value
+    shared: list[T] = [value]
+    distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def leave_processes() -> None:

@@ -139,10 +139,17 @@ def _note(predictor: Predictor, options: Options) -> str | None:
     if options.window is not None or predictor.crop in (None, "crop"):
         return None
     height, width = predictor.model.image_size
+    if predictor.tile_size is None:
+        return (
+            f"note: the model saw training images resized to {height} x {width}; where they were "
+            f"of another size, --window says which part of a scene it should see so"
+        )
+    if predictor.window == predictor.model.image_size:
+        return None
     return (
-        f"note: the model saw training images resized to {height} x {width}; where they were of "
-        f"another size, --window says which part of a scene it should see so"
-    )
+        "note: the model sees {} x {} pixels at a time resized to {} x {}, as images of {} x {} "
+        "were in training (--window says otherwise)"
+    ).format(*predictor.window, height, width, *predictor.tile_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,10 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--window",
         type=int | None,
-        help="side of what the model sees at once, in pixels of the scene; by default its own size",
+        help="side of what the model sees at once, in pixels of the scene; by default what a "
+        "training image covered",
     )
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a tile, 0 to 0.5")
-    parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time")
+    parser.add_argument(
+        "--batch_size", type=int | None, help="tiles at a time; by default 8 on a GPU, 2 on a CPU"
+    )
     parser.add_argument(
         "--probabilities",
         type=Probabilities,

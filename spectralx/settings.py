@@ -64,6 +64,9 @@ class DataSettings:
         type they are stored in, "auto" on a GPU where there is one.
     workers
         Processes that read data; 0 reads in the main process.
+    skip_damaged
+        Leave files that cannot be read out of training and validation, named and counted; by
+        default one ends the run. All files are read once before the first step to find them.
     wavelengths
         Band centres in micrometres, for folders whose files do not state them.
     class_names
@@ -84,6 +87,7 @@ class DataSettings:
     cache_folder: str | None = None
     scale_on: Literal["auto", "workers", "device"] = "auto"
     workers: int = 0
+    skip_damaged: bool = False
     wavelengths: list[float] | None = None
     class_names: list[str] | None = None
     nodata: float | None = None

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from spectralx.cli import run_command
+from spectralx.data.damage import counts
 from spectralx.finished import FitResult
 from spectralx.fit import Stage, fit
 from spectralx.machine import leave_processes
@@ -30,6 +31,8 @@ def report(stage: Stage, result: FitResult) -> str:
         lines.append(f"{stage} validation {name}: {before}{value:.5f} after")
     if result.evaluation is not None:
         lines += [f"{stage} test of {result.best}:", result.evaluation.table()]
+    for name, count in counts(result.skipped).items():
+        lines.append(f"{stage} {name}: {count} damaged files left out")
     lines.append(f"logs, pictures and checkpoints: {result.folder}")
     return "\n".join(lines)
 

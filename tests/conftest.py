@@ -32,6 +32,11 @@ NEEDS = {
     "spectralx/test_train.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
     "spectralx/test_backbone_weights.py": ("safetensors",),
     "spectralx/test_checkpoints.py": ("safetensors",),
+    "spectralx/test_damaged_files.py": ("jsonargparse", "lightning", "rasterio", "tensorboard"),
+    "spectralx/test_published_names.py": ("safetensors",),
+    "spectralx/test_report_page.py": ("jsonargparse", "lightning", "rasterio", "torchmetrics"),
+    "spectralx/test_starting_weights.py": ("safetensors",),
+    "spectralx/test_wandb.py": ("jsonargparse", "lightning", "rasterio", "tensorboard"),
     "spectralx/test_tensor_files.py": ("safetensors",),
 }
 

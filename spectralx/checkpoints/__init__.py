@@ -12,11 +12,13 @@ from spectralx.checkpoints.folder import (
     FORMAT_VERSION,
     MANIFEST,
     Checkpoint,
+    folder_at,
     load,
     read_manifest,
     save,
 )
 from spectralx.checkpoints.inspection import inspect
+from spectralx.checkpoints.lean import load_lean
 from spectralx.checkpoints.official import export_official, load_official
 from spectralx.checkpoints.report import Loaded
 from spectralx.checkpoints.transfer import initialise_from_stage1
@@ -31,11 +33,13 @@ __all__ = [
     "CheckpointError",
     "Loaded",
     "export_official",
+    "folder_at",
     "initialise_backbone",
     "initialise_from_stage1",
     "inspect",
     "load",
     "load_adapters",
+    "load_lean",
     "load_official",
     "read_adapters",
     "read_manifest",

@@ -68,15 +68,7 @@ class Checkpoint:
         ------
         CheckpointError : the configuration does not build a model, or not one of these sizes.
         """
-        kind = self.manifest["model"]
-        if kind not in _MODELS:
-            raise CheckpointError(
-                f"{self.path / MANIFEST}: model: got {kind!r}, expected one of {', '.join(_MODELS)}"
-            )
-        try:
-            model = _MODELS[kind](**self.config)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path / MANIFEST}: config: {one_line(error)}") from error
+        model = make_model(self.path, self.manifest)
         self.load_into(model)
         note_base(model, self.manifest.get("base"))
         return model.eval()
@@ -92,6 +84,24 @@ class Checkpoint:
         found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         check_names(str(self.path), found, own)
         model.load_state_dict(self.tensors)
+
+
+def make_model(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
+    """The model that the manifest in `folder` describes, as it starts.
+
+    Raises
+    ------
+    CheckpointError : an unknown model, or a configuration that does not build one.
+    """
+    kind = manifest["model"]
+    if kind not in _MODELS:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: model: got {kind!r}, expected one of {', '.join(_MODELS)}"
+        )
+    try:
+        return _MODELS[kind](**manifest["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: config: {one_line(error)}") from error
 
 
 def note_base(model: nn.Module, base: Mapping[str, Any] | None) -> None:
@@ -218,10 +228,24 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError : no checkpoint there, another format, or tensors that are missing, damaged
         or not those of the manifest.
     """
-    folder = Path(path)
-    if folder.name == MANIFEST:
-        folder = folder.parent
+    folder = folder_at(path)
     manifest = read_manifest(folder)
+    return Checkpoint(folder, manifest, load_safetensors(checked_tensors(folder, manifest)))
+
+
+def folder_at(path: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint whose folder or manifest `path` is."""
+    folder = Path(path)
+    return folder.parent if folder.name == MANIFEST else folder
+
+
+def checked_tensors(folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """The file of tensors that `manifest` names in `folder`, its hash checked.
+
+    Raises
+    ------
+    CheckpointError : tensors that are missing, damaged or not those of the manifest.
+    """
     file = folder / MANIFEST
     entry = manifest["tensors"]
     tensor_file = folder / entry["file"]
@@ -233,7 +257,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             f"{tensor_file}: got sha256 {digest[:16]}..., expected {entry['sha256'][:16]}... "
             "as in its manifest: the file is damaged or of another checkpoint"
         )
-    return Checkpoint(folder, manifest, load_safetensors(tensor_file))
+    return tensor_file
 
 
 def _check_manifest(file: Path, manifest: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spectralx.cli import write_text
 
-from .errors import data_error
+from .errors import data_error, unreadable
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
@@ -70,7 +70,7 @@ class Checksums:
             return
         found, wanted = sha256_of(path), self.expected[path]
         if found != wanted:
-            raise data_error(
+            raise unreadable(
                 path, f"sha256 {found[:16]}...", f"{wanted[:16]}..., as in {self.manifest}"
             )
         self._verified.add(key)

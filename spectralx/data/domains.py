@@ -9,7 +9,7 @@ from pathlib import Path
 from .checksums import Checksums
 from .description import Description, read_description
 from .folder import SPLITS, stated_wavelengths
-from .raster import data_error
+from .raster import data_error, first_readable
 from .samples import UNLABELLED, ImageDataset
 from .tiles import Pair, TileDataset
 
@@ -53,7 +53,9 @@ def _name(description: Description, domain: str, split: str) -> str:
 
 
 def _dataset(description: Description, pairs: list[Pair], name: str) -> TileDataset:
-    wavelengths = description.wavelengths or stated_wavelengths(pairs[0].image)
+    wavelengths = description.wavelengths or first_readable(
+        stated_wavelengths, [pair.image for pair in pairs]
+    )
     return TileDataset(
         pairs,
         name=name,

@@ -20,7 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from .normalise import Normalisation
-from .raster import data_error, list_rasters, raster_info, read_image, read_label
+from .raster import (
+    UnreadableError,
+    data_error,
+    first_readable,
+    list_rasters,
+    raster_info,
+    read_image,
+    read_label,
+)
 from .tiles import UNLABELLED, Pair, TileDataset, split_by_file
 
 SPLITS = ("train", "validation", "test")
@@ -68,7 +76,7 @@ class FolderDataset(TileDataset):
             raise data_error(root / f"{split}.csv", "no such file", "a CSV of image and mask")
         training = splits.get("train", splits[split])
         if wavelengths is None:
-            wavelengths = stated_wavelengths(training[0].image)
+            wavelengths = first_readable(stated_wavelengths, [pair.image for pair in training])
         every = range(len(wavelengths))
         empty = empty_bands([pair.image for pair in training], len(wavelengths), nodata)
         if len(empty) == len(wavelengths):
@@ -116,12 +124,16 @@ def empty_bands(images: Sequence[Path], bands: int, nodata: float | None) -> tup
     """Indices, from 0, of the bands without a single valid value in any of `images`.
 
     Bands that have shown a valid value are not read again, so this is quick where none is empty.
+    Images that cannot be read are passed over; reading their samples raises.
     """
     suspects = list(range(bands))
     for image in images:
         if not suspects:
             break
-        _, valid, _ = read_image(image, bands=suspects, nodata=nodata, count=bands)
+        try:
+            _, valid, _ = read_image(image, bands=suspects, nodata=nodata, count=bands)
+        except UnreadableError:
+            continue
         suspects = [band for band, seen in zip(suspects, valid, strict=True) if not seen.any()]
     return tuple(suspects)
 
@@ -182,4 +194,8 @@ def stated_wavelengths(image: Path) -> tuple[float, ...]:
 
 
 def _largest_label(path: Path) -> int:
-    return int(np.max(read_label(path), initial=0))
+    """Of a file that can be read; 0 otherwise."""
+    try:
+        return int(np.max(read_label(path), initial=0))
+    except UnreadableError:
+        return 0

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.io import loadmat
 
+from .errors import unreadable
 from .normalise import Normalisation
 from .raster import PixelWindow, check_listed, data_error, list_rasters, whole_numbers
 from .tiles import UNLABELLED, Pair, TileDataset
@@ -73,7 +74,7 @@ def read_mat_label(path: Path, window: PixelWindow | None = None) -> npt.NDArray
         # Damaged files make scipy raise errors of many types (zlib, struct, numpy and its own).
         content: dict[str, Any] = loadmat(path)
     except Exception as error:
-        raise data_error(
+        raise unreadable(
             path, f"{path.stat().st_size} bytes that do not read as one ({error})", "a MATLAB file"
         ) from error
     if LABEL_KEY not in content:

@@ -22,7 +22,10 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from .errors import DataError as DataError
+from .errors import UnreadableError as UnreadableError
 from .errors import data_error as data_error
+from .errors import first_readable as first_readable
+from .errors import unreadable
 from .manifest import check_listed as check_listed
 from .tiff import missing_bytes
 from .wavelengths import wavelengths_of
@@ -333,7 +336,7 @@ def _read(
     rows, columns = shape or ((source.height, source.width) if window is None else window[2:])
     size = count * rows * columns * np.dtype(source.dtypes[0]).itemsize
     if size > LARGEST_READ:
-        raise data_error(
+        raise unreadable(
             path,
             f"{count} bands of {rows}x{columns} pixels, {size:,} bytes",
             f"at most {LARGEST_READ:,} bytes at once: smaller windows (tile in a description)",
@@ -350,7 +353,7 @@ def _read(
     except RasterioError as error:
         # The GDAL text names the block that could not be read; rasterio keeps it as the cause.
         reason = str(error.__cause__ or error)
-        raise data_error(
+        raise unreadable(
             path, f"pixels that cannot be read ({reason})", "a complete, undamaged GeoTIFF"
         ) from error
     return pixels
@@ -366,13 +369,13 @@ def _open(path: str | Path) -> Iterator[Any]:
         with without_georeference_warning():
             source = rasterio.open(path, driver="GTiff")
     except RasterioError as error:
-        raise data_error(
+        raise unreadable(
             path, f"{path.stat().st_size} bytes that do not open as one ({error})", "a GeoTIFF"
         ) from error
     with source:
         missing = missing_bytes(path)
         if missing:
-            raise data_error(
+            raise unreadable(
                 path, f"a file {missing} bytes too short for its tags", "a complete GeoTIFF"
             )
         yield source

@@ -24,7 +24,7 @@ which selects on the target and scores at the model's size, is there as ``offici
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from .augment import (
     Resize,
     Transform,
 )
+from .damage import SkipDamaged, Skipped
 from .description import is_description
 from .dfc2020 import SEASONS, Dfc2020
 from .domains import Domains, described_domains
@@ -59,6 +60,8 @@ class Task:
 
     ``target_tests`` maps the name of each other domain to its files: empty for a task without a
     gap. All datasets share bands, `wavelengths` (µm), `class_names` and `num_classes`.
+    ``skipped`` names the files that were left out of training and validation, as they were asked
+    to be (`spectralx.data.damage`).
     """
 
     name: str
@@ -66,6 +69,7 @@ class Task:
     validation: ImageDataset
     source_test: ImageDataset
     target_tests: Mapping[str, ImageDataset]
+    skipped: Skipped = field(default_factory=dict)
 
     @property
     def bands(self) -> int:
@@ -101,6 +105,7 @@ def build_task(
     wavelengths: Sequence[float] | None = None,
     class_names: Sequence[str] | None = None,
     nodata: float | None = None,
+    skip: SkipDamaged | None = None,
 ) -> Task:
     """The datasets of a task.
 
@@ -121,6 +126,8 @@ def build_task(
         source and these masks keep the files' size.
     wavelengths, class_names, nodata : for "folder" only; see
         :class:`spectralx.data.folder.FolderDataset`.
+    skip : leaves files that cannot be read out of training and validation; None has them end what
+        reads them. Tests are never cut short here.
 
     Raises
     ------
@@ -161,6 +168,8 @@ def build_task(
     train, validation, source_test = parts.source
     if official and parts.targets:
         validation = _together(parts.targets)
+    if skip is not None:
+        train, validation = skip("train", train), skip("validation", validation)
     scaling = train.normalisation if normalisation == "image" else fit_statistics(train.raw)
 
     def finish(dataset: ImageDataset, transform: Transform | None) -> ImageDataset:
@@ -172,6 +181,7 @@ def build_task(
         validation=finish(validation, evaluation),
         source_test=finish(source_test, evaluation),
         target_tests={key: finish(part, evaluation) for key, part in parts.targets.items()},
+        skipped={} if skip is None else skip.skipped,
     )
 
 

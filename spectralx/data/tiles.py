@@ -13,9 +13,17 @@ import numpy.typing as npt
 
 from .augment import Transform
 from .checksums import Checksums
+from .errors import UnreadableError, first_readable
 from .labels import to_classes
 from .normalise import Normalisation
-from .raster import Array, PixelWindow, data_error, raster_info, read_label, read_stored
+from .raster import (
+    Array,
+    PixelWindow,
+    data_error,
+    raster_info,
+    read_label,
+    read_stored,
+)
 from .samples import UNLABELLED, ImageDataset, RawImages, Sample
 
 __all__ = ["UNLABELLED", "Pair", "RawImages", "Sample", "TileDataset", "split_by_file", "tiled"]
@@ -70,7 +78,8 @@ class TileDataset(ImageDataset):
     Raises
     ------
     DataError
-        No pairs, a label that is missing, wavelengths that disagree with the first image's bands;
+        No pairs, none that can be read, a label that is missing, wavelengths that disagree with
+        the first image's bands;
         when a sample is read: damaged files, sizes that differ, labels outside the classes.
     """
 
@@ -97,10 +106,10 @@ class TileDataset(ImageDataset):
                 raise data_error(pair.image, f"no label {pair.label}", "a label for each image")
         self.file_bands = len(wavelengths)
         kept = range(self.file_bands) if keep_bands is None else keep_bands
-        found = raster_info(pairs[0].image).bands
-        if found != self.file_bands:
+        first = first_readable(raster_info, [pair.image for pair in pairs])
+        if first.bands != self.file_bands:
             raise data_error(
-                pairs[0].image, f"{found} bands", f"{self.file_bands}, as many as wavelengths"
+                first.path, f"{first.bands} bands", f"{self.file_bands}, as many as wavelengths"
             )
         super().__init__(
             name=name,
@@ -167,7 +176,7 @@ class TileDataset(ImageDataset):
 def tiled(pairs: Sequence[Pair], size: int, stride: int, *, once: bool) -> list[Pair]:
     """Windows of `size` pixels over each pair, `stride` apart; the last ones end at the border.
 
-    Images that are smaller keep their size.
+    Images that are smaller keep their size. One that cannot be read stays whole: reading it raises.
 
     Parameters
     ----------
@@ -181,7 +190,11 @@ def tiled(pairs: Sequence[Pair], size: int, stride: int, *, once: bool) -> list[
     """
     found = []
     for pair in pairs:
-        info, labels = raster_info(pair.image), raster_info(pair.label)
+        try:
+            info, labels = raster_info(pair.image), raster_info(pair.label)
+        except UnreadableError:
+            found.append(pair)
+            continue
         if (labels.height, labels.width) != (info.height, info.width):
             raise data_error(
                 pair.label,

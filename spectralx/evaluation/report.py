@@ -21,15 +21,11 @@ from spectralx.evaluation.results import (
     SIZES,
     TaskResult,
 )
+from spectralx.evaluation.scoring import file_name
 from spectralx.evaluation.tables import Table
 from spectralx_kernels import __version__
 
 RESULTS = "results.json"
-
-
-def file_name(text: str) -> str:
-    """`text` as part of a file name."""
-    return text.replace(" ", "-")
 
 
 def summary_table(results: Sequence[TaskResult]) -> Table:
@@ -113,6 +109,9 @@ def rules(result: TaskResult) -> list[str]:
         )
     if result.trained_on != result.task:
         lines.append(f"trained on task {result.trained_on}, not on this one")
+    for test, files in result.skipped.items():
+        lines.append(f"{test}: {len(files)} damaged files left out, as was asked")
+        lines += [f"left out of {test}: {error}" for error in files.values()]
     lines += [
         f"seed {seed.seed}: {seed.checkpoint}"
         + (f", step {seed.step:,}" if seed.step is not None else "")

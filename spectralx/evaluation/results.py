@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
 from torch import Tensor
 
+from spectralx.data.damage import Skipped
 from spectralx.evaluation.scoring import Size
 from spectralx.metrics import Protocol, Scores
 
@@ -107,6 +108,7 @@ class TaskResult:
     native_sizes : sizes of the label files, (height, width), without repetition.
     protocol : of the averages; see `spectralx.metrics.Scores`.
     seeds : one result a checkpoint.
+    skipped : damaged files that were left out of each test set, as was asked, with their errors.
     """
 
     task: str
@@ -118,6 +120,7 @@ class TaskResult:
     native_sizes: tuple[tuple[int, int], ...]
     protocol: Protocol
     seeds: Sequence[SeedResult]
+    skipped: Skipped = field(default_factory=dict)
 
     @property
     def headline(self) -> Size:
@@ -186,6 +189,7 @@ class TaskResult:
             "image_size": list(self.image_size),
             "native_sizes": [list(size) for size in self.native_sizes],
             "class_names": list(self.class_names),
+            "skipped": self.skipped,
             "seeds": [
                 {"checkpoint": seed.checkpoint, "seed": seed.seed, "step": seed.step}
                 for seed in self.seeds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,11 @@ def _inference(model: nn.Module) -> Iterator[torch.device]:
             yield next(model.parameters()).device
     finally:
         model.train(training)
+
+
+def file_name(text: str) -> str:
+    """`text`, a test set or a task, which may be the path of a file, as part of a file name."""
+    return re.sub(r"[^\w.]+", "-", text).strip("-.") or "unnamed"
 
 
 def segmentation_scores(
@@ -199,7 +205,7 @@ def run_tests(
         else:
             tests[name] = reconstruction_errors(model, loader)
         if pictures_to is not None and count > 0:
-            file = pictures_to / f"{name.replace(' ', '-')}.png"
+            file = pictures_to / f"{file_name(name)}.png"
             if isinstance(model, Segmentation):
                 draw_segmentation(file, model, loader, data.task, count)
             else:

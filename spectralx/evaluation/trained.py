@@ -17,6 +17,7 @@ from spectralx import checkpoints
 from spectralx.cli import InputError, one_of, refresh_seconds
 from spectralx.data import Task, task_names
 from spectralx.data.augment import Resize
+from spectralx.data.damage import SkipDamaged
 from spectralx.data.dfc2020 import SEASONS
 from spectralx.datamodule import TaskData, restore_normalisation
 from spectralx.differences import first_difference
@@ -26,6 +27,7 @@ from spectralx.evaluation.scoring import (
     Size,
     confusion_at_both_sizes,
     draw_segmentation,
+    file_name,
 )
 from spectralx.metrics import Protocol
 from spectralx.options import settings_from_dict
@@ -95,6 +97,7 @@ class Trained:
             task=own.task if task is None else task,
             official=own.official if official is None else official,
             cache=False,
+            skip_damaged=False,  # nothing is trained, and tests are whole unless asked for
         )
         scaling = restore_normalisation(self.manifest["normalisation"])
         data = TaskData(wanted, RunSettings(batch_size=batch_size), normalisation=scaling)
@@ -212,6 +215,7 @@ def score_task(
     device: str | None = None,
     pictures_to: Path | None = None,
     count: int = 3,
+    skip_damaged: bool = False,
     progress: bool = True,
 ) -> TaskResult:
     """Score the seeds of one experiment on the test sets of a task, at both sizes.
@@ -224,8 +228,10 @@ def score_task(
     batch_size : images at a time.
     device : see `Trained.model`.
     pictures_to : folder for a picture of the first `count` images of each test set, first seed.
+    skip_damaged : leave files that cannot be read out of the tests; the result names them.
     progress : show a progress bar on stderr.
     """
+    skip: SkipDamaged | None = None
     seeds: list[SeedResult] = []
     sizes: set[tuple[int, int]] = set()
     names: tuple[str, ...] = ()
@@ -238,7 +244,12 @@ def score_task(
         assert isinstance(model, Segmentation)
         names, image_size = data.task.class_names, model.image_size
         # Masks stay at the files' size, under the published protocol too: both sizes are scored.
+        if skip_damaged:
+            # What the first seed goes without, all do.
+            known = None if skip is None else skip.skipped
+            skip = SkipDamaged(known, progress=progress)
         for name, dataset in data.tests.items():
+            dataset = dataset if skip is None else skip(name, dataset)
             data.tests[name] = dataset.with_transform(Resize(image_size, mask=False))
         found: dict[str, BothSizes] = {}
         for name in data.tests:
@@ -250,7 +261,7 @@ def score_task(
             found[name] = confusion_at_both_sizes(model, batches, names)
             sizes |= found[name].native_sizes
             if pictures_to is not None and position == 0:
-                picture = pictures_to / f"{name.replace(' ', '-')}.png"
+                picture = pictures_to / f"{file_name(name)}.png"
                 draw_segmentation(picture, model, loader, data.task, count)
         matrices: dict[Size, dict[str, torch.Tensor]] = {
             "native": {name: both.matrices["native"] for name, both in found.items()},
@@ -270,4 +281,5 @@ def score_task(
         native_sizes=tuple(sorted(sizes)),
         protocol=protocol,
         seeds=seeds,
+        skipped={} if skip is None else skip.skipped,
     )

@@ -23,6 +23,7 @@ Probabilities = Literal["none", "top", "all"]
 
 CLASSES = "classes"
 PROBABILITY = "probability"
+BATCH_ON_GPU, BATCH_ON_CPU = 8, 2
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class Options:
     Attributes
     ----------
     window : side, or (height, width), in pixels of the scene of what the model sees at once; None
-        for its image size. Tiles of another size are resized to it.
+        for what an image of its training covered. Tiles of another size than the model's are
+        resized to it.
     overlap : share of a tile that it has in common with its neighbour, 0 to 0.5.
-    batch_size : tiles at a time.
+    batch_size : tiles at a time; None for 8 on a GPU and 2 on a CPU, where more take memory and no
+        less time.
     probabilities : "none"; "top", a second file of the probability of the map's class; or "all",
         of every class, one band each.
     quicklook : write a PNG of scene and map.
@@ -47,7 +50,7 @@ class Options:
 
     window: int | tuple[int, int] | None = None
     overlap: float = 0.25
-    batch_size: int = 8
+    batch_size: int | None = None
     probabilities: Probabilities = "none"
     quicklook: bool = True
     wavelengths: tuple[float, ...] | None = None
@@ -56,7 +59,7 @@ class Options:
     statistics_from: str | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size: found {self.batch_size}; expected at least 1")
         if self.probabilities not in get_args(Probabilities):
             raise InputError(
@@ -76,6 +79,12 @@ class Job:
     place: Georeference
     options: Options
     output: Path
+
+    @property
+    def batch_size(self) -> int:
+        """Tiles at a time."""
+        on_gpu = self.predictor.device.type == "cuda"
+        return self.options.batch_size or (BATCH_ON_GPU if on_gpu else BATCH_ON_CPU)
 
     @property
     def probability(self) -> Path | None:
@@ -147,7 +156,6 @@ def prepare(predictor: Predictor, scene: str | Path, output: str | Path, options
             "of its training; expected none"
         )
     stated = options.wavelengths or info.wavelengths
-    model = predictor.model
     try:
         bands = choose_bands(
             scene, info.bands, stated, predictor.wavelengths, predictor.model.in_channels
@@ -157,7 +165,8 @@ def prepare(predictor: Predictor, scene: str | Path, output: str | Path, options
             raise
         bands = list(range(info.bands))
         predictor = predictor.for_bands(stated)
-    tile = tile_pixels(options.window, model.image_size, predictor.cells)
+    window = predictor.window if options.window is None else options.window
+    tile = tile_pixels(window, predictor.cells)
     axes = [
         plan_axis(
             pixels,

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from spectralx.cli import InputError
 from spectralx.data import FixedStatistics, ImageMinMax
 from spectralx.data.normalise import restore_normalisation
 from spectralx.prediction.bands import for_bands, normalisation_for_bands
+from spectralx.prediction.tiles import whole_cells
 from spectralx.segmentation import Segmentation
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+LARGEST_TILE = 8192  # pixels a side that a checkpoint may ask for by itself
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -39,6 +42,8 @@ class Predictor:
     digest : sha256 of weights and manifest.
     precision : as Lightning names it.
     crop : how training images got to the model's size, where the checkpoint says so.
+    tile_size : height and width, in pixels of the files, that an image of training covered, where
+        the checkpoint says so.
     """
 
     model: Segmentation
@@ -48,6 +53,7 @@ class Predictor:
     digest: str
     precision: Precision = "32-true"
     crop: str | None = None
+    tile_size: tuple[int, int] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,6 +65,15 @@ class Predictor:
         """Rows and columns of the model's logits."""
         rows, columns = (int(side * self.model.neck.scales[0]) for side in self.model.grid)
         return rows, columns
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Height and width in a scene of what the model sees at once, unless asked otherwise.
+
+        What an image of training covered, to whole cells; the model's image size where the
+        checkpoint does not say.
+        """
+        return whole_cells(self.tile_size or self.model.image_size, self.cells)
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
@@ -106,30 +121,30 @@ def load_predictor(
         raise InputError(
             f"precision: found {precision!r}; expected one of {', '.join(get_args(Precision))}"
         )
-    loaded = checkpoints.load(checkpoint)
-    manifest = loaded.manifest
+    path = Path(checkpoint)
+    # Before the weights are read: what cannot predict is known at once.
+    manifest = checkpoints.read_manifest(checkpoints.folder_at(path))
     if manifest["model"] != "segmentation":
         raise InputError(
-            f"{loaded.path}: found a checkpoint of a {manifest['model']} model; expected a "
+            f"{path}: found a checkpoint of a {manifest['model']} model; expected a "
             "segmentation, as stage 2 trains"
         )
     if not manifest.get("normalisation"):
         raise InputError(
-            f"{loaded.path}: found a checkpoint without normalisation; expected one that "
+            f"{path}: found a checkpoint without normalisation; expected one that "
             "spectralx.train wrote, or that was saved with it"
         )
-    model = loaded.build()
+    model, _ = checkpoints.load_lean(path, _AUTOCAST.get(precision))
     assert isinstance(model, Segmentation)
-    model.requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = manifest.get("class_names")
     if names is None:
         names = ["unlabelled", *(f"class {index}" for index in range(1, model.num_classes))]
     if len(names) != model.num_classes:
-        raise InputError(
-            f"{loaded.path}: found {len(names)} class names; expected {model.num_classes}"
-        )
+        raise InputError(f"{path}: found {len(names)} class names; expected {model.num_classes}")
     wavelengths = manifest.get("wavelengths") or model.config["wavelengths"]
-    settings = (manifest.get("extra") or {}).get("settings") or {}
+    extra = manifest.get("extra") or {}
+    settings = extra.get("settings") or {}
     return Predictor(
         model,
         restore_normalisation(manifest["normalisation"]),
@@ -138,4 +153,17 @@ def load_predictor(
         hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
         precision,
         settings.get("data", {}).get("crop"),
+        _tile_size(path, extra.get("tile_size")),
     )
+
+
+def _tile_size(path: Path, stated: Any) -> tuple[int, int] | None:
+    """The tile size of a manifest, if it has one."""
+    if stated is None:
+        return None
+    plausible = isinstance(stated, list) and len(stated) == 2
+    if not plausible or any(type(x) is not int or not 1 <= x <= LARGEST_TILE for x in stated):
+        raise InputError(
+            f"{path}: tile_size: found {stated!r}; expected height and width, 1 to {LARGEST_TILE}"
+        )
+    return stated[0], stated[1]

@@ -162,7 +162,7 @@ def _predict_rows(job: Job, store: Store, scaling: Scaling, progress: bool) -> i
         rows,
         columns,
         first_row=first,
-        batch_size=job.options.batch_size,
+        batch_size=job.batch_size,
         pin=device.type == "cuda",
     )
     seen = 0

@@ -116,32 +116,33 @@ def map_offset(transform: Any) -> tuple[int, int]:
     return math.floor(row + 0.25), math.floor(column + 0.25)
 
 
-def tile_pixels(
-    window: int | Sequence[int] | None, image_size: tuple[int, int], cells: tuple[int, int]
-) -> tuple[int, int]:
+def whole_cells(sides: tuple[int, int], cells: tuple[int, int]) -> tuple[int, int]:
+    """The whole multiples of `cells`, rows and columns of logits, that are nearest to `sides`."""
+    rows, columns = (
+        max(round(side / count), 1) * count for side, count in zip(sides, cells, strict=True)
+    )
+    return rows, columns
+
+
+def tile_pixels(window: int | Sequence[int], cells: tuple[int, int]) -> tuple[int, int]:
     """Height and width in the scene of what the model sees at once.
 
     Parameters
     ----------
-    window : side, or (height, width), in pixels of the scene; None for `image_size`.
-    image_size : the model's, in pixels.
+    window : side, or (height, width), in pixels of the scene.
     cells : rows and columns of the model's logits.
 
     Raises
     ------
     InputError : sides that are not whole cells.
     """
-    sides = image_size
-    if window is not None:
-        sides = (window, window) if isinstance(window, int) else (window[0], window[1])
-    if any(side < count or side % count for side, count in zip(sides, cells, strict=True)):
-        near = " x ".join(
-            str(max(round(side / count), 1) * count)
-            for side, count in zip(sides, cells, strict=True)
-        )
+    sides = (window, window) if isinstance(window, int) else (window[0], window[1])
+    near = whole_cells(sides, cells)
+    if sides != near:
         raise InputError(
             f"window: found {sides[0]} x {sides[1]} pixels; expected multiples of the "
-            f"{cells[0]} x {cells[1]} cells that the model gives logits on, for example {near}"
+            f"{cells[0]} x {cells[1]} cells that the model gives logits on, for example "
+            f"{near[0]} x {near[1]}"
         )
     return sides
 

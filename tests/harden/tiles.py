@@ -2,8 +2,9 @@
 
 Sample 0 is a virtual raster named .tif, sample 1 a file that declares 960 GB; then every second one
 is truncated anywhere, and every second one has one bit flipped anywhere and a manifest beside it.
-Each must end in a `DataError` of one line with the file's name. Nothing is ever skipped: there is
-no setting that would.
+Each must end in a `DataError` of one line with the file's name. The same file among the images of a
+data set ends it too; where skipping is asked for (`data.skip_damaged`), it alone is left out, named
+and counted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import rasterio
 
-from spectralx.data import DataError, read_raster, write_raster
+from spectralx.data import DataError, Pair, TileDataset, raster_info, read_raster, write_raster
+from spectralx.data.damage import SkipDamaged, counts
 from spectralx.data.manifest import write_manifest
 from tests.harden.checkpoints import peak, reset_peak
 from tests.harden.record import Outcome
@@ -24,6 +26,7 @@ from tests.harden.record import Outcome
 KINDS = (
     (None, "uint16", 3), ("deflate", "uint16", 13), ("lzw", "float32", 2), (None, "int16", 1),
 )  # fmt: skip
+ROWS, COLUMNS = 33, 41
 BOMB_SIDE, BOMB_BANDS = 400_000, 3  # uint16: 960 GB
 ALLOWANCE = 200 << 20
 
@@ -36,7 +39,7 @@ def sound_tiles(folder: Path) -> list[Path]:
         path = folder / f"{place}.tif"
         write_raster(
             path,
-            generator.uniform(0, 3000, (bands, 33, 41)).astype(dtype),
+            generator.uniform(0, 3000, (bands, ROWS, COLUMNS)).astype(dtype),
             compress=compress,
             crs="EPSG:32650",
             nodata=0,
@@ -70,12 +73,12 @@ def bomb(folder: Path) -> Path:
     return path
 
 
-def damaged(number: int, folder: Path, sound: list[Path]) -> Path:
-    """The file of a sample."""
+def damaged(number: int, folder: Path, sound: list[Path]) -> tuple[Path, Path]:
+    """The file of a sample, and the whole one it was made from."""
     if number == 0:
-        return virtual(folder, sound[0])
+        return virtual(folder, sound[0]), sound[0]
     if number == 1:
-        return bomb(folder)
+        return bomb(folder), sound[0]
     choose = random.Random(number)
     source = choose.choice(sound)
     content = bytearray(source.read_bytes())
@@ -87,13 +90,49 @@ def damaged(number: int, folder: Path, sound: list[Path]) -> Path:
         path = folder / "cut.tif"
         del content[choose.randrange(len(content)) :]
     path.write_bytes(content)
-    return path
+    return path, source
+
+
+def data_set(folder: Path, path: Path, whole: bytes) -> TileDataset:
+    """The image `path`, and one whose file is `whole`, with their labels."""
+    label, image = folder / "label.tif", folder / "whole.tif"
+    image.write_bytes(whole)
+    write_raster(label, np.ones((ROWS, COLUMNS), dtype=np.uint8))
+    wavelengths = [0.4 + 0.1 * band for band in range(raster_info(image).bands)]
+    return TileDataset(
+        [Pair(path, label), Pair(image, label)],
+        name="tiles",
+        wavelengths=wavelengths,
+        class_names=["unlabelled", "land"],
+    )
+
+
+def skipping_failure(dataset: TileDataset, path: Path) -> str | None:
+    """What is wrong with how `path` is skipped; None for nothing."""
+    try:
+        for index in range(len(dataset)):
+            dataset.read(index)
+    except DataError:
+        pass
+    else:
+        return "read in a data set"
+    skip = SkipDamaged()
+    left = skip("train", dataset)
+    assert isinstance(left, TileDataset)
+    if [pair.image for pair in left.pairs] != [dataset.pairs[1].image]:
+        return f"{len(left)} images left of 2, where it is to be skipped"
+    if list(skip.skipped["train"]) != [str(path)] or counts(skip.skipped) != {"train": 1}:
+        return f"skipped as {skip.skipped}"
+    if str(path) not in skip.skipped["train"][str(path)]:
+        return "skipped without its name"
+    left.read(0)
+    return None
 
 
 def failure_of(number: int, folder: Path, sound: list[Path]) -> str | None:
     """Why a damaged tile was not found, or how its error is wrong."""
     whole = {path: path.read_bytes() for path in sound}
-    path = damaged(number, folder, sound)
+    path, source = damaged(number, folder, sound)
     kind = (
         "virtual" if number == 0 else "bomb" if number == 1 else "flipped" if number % 2 else "cut"
     )
@@ -107,6 +146,8 @@ def failure_of(number: int, folder: Path, sound: list[Path]) -> str | None:
             return f"{where}: an error that is not one line with the file: {str(error)[:200]!r}"
         if peak() - before > ALLOWANCE:
             return f"{where}: {(peak() - before) >> 20} MB"
+        failure = skipping_failure(data_set(folder, path, whole[source]), path)
+        return f"{where}: {failure}" if failure else None
     except Exception as error:
         return f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
@@ -118,10 +159,7 @@ def failure_of(number: int, folder: Path, sound: list[Path]) -> str | None:
 
 
 def run(numbers: Iterable[int]) -> Outcome:
-    outcome = Outcome(
-        figures={"truncated": 0, "flipped": 0},
-        exceptions=["nothing is skipped, asked or not: there is no such setting"],
-    )
+    outcome = Outcome(figures={"truncated": 0, "flipped": 0, "skipped where asked": 0})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "set").mkdir()
@@ -133,6 +171,7 @@ def run(numbers: Iterable[int]) -> Outcome:
             failure = failure_of(number, folder, sound)
             outcome.failures += [failure] if failure else []
             outcome.checked += 1
+            outcome.figures["skipped where asked"] += not failure
             if number > 1:
                 outcome.figures["flipped" if number % 2 else "truncated"] += 1
     return outcome

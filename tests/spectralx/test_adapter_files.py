@@ -20,7 +20,7 @@ from spectralx.checkpoints import (
 )
 from spectralx.checkpoints.__main__ import main
 from spectralx.checkpoints.adapters import parts_of
-from tests.spectralx.test_checkpoints import images, stage2
+from tests.spectralx.small_models import images, stage2
 
 
 def test_adapters_go_onto_the_same_base_only(tmp_path):

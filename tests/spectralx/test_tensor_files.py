@@ -30,7 +30,7 @@ from spectralx.checkpoints.__main__ import main
 from spectralx.checkpoints.official import official_state_dict
 from spectralx.checkpoints.reading import read_file
 from spectralx_kernels import official_inert, official_parameters
-from tests.spectralx.test_checkpoints import images, stage1, stage2
+from tests.spectralx.small_models import images, stage1, stage2
 
 OLD, NEW = False, True
 

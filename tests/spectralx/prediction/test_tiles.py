@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from rasterio import Affine
 
 from spectralx.cli import InputError
-from spectralx.prediction.tiles import map_offset, overlap_cells, plan_axis, tile_pixels
+from spectralx.prediction.tiles import (
+    map_offset,
+    overlap_cells,
+    plan_axis,
+    tile_pixels,
+    whole_cells,
+)
 
 AXES = st.builds(
     lambda pixels, tile, cell, share, offset: plan_axis(
@@ -89,11 +95,11 @@ def test_offsets_are_whole_pixels_of_the_map() -> None:
 
 
 def test_windows_are_whole_cells() -> None:
-    assert tile_pixels(None, (224, 224), (56, 56)) == (224, 224)
-    assert tile_pixels(560, (224, 224), (56, 56)) == (560, 560)
-    assert tile_pixels((112, 56), (224, 224), (56, 56)) == (112, 56)
+    assert whole_cells((512, 20), (56, 56)) == (504, 56)
+    assert tile_pixels(560, (56, 56)) == (560, 560)
+    assert tile_pixels((112, 56), (56, 56)) == (112, 56)
     with pytest.raises(InputError, match=r"window: found 512 x 512 .* for example 504 x 504"):
-        tile_pixels(512, (224, 224), (56, 56))
+        tile_pixels(512, (56, 56))
     with pytest.raises(InputError, match=r"overlap: found 0\.6; expected 0 to 0\.5"):
         overlap_cells(0.6, 56)
     assert overlap_cells(0.0, 56) == 1
