@@ -46,6 +46,15 @@ CASES = {
     "one norm": stem_args(None, norm=False, middle=3, outs=5),
     "the other norm": stem_args(3, half_norm=False, middle=16, outs=33),
 }
+# So wide that the C++ kernels take six rows as strips of two: the first, one between, the last.
+STRIPS = {
+    "folded": stem_args(1, middle=4, outs=3, batch=1, size=(6, 2**17)),
+    "not folded": stem_args(4, middle=4, outs=3, batch=1, size=(6, 2**17)),
+    "no lift": stem_args(None, middle=4, outs=3, batch=1, size=(6, 2**17)),
+    "folded norms": stem_args(
+        1, middle=4, outs=3, norm=False, half_norm=False, batch=1, size=(6, 2**17)
+    ),
+}
 cases = pytest.mark.parametrize("args", CASES.values(), ids=CASES.keys())
 some = pytest.mark.parametrize("args", [CASES["folded"], CASES["no lift, folded norms"]])
 
@@ -76,6 +85,25 @@ def test_compiles(args):
 @cases
 def test_accuracy(args, dtype):
     ladder.check_accuracy(RESIDUAL_HALVING, args, dtype)
+
+
+@pytest.mark.parametrize("args", STRIPS.values(), ids=STRIPS.keys())
+def test_strips_are_the_whole(args):
+    """Values and gradients do not depend on how maps are cut."""
+    args = [*args[:-1], True]
+    found, expected = (
+        ladder.run_with_gradients(
+            lambda *values, run=run: run(*values)[0], ladder.cast(args, torch.float64, grad=True)
+        )
+        for run in (RESIDUAL_HALVING.op, RESIDUAL_HALVING.reference)
+    )
+    torch.testing.assert_close(found[0], expected[0])
+    for name, grad in expected[1].items():
+        limit = 1e-9 * float(grad.abs().max()) + 1e-6  # a bias before a norm: 0 but for round-off
+        torch.testing.assert_close(found[1][name], grad, rtol=0.0, atol=limit, msg=name)
+    with torch.no_grad():
+        alone = RESIDUAL_HALVING.op(*ladder.cast([*args[:-1], False], torch.float64))[0]
+    torch.testing.assert_close(alone, found[0][0])
 
 
 @some
