@@ -20,8 +20,7 @@ namespace spectralx {
 class ResidualHalving {
  public:
   ResidualHalving(const StemMaps& maps, const Tensor& x, const StemWeights& weights, double eps)
-      : maps_(maps), x_(x), w_(weights), eps_(eps), folded_(folds(weights.lift)),
-        strips_(x.size(0), weights.weight.size(0), x.size(2), x.size(3), maps.strip()) {
+      : maps_(maps), x_(x), w_(weights), eps_(eps), folded_(folds(weights.lift)) {
     const Tensor& w = w_.weight;
     TORCH_CHECK_VALUE(x.dim() == 4 && x.size(2) % 2 == 0 && x.size(3) % 2 == 0, "x: got shape ",
                       x.sizes(), ", expected [batch, channels, even height, even width]");
@@ -40,6 +39,7 @@ class ResidualHalving {
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(bool keep) {
     Tensor convolved, table, halved;
     const bool twice = keep || w_.norm.has_value();  // all is convolved before anything is normed
+    cut(twice ? 0 : maps_.strip());
     if (strips_.empty()) convolved = blank(w_.weight, 1), halved = blank(w_.half, 2);
     if (twice) {
       hold_given();
@@ -79,6 +79,7 @@ class ResidualHalving {
   // `forward` but the first.
   std::array<Tensor, 11> backward(const Tensor& grad, at::TensorList saved,
                                   const std::array<bool, 11>& wanted) {
+    cut(maps_.backward_strip());
     std::array<Tensor, 11> found;
     const Tensor table = w_.norm.has_value() ? saved[0] : Tensor();
     const Tensor half_table = w_.half_norm.has_value() ? saved[1] : Tensor();
@@ -124,6 +125,10 @@ class ResidualHalving {
   }
 
  private:
+  void cut(int64_t elements) {
+    strips_ = Strips(x_.size(0), w_.weight.size(0), x_.size(2), x_.size(3), elements);
+  }
+
   // What the 3x3 convolution is given for a strip, one row beyond it on either side.
   Tensor window(const Strip& strip) const {
     return strips_.window(strip, [&](const Strip& rows) { return given(rows); });

@@ -34,8 +34,9 @@ struct StemMaps {
                         const Tensor& norm_gradients, int64_t pixels, bool gelu, double eps,
                         const Tensor& out) const = 0;
   // Elements of a map that are best taken through the convolutions at a time, as rows of one image;
-  // 0: all of it at once.
+  // 0: all of it at once. Forward, of maps that need not be whole.
   virtual int64_t strip() const { return 0; }
+  virtual int64_t backward_strip() const { return 0; }
   // Images with one more channel, of ones, and zeros behind it up to `channels`.
   virtual Tensor with_ones(const Tensor& images, int64_t channels) const = 0;
   // Channels that a convolution of this many runs best with.

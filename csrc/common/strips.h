@@ -20,6 +20,7 @@ struct Strip {
 // one of everything where that is 0.
 class Strips {
  public:
+  Strips() = default;
   Strips(int64_t images, int64_t channels, int64_t height, int64_t width, int64_t elements)
       : images_(images), height_(height) {
     if (images * height * width == 0) return;
@@ -79,7 +80,7 @@ class Strips {
  private:
   bool cut(const Strip& strip) const { return strip.rows < height_; }
 
-  int64_t images_, height_;
+  int64_t images_ = 0, height_ = 0;
   std::vector<Strip> strips_;
 };
 

@@ -22,7 +22,9 @@ using spectralx::cpu::line_kernels;
 using spectralx::cpu::map_kernels;
 
 constexpr int64_t kElements = 1 << 15;  // of a task: two maps of them fit in the L2 cache
-constexpr int64_t kStrip = 1 << 20;     // of a strip: its maps stay in a cache, and in the heap
+// Of a strip. Maps of more than 32 MiB are not of malloc's heap but new pages each time, which cost
+// as much as passes over them; smaller strips cost copies, and backward they save memory.
+constexpr int64_t kStrip = 1 << 22, kBackwardStrip = 1 << 20;
 
 template <typename T>
 T* data(const Tensor& tensor) {
@@ -149,6 +151,7 @@ class Maps final : public spectralx::StemMaps {
   }
 
   int64_t strip() const override { return kStrip; }
+  int64_t backward_strip() const override { return kBackwardStrip; }
 
   Tensor with_ones(const Tensor& images, int64_t /*channels*/) const override {
     const int64_t bands = images.size(1), plane = images.size(2) * images.size(3);

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectralx_kernels.hypert import residual_halving
 from spectralx_kernels.hypert.stem import RESIDUAL_HALVING
 from tests.kernels import ladder
+from tests.kernels.ladder import relative_error
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -46,15 +47,6 @@ CASES = {
     "one norm": stem_args(None, norm=False, middle=3, outs=5),
     "the other norm": stem_args(3, half_norm=False, middle=16, outs=33),
 }
-# So wide that the C++ kernels take six rows as strips of two: the first, one between, the last.
-STRIPS = {
-    "folded": stem_args(1, middle=4, outs=3, batch=1, size=(6, 2**17)),
-    "not folded": stem_args(4, middle=4, outs=3, batch=1, size=(6, 2**17)),
-    "no lift": stem_args(None, middle=4, outs=3, batch=1, size=(6, 2**17)),
-    "folded norms": stem_args(
-        1, middle=4, outs=3, norm=False, half_norm=False, batch=1, size=(6, 2**17)
-    ),
-}
 cases = pytest.mark.parametrize("args", CASES.values(), ids=CASES.keys())
 some = pytest.mark.parametrize("args", [CASES["folded"], CASES["no lift, folded norms"]])
 
@@ -87,23 +79,25 @@ def test_accuracy(args, dtype):
     ladder.check_accuracy(RESIDUAL_HALVING, args, dtype)
 
 
-@pytest.mark.parametrize("args", STRIPS.values(), ids=STRIPS.keys())
-def test_strips_are_the_whole(args):
-    """Values and gradients do not depend on how maps are cut."""
-    args = [*args[:-1], True]
+@pytest.mark.parametrize("bands", [1, 6, None], ids=["folded", "not folded", "no lift"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_strips_are_the_whole(bands, trained):
+    """Six rows, so wide that the C++ kernels take two at a time: first, between and last."""
+    width = 2 ** (16 if trained else 18)
+    size: dict[str, Any] = {"middle": 8, "outs": 3, "batch": 1, "size": (6, width)}
+    args = stem_args(bands, norm=trained, half_norm=trained, keep=trained, **size)
     found, expected = (
         ladder.run_with_gradients(
-            lambda *values, run=run: run(*values)[0], ladder.cast(args, torch.float64, grad=True)
+            lambda *values, run=run: run(*values)[0], ladder.cast(args, torch.float32, grad=trained)
         )
         for run in (RESIDUAL_HALVING.op, RESIDUAL_HALVING.reference)
     )
-    torch.testing.assert_close(found[0], expected[0])
-    for name, grad in expected[1].items():
-        limit = 1e-9 * float(grad.abs().max()) + 1e-6  # a bias before a norm: 0 but for round-off
-        torch.testing.assert_close(found[1][name], grad, rtol=0.0, atol=limit, msg=name)
-    with torch.no_grad():
-        alone = RESIDUAL_HALVING.op(*ladder.cast([*args[:-1], False], torch.float64))[0]
-    torch.testing.assert_close(alone, found[0][0])
+    assert relative_error(found[0][0], expected[0][0]) < 1e-5
+    assert len(expected[1]) == (sum(isinstance(arg, Tensor) for arg in args) if trained else 0)
+    for place in (0, 1, 2, 3, 5, 6, 7, 9, 10):  # those of biases before a norm are zero
+        name = f"argument {place}"
+        if name in expected[1]:
+            assert relative_error(found[1][name], expected[1][name]) < 1e-4, name
 
 
 @some
