@@ -148,40 +148,55 @@ def block(
     ]
 
 
-def hypert(shape: HypertShape, mode: str) -> list[Product]:
-    """Stem, both branches, attribute match, feed-forward, and the low-rank path."""
+def hypert_parts(shape: HypertShape) -> dict[str, list[Product]]:
+    """The forward products of the tokenizer by part, in the order they run."""
     b, side, width, half = shape.batch, shape.image_size, shape.embed_dim, shape.embed_dim // 2
     tokens, positions = shape.tokens, shape.positions
     window = max(shape.image_size // 8 // 2, 1) ** 2
     # Few bands: the lift folds into the 3x3 convolution.
     inside = min(shape.bands + 1, 64)
-    tokenizer = [
-        Product(b * side**2, shape.bands, 64),
-        Product(b * side**2, inside * 9, 64),
-        Product(b * (side // 2) ** 2, 64 * 4, 128),
-        Product(b * (side // 2) ** 2, 128 * 9, 128),
-        Product(b * (side // 4) ** 2, 128 * 4, 256),
-        Product(b * positions, 256 * 9, STEM_WIDTH),
-        *block(positions, STEM_WIDTH, 8, batch=b, window=window),
-        *block(STEM_WIDTH, positions, 8, batch=b),
-    ]
-    for count, features in ((positions, STEM_WIDTH), (STEM_WIDTH, positions)):
+
+    def matching(count: int, features: int) -> list[Product]:
         inner = features // 2
-        tokenizer += [
+        return [
             Product(tokens, half, inner),
             Product(b * count, features, 2 * inner),
             Product(tokens, inner, count, batch=b),
             Product(tokens, count, inner, batch=b),
             Product(b * tokens, inner, half),
         ]
-    tokenizer += [Product(b * tokens, width, 4 * width), Product(b * tokens, 4 * width, width)]
-    low_rank = [
-        Product(b * (side // 4) ** 2, shape.bands * 16, 16),
-        Product(b * tokens, 16 * 16, width),
-    ]
-    if mode == FORWARD:
-        return tokenizer + low_rank
-    return (trained(tokenizer) if shape.trainable == "all" else tokenizer) + trained(low_rank)
+
+    return {
+        "stem": [
+            Product(b * side**2, shape.bands, 64),
+            Product(b * side**2, inside * 9, 64),
+            Product(b * (side // 2) ** 2, 64 * 4, 128),
+            Product(b * (side // 2) ** 2, 128 * 9, 128),
+            Product(b * (side // 4) ** 2, 128 * 4, 256),
+            Product(b * positions, 256 * 9, STEM_WIDTH),
+        ],
+        "spatial block": block(positions, STEM_WIDTH, 8, batch=b, window=window),
+        "spectral block": block(STEM_WIDTH, positions, 8, batch=b),
+        "spatial match": matching(positions, STEM_WIDTH),
+        "spectral match": matching(STEM_WIDTH, positions),
+        "feed-forward": [
+            Product(b * tokens, width, 4 * width),
+            Product(b * tokens, 4 * width, width),
+        ],
+        "low-rank path": [
+            Product(b * (side // 4) ** 2, shape.bands * 16, 16),
+            Product(b * tokens, 16 * 16, width),
+        ],
+    }
+
+
+def hypert(shape: HypertShape, mode: str) -> list[Product]:
+    """Stem, both branches, attribute match, feed-forward, and the low-rank path."""
+    products: list[Product] = []
+    for part, found in hypert_parts(shape).items():
+        trains = mode != FORWARD and (part == "low-rank path" or shape.trainable == "all")
+        products += trained(found) if trains else found
+    return products
 
 
 def match(shape: MatchShape) -> list[Product]:

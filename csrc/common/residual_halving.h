@@ -1,6 +1,6 @@
 // spectralx::residual_halving on any device: what is computed when, around the vendor's
-// convolutions. Maths: spectralx_kernels/hypert/README.md. A device gives `StemMaps`, the passes
-// over maps that lie between the convolutions. Every map here is channels-last.
+// convolutions, and in which strips. Maths: spectralx_kernels/hypert/README.md. A device gives
+// `StemMaps`. Every map here is channels-last.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,67 +12,10 @@
 #include <tuple>
 #include <vector>
 
+#include "common/stem_maps.h"
+#include "common/strips.h"
+
 namespace spectralx {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-
-// The passes between convolutions. A table is [4, C] in the type sums are formed in: mean, variance,
-// scale, shift, of z = (x - mean) scale + shift; undefined: z = x.
-struct StemMaps {
-  virtual ~StemMaps() = default;
-  // The table of a batch norm with the statistics of x.
-  virtual Tensor table(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                       double eps) const = 0;
-  // out = z, or skip + GELU(z) where `skip` is defined; out may be x or skip.
-  virtual void apply(const Tensor& x, const Tensor& table, const Tensor& skip,
-                     const Tensor& out) const = 0;
-  // [2, C] like the table: gradients of bias and weight of the batch norm, for `grad` of what
-  // `apply` gave.
-  virtual Tensor norm_gradients(const Tensor& grad, const Tensor& x, const Tensor& table, bool gelu,
-                                double eps) const = 0;
-  // out = gradient of x; `norm_gradients` as above, undefined where the table is. out may be grad.
-  virtual void gradient(const Tensor& grad, const Tensor& x, const Tensor& table,
-                        const Tensor& norm_gradients, bool gelu, double eps,
-                        const Tensor& out) const = 0;
-  // Images with one more channel, of ones, and zeros behind it up to `channels`.
-  virtual Tensor with_ones(const Tensor& images, int64_t channels) const = 0;
-  // Channels that a convolution of this many runs best with.
-  virtual int64_t padded(int64_t channels) const { return channels; }
-  // The 1x1 convolution `lift` [M, channels] of images, plus GELU(z); `own`: over x.
-  virtual Tensor lifted_sum(const Tensor& x, const Tensor& table, const Tensor& images,
-                            const Tensor& lift, bool /*own*/) const {
-    const Tensor sum = product_of(images, lift);
-    apply(x, table, sum, sum);
-    return sum;
-  }
-
- protected:
-  // [B, M, H, W], channels-last: matrix [M, channels] times a channels-last map's channels.
-  static Tensor product_of(const Tensor& map, const Tensor& matrix) {
-    const int64_t images = map.size(0), height = map.size(2), width = map.size(3);
-    const Tensor rows = map.permute({0, 2, 3, 1}).reshape({images * height * width, map.size(1)});
-    return at::mm(rows, matrix.t())
-        .view({images, height, width, matrix.size(0)})
-        .permute({0, 3, 1, 2});
-  }
-};
-
-struct StemWeights {
-  const OptionalTensor &lift, &lift_bias;
-  const Tensor &weight, &bias;
-  const OptionalTensor &norm, &norm_bias;
-  const Tensor &half, &half_bias;
-  const OptionalTensor &half_norm, &half_norm_bias;
-};
-
-// Whether conv3x3(conv1x1(images)) runs as one 3x3 convolution of the bands and a channel of ones:
-// where that takes at most three quarters of the multiplications.
-inline bool folds(const OptionalTensor& lift) {
-  return lift.has_value() && 4 * (lift->size(1) + 1) <= 3 * lift->size(0);
-}
 
 class ResidualHalving {
  public:
@@ -87,20 +30,41 @@ class ResidualHalving {
                           w_.half_norm.has_value() == w_.half_norm_bias.has_value() &&
                           w_.lift.has_value() == w_.lift_bias.has_value(),
                       "lift, norm and half_norm: expected a weight and a bias of each, or neither");
+    if (!folded_) return;
+    lift_ = lift_matrix();
+    folded_weight_ = folded_weight();
   }
 
   // out, both tables and, if they are kept, both convolutions' results; else [0] in their place.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(bool keep) {
-    Tensor skip;
-    if (!folded_) skip = lifted();
-    Tensor convolved = last(folded_ ? at::conv2d(images(), folded_weight(lift_matrix()), w_.bias, 1, 1)
-                                    : at::conv2d(skip, w_.weight, w_.bias, 1, 1));
-    const Tensor table = table_of(convolved, w_.norm, w_.norm_bias);
-    Tensor sum = summed(convolved, table, skip, !keep);
-    skip = images_ = Tensor();
-    Tensor halved = last(at::conv2d(sum, w_.half, w_.half_bias, 2));
-    sum = Tensor();
-    if (!keep) convolved = kept(convolved, false);
+    Tensor convolved, table, halved;
+    const bool twice = keep || w_.norm.has_value();  // all is convolved before anything is normed
+    cut(twice ? 0 : maps_.strip());
+    if (strips_.empty()) convolved = blank(w_.weight, 1), halved = blank(w_.half, 2);
+    if (twice) {
+      hold_given();
+      for (const Strip& strip : strips_) {
+        strips_.put(convolved, strip, convolve(window(strip), strip));
+      }
+      table = table_of(convolved, w_.norm, w_.norm_bias);
+    }
+    for (const Strip& strip : strips_) {
+      Tensor rows, skip;
+      if (twice) {
+        rows = strips_.rows_of(convolved, strip), skip = given(strip);
+      } else {
+        const Tensor around = window(strip);
+        rows = convolve(around, strip), skip = strips_.inside(around, strip);
+      }
+      // A lifted map is ours to write over.
+      const bool over_skip = keep && w_.lift.has_value() && !folded_;
+      Tensor sum = summed(rows, table, skip, !keep ? rows : over_skip ? skip : Tensor());
+      rows = skip = Tensor();
+      if (strips_.one()) given_ = Tensor();
+      strips_.put(halved, strip, last(at::conv2d(sum, w_.half, w_.half_bias, 2)));
+    }
+    given_ = Tensor();
+    if (!keep) convolved = kept(x_, false);
     const Tensor half_table = table_of(halved, w_.half_norm, w_.half_norm_bias);
     Tensor out = halved;
     if (half_table.defined()) {
@@ -115,33 +79,40 @@ class ResidualHalving {
   // `forward` but the first.
   std::array<Tensor, 11> backward(const Tensor& grad, at::TensorList saved,
                                   const std::array<bool, 11>& wanted) {
+    cut(maps_.backward_strip());
     std::array<Tensor, 11> found;
     const Tensor table = w_.norm.has_value() ? saved[0] : Tensor();
     const Tensor half_table = w_.half_norm.has_value() ? saved[1] : Tensor();
     const Tensor& convolved = saved[2];
     TORCH_CHECK_VALUE(convolved.dim() == 4, "keep: got False in a call that is differentiated");
 
+    const int64_t pixels = x_.size(0) * x_.size(2) * x_.size(3);
     Tensor halved_grad = last(grad);
     if (half_table.defined()) {
       const Tensor both = maps_.norm_gradients(halved_grad, saved[3], half_table, false, eps_);
       norm_grads(both, w_.half_norm, wanted, 9, found);
       const Tensor to = at::empty_like(halved_grad, kLast);
-      maps_.gradient(halved_grad, saved[3], half_table, both, false, eps_, to);
+      maps_.gradient(halved_grad, saved[3], half_table, both, pixels / 4, false, eps_, to);
       halved_grad = to;
     }
-    const bool inside = std::any_of(wanted.begin(), wanted.begin() + 7, [](bool w) { return w; });
-    Tensor sum_grad = half_backward(halved_grad, convolved, table, wanted, inside, found);
+    const bool inner = std::any_of(wanted.begin(), wanted.begin() + 7, [](bool w) { return w; });
+    // Strips are made again for each use, which costs less than the memory of the whole.
+    const bool given = wanted[3] || wanted[7] || (folded_ && (wanted[1] || wanted[2]));
+    if (given && strips_.one()) hold_given();
+    Tensor sum_grad = half_backward(halved_grad, convolved, table, wanted, inner, found);
     halved_grad = Tensor();
-    if (!inside) return found;
+    if (!inner || strips_.empty()) return found;
 
     Tensor both;
     if (table.defined()) {
       both = maps_.norm_gradients(sum_grad, convolved, table, true, eps_);
       norm_grads(both, w_.norm, wanted, 5, found);
     }
-    // What reaches the 3x3 convolution; over `to`.
-    const auto convolved_grad = [&](const Tensor& to) {
-      maps_.gradient(sum_grad, convolved, table, both, true, eps_, to);
+    // What reaches the 3x3 convolution in rows of a strip; `own`: over the gradient of the sum.
+    const auto convolved_grad = [&](const Strip& strip, bool own) {
+      const Tensor from = strips_.rows_of(sum_grad, strip);
+      const Tensor to = own ? from : at::empty_like(from, kLast);
+      maps_.gradient(from, strips_.rows_of(convolved, strip), table, both, pixels, true, eps_, to);
       return to;
     };
     if (folded_) {
@@ -154,6 +125,31 @@ class ResidualHalving {
   }
 
  private:
+  void cut(int64_t elements) {
+    strips_ = Strips(x_.size(0), w_.weight.size(0), x_.size(2), x_.size(3), elements);
+  }
+
+  // What the 3x3 convolution is given for a strip, one row beyond it on either side.
+  Tensor window(const Strip& strip) const {
+    return strips_.window(strip, [&](const Strip& rows) { return given(rows); });
+  }
+  Tensor convolve(const Tensor& window, const Strip& strip) const {
+    const Tensor& weight = folded_ ? folded_weight_ : w_.weight;
+    return last(at::conv2d(window, weight, w_.bias, 1, strips_.padding(strip)));
+  }
+
+  // The gradient of a 3x3 convolution's input, from that of its result in a window.
+  Tensor convolve_back(const Tensor& window, const Tensor& turned, const Strip& strip) const {
+    return last(at::conv2d(window, turned, {}, 1, strips_.padding(strip)));
+  }
+  static Tensor turned(const Tensor& weight) { return weight.flip({2, 3}).transpose(0, 1); }
+
+  // A map of no images or pixels.
+  Tensor blank(const Tensor& weight, int64_t stride) const {
+    return at::empty({x_.size(0), weight.size(0), x_.size(2) / stride, x_.size(3) / stride},
+                     x_.options(), kLast);
+  }
+
   static Tensor last(const Tensor& map) { return map.contiguous(kLast); }
 
   static Tensor kept(const Tensor& map, bool keep) {
@@ -167,11 +163,16 @@ class ResidualHalving {
 
   at::ScalarType wide() const { return x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
+  // Sums over strips, in their order, in the type sums are formed in if there are several.
+  void add(Tensor& total, const Tensor& part) const {
+    total = total.defined() ? total.to(wide()).add_(part) : part;
+  }
+
   Tensor table_of(const Tensor& map, const OptionalTensor& weight, const OptionalTensor& bias) const {
     return weight.has_value() ? maps_.table(map, *weight, *bias, eps_) : Tensor();
   }
 
-  int64_t channels() const { return maps_.padded(x_.size(1) + 1); }  // of images()
+  int64_t channels() const { return maps_.padded(x_.size(1) + 1); }  // of images with ones
 
   // [M, channels]: the 1x1 convolution with its bias as the weight of a channel of ones.
   Tensor lift_matrix() const {
@@ -183,34 +184,37 @@ class ResidualHalving {
 
   // [M, channels, 3, 3], the 3x3 convolution of what the 1x1 one gives. A channel of ones is zero in
   // the padding, as the lifted map is.
-  Tensor folded_weight(const Tensor& lift) const {
+  Tensor folded_weight() const {
     const int64_t outs = w_.weight.size(0), middle = w_.weight.size(1);
     const Tensor taps = w_.weight.permute({0, 2, 3, 1}).reshape({outs * 9, middle});
-    return at::mm(taps, lift).view({outs, 3, 3, -1}).permute({0, 3, 1, 2});
+    return at::mm(taps, lift_).view({outs, 3, 3, -1}).permute({0, 3, 1, 2});
   }
 
-  const Tensor& images() {  // with their channel of ones
-    if (!images_.defined()) images_ = maps_.with_ones(x_, channels());
-    return images_;
+  // What the 3x3 convolution is given in rows of a strip.
+  Tensor given(const Strip& strip) const {
+    if (given_.defined()) return strips_.rows_of(given_, strip);
+    return made(strips_.rows_of(x_, strip));
   }
-
-  // What the 3x3 convolution is given where the 1x1 one is not folded into it.
-  Tensor lifted() const {
-    if (!w_.lift.has_value()) return last(x_);
+  Tensor made(const Tensor& x) const {
+    if (!w_.lift.has_value()) return last(x);
+    if (folded_) return maps_.with_ones(x, channels());
     // As a product of pixels, which takes images in planes as they are.
-    const Tensor rows = x_.flatten(2).transpose(1, 2);  // [B, H W, C]
-    const Tensor matrix = w_.lift->flatten(1).t().expand({x_.size(0), -1, -1});
+    const Tensor rows = x.flatten(2).transpose(1, 2);  // [B, H W, C]
+    const Tensor matrix = w_.lift->flatten(1).t().expand({x.size(0), -1, -1});
     return at::baddbmm(*w_.lift_bias, rows, matrix)
-        .view({x_.size(0), x_.size(2), x_.size(3), w_.lift->size(0)})
+        .view({x.size(0), x.size(2), x.size(3), w_.lift->size(0)})
         .permute({0, 3, 1, 2});
   }
+  // Keeps it for all strips at once, where it is wanted more than once.
+  void hold_given() {
+    if (!strips_.empty()) given_ = made(x_);
+  }
 
-  // The residual sum, which the halving convolution is given; `own`: over x.
-  Tensor summed(const Tensor& convolved, const Tensor& table, const Tensor& skip, bool own) {
-    if (folded_) return maps_.lifted_sum(convolved, table, images(), lift_matrix(), own);
-    // A lifted map is ours to write over.
-    const Tensor sum = w_.lift.has_value() ? skip : own ? convolved : at::empty_like(convolved, kLast);
-    maps_.apply(convolved, table, skip, sum);
+  // The residual sum, which the halving convolution is given; over `over`, x or skip, if defined.
+  Tensor summed(const Tensor& x, const Tensor& table, const Tensor& skip, const Tensor& over) const {
+    if (folded_) return maps_.lifted_sum(x, table, skip, lift_, over.defined());
+    const Tensor sum = over.defined() ? over : at::empty_like(x, kLast);
+    maps_.apply(x, table, skip, sum);
     return sum;
   }
 
@@ -226,29 +230,38 @@ class ResidualHalving {
 
   static std::tuple<Tensor, Tensor, Tensor> convolution_backward(
       const Tensor& grad, const Tensor& input, const Tensor& weight, int64_t stride,
-      int64_t padding, std::array<bool, 3> mask) {
+      std::array<int64_t, 2> padding, std::array<bool, 3> mask) {
     return at::convolution_backward(grad, input, weight, at::IntArrayRef({weight.size(0)}),
-                                    {stride, stride}, {padding, padding}, {1, 1}, false, {0, 0}, 1,
-                                    mask);
+                                    {stride, stride}, padding, {1, 1}, false, {0, 0}, 1, mask);
   }
 
-  // Of the halving convolution; the sum it was given is formed again where its weight wants it.
+  // Of the halving convolution; the sum it was given is formed again where its weight wants it. The
+  // gradient of that sum, if `inner`.
   Tensor half_backward(const Tensor& grad, const Tensor& convolved, const Tensor& table,
-                       const std::array<bool, 11>& wanted, bool inside,
+                       const std::array<bool, 11>& wanted, bool inner,
                        std::array<Tensor, 11>& found) {
     const bool bias = wanted[8] && !w_.half_norm.has_value();
-    if (wanted[7] || bias) {
-      Tensor sum = convolved;  // of the same shape
-      if (wanted[7]) sum = summed(convolved, table, folded_ ? Tensor() : lifted(), false);
-      std::tie(std::ignore, found[7], found[8]) =
-          convolution_backward(grad, sum, w_.half, 2, 0, {false, wanted[7], bias});
+    Tensor sum_grad;
+    for (const Strip& strip : strips_) {
+      const Tensor rows = strips_.rows_of(convolved, strip);
+      const Tensor upstream = strips_.rows_of(grad, strip);
+      if (wanted[7] || bias) {
+        const Tensor sum = wanted[7] ? summed(rows, table, given(strip), {}) : rows;
+        const auto [none, weight_grad, bias_grad] =
+            convolution_backward(upstream, sum, w_.half, 2, {0, 0}, {false, wanted[7], bias});
+        if (wanted[7]) add(found[7], weight_grad);
+        if (bias) add(found[8], bias_grad);
+      }
+      // By itself: the sum is gone by now.
+      if (inner) {
+        const Tensor input_grad = std::get<0>(
+            convolution_backward(upstream, rows, w_.half, 2, {0, 0}, {true, false, false}));
+        strips_.put(sum_grad, strip, last(input_grad));
+      }
     }
     // A batch norm of the batch's statistics takes any bias out again.
     if (wanted[8] && !bias) found[8] = at::zeros_like(w_.half_bias);
-    if (!inside) return {};
-    // By itself: the sum is gone by now.
-    return last(std::get<0>(
-        convolution_backward(grad, convolved, w_.half, 2, 0, {true, false, false})));
+    return sum_grad;
   }
 
   template <typename Gradient>
@@ -257,34 +270,45 @@ class ResidualHalving {
     const bool before = wanted[0] || wanted[1] || wanted[2];
     const bool bias = wanted[4] && !w_.norm.has_value();
     if (!before && !wanted[3] && !bias) return;
-    Tensor grad = convolved_grad(before ? at::empty_like(sum_grad, kLast) : sum_grad);
-    if (wanted[3] || bias) {
-      std::tie(std::ignore, found[3], found[4]) = convolution_backward(
-          grad, wanted[3] ? lifted() : grad, w_.weight, 1, 1, {false, wanted[3], bias});
+    const Tensor back = before ? turned(w_.weight) : Tensor();
+    for (const Strip& strip : strips_) {
+      Tensor grad = strips_.window(strip, [&](const Strip& rows) {
+        return convolved_grad(rows, strips_.one() && !before);
+      });
+      if (wanted[3] || bias) {
+        const auto [none, weight_grad, bias_grad] = convolution_backward(
+            strips_.inside(grad, strip), wanted[3] ? window(strip) : grad, w_.weight, 1,
+            strips_.padding(strip), {false, wanted[3], bias});
+        if (wanted[3]) add(found[3], weight_grad);
+        if (bias) add(found[4], bias_grad);
+      }
+      if (!before) continue;
+      if (strips_.one()) given_ = Tensor();
+      const Tensor skip_grad = convolve_back(grad, back, strip);
+      grad = Tensor();
+      skip_grad.add_(strips_.rows_of(sum_grad, strip));
+      if (w_.lift.has_value()) {
+        lift_backward(skip_grad, strip, wanted, found);
+      } else {
+        strips_.put(found[0], strip, skip_grad);
+      }
     }
-    if (!before) return;
-    // By itself: the lifted map is gone by now.
-    Tensor skip_grad = last(std::get<0>(
-        convolution_backward(grad, grad, w_.weight, 1, 1, {true, false, false})));
-    grad = Tensor();
-    skip_grad.add_(sum_grad);
-    sum_grad = Tensor();
-    if (!w_.lift.has_value()) {
-      found[0] = skip_grad;
-      return;
-    }
-    const Tensor rows = skip_grad.permute({0, 2, 3, 1}).flatten(1, 2);  // [B, H W, M]
-    const Tensor matrix = w_.lift->flatten(1);
+  }
+
+  // Of the 1x1 convolution, where it is not folded, from the gradient of its result.
+  void lift_backward(const Tensor& grad, const Strip& strip, const std::array<bool, 11>& wanted,
+                     std::array<Tensor, 11>& found) const {
+    const Tensor rows = grad.permute({0, 2, 3, 1}).flatten(1, 2);  // [B, H W, M]
+    const Tensor x = strips_.rows_of(x_, strip), matrix = w_.lift->flatten(1);
     if (wanted[1]) {  // a product an image, as lie images in planes
-      found[1] = at::bmm(rows.transpose(1, 2), x_.flatten(2).transpose(1, 2))
-                     .sum(0, false, wide())
-                     .to(x_.scalar_type())
-                     .view_as(*w_.lift);
+      add(found[1], at::bmm(rows.transpose(1, 2), x.flatten(2).transpose(1, 2))
+                        .sum(0, false, wide())
+                        .view_as(*w_.lift));
     }
-    if (wanted[2]) found[2] = rows.sum({0, 1}, false, wide()).to(x_.scalar_type());
+    if (wanted[2]) add(found[2], rows.sum({0, 1}, false, wide()));
     if (wanted[0]) {
-      found[0] = at::bmm(matrix.t().expand({x_.size(0), -1, -1}), rows.transpose(1, 2))
-                     .view(x_.sizes());
+      const Tensor across = matrix.t().expand({x.size(0), -1, -1});
+      strips_.put(found[0], strip, at::bmm(across, rows.transpose(1, 2)).view(x.sizes()));
     }
   }
 
@@ -293,30 +317,54 @@ class ResidualHalving {
                        const std::array<bool, 11>& wanted, std::array<Tensor, 11>& found) {
     const bool weights = wanted[1] || wanted[2] || wanted[3];
     const bool bias = wanted[4] && !w_.norm.has_value();
-    const Tensor lift = lift_matrix(), folded = folded_weight(lift);
-    const int64_t bands = x_.size(1), outs = w_.weight.size(0), middle = lift.size(0);
     if (!wanted[0] && !weights && !bias) return;
-    Tensor image_grad, folded_grad, skip_image_grad, lift_grad;
-    if (wanted[0] || wanted[1] || wanted[2]) {
-      std::tie(skip_image_grad, lift_grad, std::ignore) =
-          convolution_backward(sum_grad, images(), lift.unsqueeze(2).unsqueeze(3), 1, 0,
-                               {wanted[0], wanted[1] || wanted[2], false});
+    const Tensor lift = lift_.unsqueeze(2).unsqueeze(3);  // [M, channels, 1, 1]
+    const Tensor back = wanted[0] ? turned(folded_weight_) : Tensor();
+    Tensor folded_grad, lift_grad;
+    for (const Strip& strip : strips_) {
+      const Tensor images = window(strip), upstream = strips_.rows_of(sum_grad, strip);
+      Tensor image_grad;
+      if (wanted[0] || wanted[1] || wanted[2]) {
+        Tensor weight_grad;
+        std::tie(image_grad, weight_grad, std::ignore) =
+            convolution_backward(upstream, strips_.inside(images, strip), lift, 1, {0, 0},
+                                 {wanted[0], wanted[1] || wanted[2], false});
+        if (weight_grad.defined()) add(lift_grad, weight_grad);
+      }
+      const Tensor grad = strips_.window(
+          strip, [&](const Strip& rows) { return convolved_grad(rows, strips_.one()); });
+      if (weights || bias) {
+        const auto [none, weight_grad, bias_grad] =
+            convolution_backward(strips_.inside(grad, strip), images, folded_weight_, 1,
+                                 strips_.padding(strip), {false, weights, bias});
+        if (weights) add(folded_grad, weight_grad);
+        if (bias) add(found[4], bias_grad);
+      }
+      if (wanted[0]) {
+        image_grad.add_(convolve_back(grad, back, strip));
+        strips_.put(found[0], strip, image_grad.narrow(1, 0, x_.size(1)));
+      }
     }
-    std::tie(image_grad, folded_grad, found[4]) = convolution_backward(
-        convolved_grad(sum_grad), images(), folded, 1, 1, {wanted[0], weights, bias});
-    images_ = sum_grad = Tensor();
-    if (wanted[0]) found[0] = image_grad.add_(skip_image_grad).narrow(1, 0, bands);
-    if (!weights) return;
+    given_ = sum_grad = Tensor();
+    if (weights) unfold(folded_grad, lift_grad, wanted, found);
+  }
+
+  // From the gradients of the folded 3x3 convolution and of the 1x1 one beside it.
+  void unfold(const Tensor& folded_grad, const Tensor& lift_grad, const std::array<bool, 11>& wanted,
+              std::array<Tensor, 11>& found) const {
+    const int64_t bands = x_.size(1), outs = w_.weight.size(0), middle = lift_.size(0);
+    const auto type = x_.scalar_type();
     // [outs * 9, channels]
-    const Tensor taps_grad = folded_grad.permute({0, 2, 3, 1}).reshape({outs * 9, channels()});
+    const Tensor taps_grad =
+        folded_grad.permute({0, 2, 3, 1}).reshape({outs * 9, channels()}).to(type);
     if (wanted[3]) {
-      found[3] = at::mm(taps_grad, lift.t()).view({outs, 3, 3, middle}).permute({0, 3, 1, 2});
+      found[3] = at::mm(taps_grad, lift_.t()).view({outs, 3, 3, middle}).permute({0, 3, 1, 2});
     }
     if (!wanted[1] && !wanted[2]) return;
     const Tensor taps = w_.weight.permute({0, 2, 3, 1}).reshape({outs * 9, middle});
-    lift_grad = lift_grad.flatten(1) + at::mm(taps.t(), taps_grad);
-    if (wanted[1]) found[1] = lift_grad.narrow(1, 0, bands).view_as(*w_.lift);
-    if (wanted[2]) found[2] = lift_grad.select(1, bands);
+    const Tensor both = lift_grad.flatten(1) + at::mm(taps.t(), taps_grad);
+    if (wanted[1]) found[1] = both.narrow(1, 0, bands).view_as(*w_.lift);
+    if (wanted[2]) found[2] = both.select(1, bands);
   }
 
   const StemMaps& maps_;
@@ -324,7 +372,9 @@ class ResidualHalving {
   const StemWeights& w_;
   double eps_;
   bool folded_;
-  Tensor images_;
+  Strips strips_;
+  Tensor lift_, folded_weight_;  // where the 1x1 convolution is folded
+  Tensor given_;                 // what the 3x3 convolution is given, where it is held whole
 };
 
 // `grad` laid out as `torch.empty_like` of the input is; itself where it is that already.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx_kernels._checks import check_range, check_shape
@@ -110,13 +111,18 @@ class _AttributeMatch(nn.Module):
         )
 
 
-def _pair(name: str, size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1 or height % multiple or width % multiple:
+def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height < 1 or width < 1 or height % STRIDE or width % STRIDE:
         raise ValueError(
-            f"{name}: got {height} x {width}, expected positive multiples of {multiple}"
+            f"image_size: got {height} x {width}, expected positive multiples of {STRIDE}"
         )
     return height, width
+
+
+def _patches(image_size: tuple[int, int]) -> int:
+    """Patches of 16 x 16 pixels that cover an image."""
+    return -(-image_size[0] // PATCH) * -(-image_size[1] // PATCH)
 
 
 def _heads_for(width: int, num_heads: int) -> int:
@@ -136,7 +142,8 @@ class SpatialSpectralTokenizer(nn.Module):
     wavelength_unit : "um" (micrometres) or "nm" (nanometres).
     embed_dim : width D of a token, even; the first half is spatial, the second spectral.
     image_size : side or (height, width) in pixels, multiples of 8.
-    tokens : number of tokens N; by default one for each 16 x 16 pixels.
+    tokens : number of tokens N; by default one for each 16 x 16 pixels, those at the lower and
+        right edge that the image does not fill included.
     stem_dim : channels of the stem's result, a multiple of 4 and of `num_heads`.
     num_heads : heads of the spatial branch. The spectral branch, H/8 · W/8 wide, takes as many,
         or the next lower number that divides its width.
@@ -169,12 +176,12 @@ class SpatialSpectralTokenizer(nn.Module):
         super().__init__()
         check_range("in_channels", in_channels, 1, MAX_BANDS)
         self.in_channels = in_channels
-        self.image_size = _pair("image_size", image_size, STRIDE)
+        self.image_size = _sides(image_size)
         height, width = (side // STRIDE for side in self.image_size)
         self.map_size = height, width
         positions = height * width
         if tokens is None:
-            tokens = max(self.image_size[0] // PATCH, 1) * max(self.image_size[1] // PATCH, 1)
+            tokens = _patches(self.image_size)
         check_range("tokens", tokens, 1, 2**20)
         check_range("num_heads", num_heads, 1, stem_dim)
         if embed_dim < 2 or embed_dim % 2:
@@ -233,9 +240,13 @@ class SpatialSpectralTokenizer(nn.Module):
             ],
             dim=-1,
         )
+        return self.feed_forward(tokens), spatial, spectral
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        """The last layers, on both attributes of tokens [..., D] side by side."""
         norm = cast(nn.LayerNorm, self.match_ff[0])
         fc1, fc2 = cast(nn.Linear, self.match_ff[1]), cast(nn.Linear, self.match_ff[3])
-        return _feed_forward(tokens, norm, fc1, fc2, residual=False), spatial, spectral
+        return _feed_forward(tokens, norm, fc1, fc2, residual=False)
 
     def for_bands(
         self, wavelengths: Sequence[float] | Tensor, *, wavelength_unit: str = "um"
@@ -282,8 +293,8 @@ class HyperT(nn.Module):
     Parameters
     ----------
     in_channels, wavelengths, wavelength_unit, embed_dim, image_size, tokens, stem_dim, num_heads,
-    resolution : as in `SpatialSpectralTokenizer`. With a low-rank path the image sides are
-        multiples of 16 and there is one token for each 16 x 16 pixels.
+    resolution : as in `SpatialSpectralTokenizer`. With a low-rank path there is one token for each
+        16 x 16 pixels; it sees zeros where patches at the lower and right edge are not filled.
     low_rank : channels inside the low-rank path, or None to leave it and the scaler out.
     trainable : "official" freezes the tokenizer at its start, as the published code does, so that
         only the low-rank path and the scaler train; "all" trains everything. Frozen or not, batch
@@ -331,8 +342,7 @@ class HyperT(nn.Module):
         if low_rank is None:
             return
         check_range("low_rank", low_rank, 1, 2**16)
-        height, width = _pair("image_size", image_size, PATCH)
-        patches = (height // PATCH) * (width // PATCH)
+        patches = _patches(self.proj.image_size)
         if tokens not in (None, patches):
             raise ValueError(
                 f"tokens: got {tokens}, expected {patches}, one for each patch of the low-rank path"
@@ -349,6 +359,9 @@ class HyperT(nn.Module):
         """
         tokens, spatial, spectral = self.proj(images)
         if self.low_rank is not None:
+            height, width = images.shape[2:]
+            if height % PATCH or width % PATCH:
+                images = F.pad(images, (0, -width % PATCH, 0, -height % PATCH))
             patches = self.up(self.down(images)).flatten(2).transpose(1, 2)
             tokens = self.scaler * (tokens + patches)
         return tokens, spatial, spectral

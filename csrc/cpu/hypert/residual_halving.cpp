@@ -22,6 +22,9 @@ using spectralx::cpu::line_kernels;
 using spectralx::cpu::map_kernels;
 
 constexpr int64_t kElements = 1 << 15;  // of a task: two maps of them fit in the L2 cache
+// Of a strip. Maps of more than 32 MiB are not of malloc's heap but new pages each time, which cost
+// as much as passes over them; smaller strips cost copies, and backward they save memory.
+constexpr int64_t kStrip = 1 << 22, kBackwardStrip = 1 << 20;
 
 template <typename T>
 T* data(const Tensor& tensor) {
@@ -90,7 +93,7 @@ class Maps final : public spectralx::StemMaps {
   }
 
   void gradient(const Tensor& grad, const Tensor& x, const Tensor& table,
-                const Tensor& norm_gradients, bool gelu, double eps,
+                const Tensor& norm_gradients, int64_t pixels, bool gelu, double eps,
                 const Tensor& out) const override {
     const int64_t channels = x.size(1);
     const Columns columns(x, table);
@@ -98,7 +101,7 @@ class Maps final : public spectralx::StemMaps {
     if (table.defined()) {
       const A *to = norm_gradients.const_data_ptr<A>(), *variance = columns.affine.mean + channels;
       for (int64_t c = 0; c < channels; ++c) {
-        const double share = -columns.affine.scale[c] / static_cast<double>(rows_of(x));
+        const double share = -columns.affine.scale[c] / static_cast<double>(pixels);
         slope[c] = static_cast<A>(share * to[channels + c] / std::sqrt(variance[c] + eps));
         offset[c] = static_cast<A>(share * to[c]);
       }
@@ -147,9 +150,14 @@ class Maps final : public spectralx::StemMaps {
     return sum;
   }
 
+  int64_t strip() const override { return kStrip; }
+  int64_t backward_strip() const override { return kBackwardStrip; }
+
   Tensor with_ones(const Tensor& images, int64_t /*channels*/) const override {
     const int64_t bands = images.size(1), plane = images.size(2) * images.size(3);
-    const Tensor planes = images.contiguous();
+    // Rows cut out of planes are taken as they are.
+    const bool dense = images.stride(3) == 1 && images.stride(2) == images.size(3);
+    const Tensor planes = dense ? images : images.contiguous();
     Tensor to = at::empty({images.size(0), bands + 1, images.size(2), images.size(3)},
                           images.options(), spectralx::kLast);
     constexpr int64_t kPixels = 256;
@@ -160,8 +168,8 @@ class Maps final : public spectralx::StemMaps {
         const int64_t n = std::min(kPixels, plane - pixel);
         S* at = data<S>(to) + (image * plane + pixel) * (bands + 1);
         line_kernels<S, A>().transpose(
-            planes.const_data_ptr<S>() + image * bands * plane + pixel, bands, n, plane, bands + 1,
-            at);
+            planes.const_data_ptr<S>() + image * planes.stride(0) + pixel, bands, n,
+            planes.stride(1), bands + 1, at);
         for (int64_t i = 0; i < n; ++i) at[i * (bands + 1) + bands] = static_cast<S>(1.0f);
       }
     });

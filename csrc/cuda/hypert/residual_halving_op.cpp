@@ -52,7 +52,7 @@ class Maps final : public spectralx::StemMaps {
   }
 
   void gradient(const Tensor& grad, const Tensor& x, const Tensor& table,
-                const Tensor& norm_gradients, bool gelu, double eps,
+                const Tensor& norm_gradients, int64_t /*pixels*/, bool gelu, double eps,
                 const Tensor& out) const override {
     SpectralxNorm pass = pass_of(x, table, gelu, eps);
     pass.grad = pointer(grad), pass.totals = pointer(norm_gradients), pass.out = pointer(out);

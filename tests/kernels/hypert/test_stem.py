@@ -13,6 +13,7 @@ from torch import Tensor
 from spectralx_kernels.hypert import residual_halving
 from spectralx_kernels.hypert.stem import RESIDUAL_HALVING
 from tests.kernels import ladder
+from tests.kernels.ladder import relative_error
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -76,6 +77,27 @@ def test_compiles(args):
 @cases
 def test_accuracy(args, dtype):
     ladder.check_accuracy(RESIDUAL_HALVING, args, dtype)
+
+
+@pytest.mark.parametrize("bands", [1, 6, None], ids=["folded", "not folded", "no lift"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_strips_are_the_whole(bands, trained):
+    """Six rows, so wide that the C++ kernels take two at a time: first, between and last."""
+    width = 2 ** (16 if trained else 18)
+    size: dict[str, Any] = {"middle": 8, "outs": 3, "batch": 1, "size": (6, width)}
+    args = stem_args(bands, norm=trained, half_norm=trained, keep=trained, **size)
+    found, expected = (
+        ladder.run_with_gradients(
+            lambda *values, run=run: run(*values)[0], ladder.cast(args, torch.float32, grad=trained)
+        )
+        for run in (RESIDUAL_HALVING.op, RESIDUAL_HALVING.reference)
+    )
+    assert relative_error(found[0][0], expected[0][0]) < 1e-5
+    assert len(expected[1]) == (sum(isinstance(arg, Tensor) for arg in args) if trained else 0)
+    for place in (0, 1, 2, 3, 5, 6, 7, 9, 10):  # those of biases before a norm are zero
+        name = f"argument {place}"
+        if name in expected[1]:
+            assert relative_error(found[1][name], expected[1][name]) < 1e-4, name
 
 
 @some
