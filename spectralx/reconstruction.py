@@ -17,6 +17,7 @@ from spectralx.backbones.scalemae import ConvHead, FeaturePyramid
 from spectralx.backbones.vit import init_linear
 from spectralx_kernels import (
     HyperT,
+    Linear,
     band_reconstruction_loss,
     masked_patch_loss,
     patchify,
@@ -216,7 +217,7 @@ class MaskedReconstruction(MaskedAutoencoder):
             self.fcn_high = ConvHead(decoder_embed_dim, fcn_dim, fcn_layers, in_channels)
             self.fcn_low = ConvHead(decoder_embed_dim, fcn_dim, fcn_layers, in_channels)
         else:
-            self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_channels)
+            self.decoder_pred = Linear(decoder_embed_dim, patch_size**2 * in_channels)
             init_linear(self.decoder_pred)
             self.proj_up_conv = nn.Conv2d(in_channels, 4 * in_channels, 1)
             self.proj_up_norm = ChannelNorm(4 * in_channels)

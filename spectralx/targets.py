@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectralx_kernels import Linear
+
 Block = int | tuple[int, ...]
 
 _MLP = (
@@ -83,7 +85,8 @@ def check_called(name: str, layer: nn.Module, parent: nn.Module, *, by_weight: b
         )
     if not by_weight:
         return
-    plain = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+    plain = type(layer).forward in (nn.Linear.forward, Linear.forward)
+    plain = plain and "forward" not in vars(layer)
     if not plain and not masks_bias(layer):
         raise ValueError(
             f"targets: {name} is a {type(layer).__name__} with a forward of its own, expected a "

@@ -22,6 +22,7 @@ from spectralx_kernels.hypert import (
     residual_halving,
     window_attention,
 )
+from spectralx_kernels.linear import Linear, linear
 from spectralx_kernels.reconstruction import (
     band_reconstruction_loss,
     band_targets,
@@ -63,6 +64,7 @@ __all__ = [
     "AoMoALinear",
     "AreAdapter",
     "HyperT",
+    "Linear",
     "OfficialNames",
     "OfficialTensor",
     "RoutingStatistics",
@@ -85,6 +87,7 @@ __all__ = [
     "gather_norm",
     "gather_norm_mix",
     "gather_tokens",
+    "linear",
     "masked_patch_loss",
     "match_argmax",
     "noisy_topk_gating",

@@ -119,6 +119,8 @@ class Operator:
     keep_format : outputs that the reference makes channels_last stay so, and gradients have the
         strides of ``torch.empty_like`` of their inputs. Contiguous otherwise.
     constant : positions of floating-point outputs that have no gradient.
+    unread : from which gradients are wanted, the positions of inputs that backward does not read
+        then. They are not held; what backward gets in their place has their shape alone.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Operator:
         keep_format: bool = False,
         prefer: Callable[[Sequence[Any], torch.dtype | None], str | None] | None = None,
         constant: tuple[int, ...] = (),
+        unread: Callable[[Sequence[bool]], tuple[int, ...]] | None = None,
     ) -> None:
         self.name = name
         self._prefer = prefer
@@ -146,6 +149,7 @@ class Operator:
         self.triton_module: str | None = None  # where `add_triton` finds its functions
         self._keep_format = keep_format
         self._constant = constant
+        self._unread = unread
         qualified = define(name, schema)
         self.op = getattr(torch.ops.spectralx, name).default
         register_default(name, self._forward_kernel)
@@ -320,7 +324,15 @@ class Operator:
         outputs = (output,) if isinstance(output, Tensor) else output
         saved = [outputs[position] for position in self._saving.positions(inputs)]
         ctx.kept = len(saved)
-        ctx.save_for_backward(*saved, *[value for value in inputs if isinstance(value, Tensor)])
+        unread = self._unread(ctx.needs_input_grad[1:]) if self._unread else ()  # 0: the key set
+        ctx.save_for_backward(
+            *saved,
+            *[
+                value.new_empty(()).expand(value.shape) if place in unread else value
+                for place, value in enumerate(inputs)
+                if isinstance(value, Tensor)
+            ],
+        )
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]
         ctx.set_materialize_grads(False)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx.backbones.vit import NORM_EPS, Attention, Block, init_linear
-from spectralx_kernels import OfficialNames
+from spectralx_kernels import OfficialNames, linear
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -86,7 +86,7 @@ class KeyMaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        return F.linear(x, self.weight, self.bias * self.bias_mask)
+        return linear(x, self.weight, self.bias * self.bias_mask)
 
 
 class RotaryAttention(Attention):

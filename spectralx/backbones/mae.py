@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spectralx.backbones.encoder import PatchEmbed
 from spectralx.backbones.positions import sincos_positions
 from spectralx.backbones.vit import NORM_EPS, Block, init_linear
-from spectralx_kernels import OfficialNames, gather_tokens, random_masking, restore_tokens
+from spectralx_kernels import Linear, OfficialNames, gather_tokens, random_masking, restore_tokens
 
 
 class MaskedAutoencoder(OfficialNames):
@@ -68,7 +68,7 @@ class MaskedAutoencoder(OfficialNames):
             Block(embed_dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio=mlp_ratio)
             for _ in range(decoder_depth)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from spectralx_kernels._checks import check_like, check_map, check_shape
-from spectralx_kernels._operator import Operator
+from spectralx_kernels._operator import Operator, Saving
 from spectralx_kernels.reconstruction import heads_reference
 
 Activation = Literal["none", "gelu", "relu", "leaky_relu"]
@@ -31,8 +32,10 @@ CHANNEL_NORM_CONV2D = Operator(
 PIXEL_HEAD = Operator(
     "pixel_head",
     "(Tensor x, Tensor expand, Tensor expand_bias, Tensor grouped, Tensor grouped_bias, "
-    "Tensor mix, Tensor mix_bias, Tensor project, Tensor project_bias) -> Tensor",
+    "Tensor mix, Tensor mix_bias, Tensor project, Tensor project_bias, bool keep) "
+    "-> (Tensor out, Tensor expanded)",
     heads_reference.pixel_head,
+    saving=Saving(heads_reference.pixel_head_saving, hidden=1, kept=(1,)),
     keep_format=True,
 )
 for _operator in (CHANNEL_NORM, CHANNEL_NORM_CONV2D):
@@ -168,13 +171,20 @@ def channel_norm_conv2d(
 
 
 def pixel_head(
-    x: Tensor, expand: Pair, grouped: Pair, mix: Pair, project: Pair, *, backend: str | None = None
+    x: Tensor,
+    expand: Pair,
+    grouped: Pair,
+    mix: Pair,
+    project: Pair,
+    *,
+    keep: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """ScaleMAE's way from a map to pixels: four convolutions with GELUs between them.
 
     A transposed convolution of stride k, GELU, a grouped 3x3 convolution to half the channels, each
     from its own two, GELU, a 1x1 convolution, GELU, and a transposed convolution of stride n.
-    Backward keeps `x` alone. On the CPU none of the wide maps between exists as a whole.
+    Of the maps between, backward keeps what the first convolution gave, or nothing but `x`.
 
     Parameters
     ----------
@@ -183,6 +193,10 @@ def pixel_head(
     grouped : weight [E/2, 2, 3, 3] and bias [E/2]; a border of one zero.
     mix : weight [M, E/2, 1, 1] and bias [M].
     project : weight [M, C, n, n] and bias [C].
+    keep : whether the first convolution's map, k k E / D times the size of `x`, is kept for
+        backward. Without it backward makes that map again, a fifth of all operations, and on the
+        CPU none of the wide maps ever exists as a whole. Nothing is kept where no gradient is
+        wanted.
     backend : overrides the default backend.
 
     Returns
@@ -211,5 +225,7 @@ def pixel_head(
         check_shape(f"bias of {name}", pair[1], (outs,))
         for part, tensor in zip(("weight", "bias"), pair, strict=True):
             check_like(f"{part} of {name}", tensor, "x", x)
-    out: Tensor = PIXEL_HEAD(x, *expand, *grouped, *mix, *project, backend=backend)
+    tensors = (x, *expand, *grouped, *mix, *project)
+    keep = keep and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    out: Tensor = PIXEL_HEAD(*tensors, keep, backend=backend)
     return out

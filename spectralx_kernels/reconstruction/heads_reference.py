@@ -5,6 +5,8 @@ Notation in README.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,10 +83,30 @@ def pixel_head(
     mix_bias: Tensor,
     project: Tensor,
     project_bias: Tensor,
+    keep: bool,
 ) -> Tensor:
-    """x [B, D, h, w] -> [B, C, n k h, n k w], k and n the two transposed convolutions' strides."""
+    """x [B, D, h, w] -> [B, C, n k h, n k w], k and n the two transposed convolutions' strides.
+
+    `keep` is for kernels: autograd has its own ways.
+    """
     x = F.gelu(F.conv_transpose2d(x, expand, expand_bias, stride=expand.shape[2]))
     x = F.gelu(F.conv2d(x, grouped, grouped_bias, padding=1, groups=grouped.shape[0]))
     x = F.gelu(F.conv2d(x, mix, mix_bias))
     out = F.conv_transpose2d(x, project, project_bias, stride=project.shape[2])
     return out.contiguous(memory_format=_LAST)
+
+
+def pixel_head_saving(
+    x: Tensor, expand: Tensor, expand_bias: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """The same with what kernels keep for backward, [0] where they do not.
+
+    That is the first convolution's map by pixels of x: [B, h, w, k k E].
+    """
+    out = pixel_head(x, expand, expand_bias, *rest)
+    if not rest[-1]:
+        return out, x.new_empty(0)
+    side = expand.shape[2]
+    wide = F.conv_transpose2d(x, expand, expand_bias, stride=side)
+    parts = wide.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, E, h, k, w, k]
+    return out, parts.permute(0, 2, 4, 3, 5, 1).flatten(3).contiguous()

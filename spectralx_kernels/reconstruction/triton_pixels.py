@@ -3,7 +3,7 @@
 The first product's result is left as it comes, [pixels of x, k k E]: a pixel of the k times larger
 map is found in it by `place`, so that no map is laid out anew. Its GELU is formed where it is read,
 nine times over: operations that a GPU has to spare, where a pass over memory costs. Backward makes
-the products again. Some images are worked on at a time, as many as `_AT_ONCE` allows.
+the products again, but for the first where its result is kept. Some images are worked on at a time, as many as `_AT_ONCE` allows.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -168,15 +168,19 @@ class _Head(NamedTuple):
         """Of the large map."""
         return self.taps.shape[1]
 
+    def expanded(self, x: Tensor) -> Tensor:
+        """The first product's result, [pixels of x, k k E], of x [pixels, D]."""
+        return torch.addmm(self.expand_bias, x, self.expand)
+
 
 class _Part:
-    """Some images of a call: x [images, h, w, D]."""
+    """Some images of a call: x [images, h, w, D], and `wide`, [images, h, w, k k E], if kept."""
 
-    def __init__(self, head: _Head, x: Tensor) -> None:
+    def __init__(self, head: _Head, x: Tensor, wide: Tensor | None = None) -> None:
         self.head, self.x = head, x.flatten(0, 2)
         self.images, self.height, self.width, _ = x.shape
         self.pixels = len(self.x) * head.up**2
-        self.wide = torch.addmm(head.expand_bias, self.x, head.expand)
+        self.wide = head.expanded(self.x) if wide is None else wide.flatten(0, 2)
         self.sizes = (self.pixels, self.height, self.width)
         self.tile = {"K": head.up, "E": head.channels, "BP": _PIXELS}
 
@@ -246,26 +250,31 @@ class _Part:
         return total
 
 
-def _parts(head: _Head, x: Tensor) -> Iterator[tuple[slice, _Part]]:
+def _parts(head: _Head, x: Tensor, wide: Tensor | None = None) -> Iterator[tuple[slice, _Part]]:
     rows = x.permute(0, 2, 3, 1).contiguous()
     values = rows[:1].numel() // max(rows.shape[-1], 1) * head.up**2 * head.channels
     most = max(1, _AT_ONCE // max(values, 1))
     for first in range(0, len(rows), most):
         part = slice(first, min(first + most, len(rows)))
-        yield part, _Part(head, rows[part])
+        yield part, _Part(head, rows[part], None if wide is None else wide[part])
 
 
-def pixel_head(x: Tensor, *weights: Tensor) -> Tensor:
-    """As ``heads_reference.pixel_head``."""
+def pixel_head(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """As ``heads_reference.pixel_head_saving``."""
+    *weights, keep = others
     head = _Head.of(weights)
+    wide = None
+    if keep:
+        rows = x.permute(0, 2, 3, 1)
+        wide = head.expanded(rows.flatten(0, 2)).view(*rows.shape[:3], head.up**2 * head.channels)
     scale = head.up * head.down
     bands = weights[6].shape[1]
     out = x.new_empty(len(x), x.shape[2] * scale, x.shape[3] * scale, bands)
-    for images, part in _parts(head, x):
+    for images, part in _parts(head, x, wide):
         half, _ = part.grouped(slope=False)
         mixed, _ = part.mixed(half, slope=False)
         out[images] = part.pixels_of(torch.addmm(head.project_bias, mixed, head.project))
-    return out.permute(0, 3, 1, 2)
+    return out.permute(0, 3, 1, 2), x.new_empty(0) if wide is None else wide
 
 
 def _gradients(head: _Head, part: _Part, grad: Tensor, wanted: Sequence[bool]) -> dict[int, Tensor]:
@@ -313,17 +322,19 @@ def _gradients(head: _Head, part: _Part, grad: Tensor, wanted: Sequence[bool]) -
 
 def pixel_head_backward(output_grads: Sequence[Tensor | None], *values: Any) -> list[Tensor]:
     """The gradients wanted, in the order of the arguments."""
-    *inputs, _saved, wanted = values
+    *inputs, keep, saved, wanted = values
     x, *weights = inputs
     grad = output_grads[0]
     if grad is None or len(x) == 0:
         return [
-            torch.zeros_like(value) for value, wants in zip(inputs, wanted, strict=True) if wants
+            torch.zeros_like(value)
+            for value, wants in zip(inputs, wanted[:-1], strict=True)
+            if wants
         ]
     head, rows = _Head.of(weights), grad.permute(0, 2, 3, 1)
     totals: dict[int, Tensor] = {}
     of_x = []
-    for images, part in _parts(head, x):
+    for images, part in _parts(head, x, saved[0] if keep else None):
         found = _gradients(head, part, rows[images], wanted)
         if 0 in found:
             of_x.append(found.pop(0))
@@ -357,7 +368,7 @@ def compilations() -> Iterator[Compilation]:
         tensors = [torch.empty(s, dtype=getattr(torch, dtype), device="meta") for s in shapes]
         grad = torch.empty(1, 13, 448, 448, dtype=getattr(torch, dtype), device="meta")
         with recorded() as launches:
-            pixel_head(*tensors)
-            pixel_head_backward([grad], *tensors, [], [True] * 9)
+            pixel_head(*tensors, False)
+            pixel_head_backward([grad], *tensors, False, [], [True] * 9 + [False])
         for compiled in launches:
             yield compiled._replace(dtype=dtype, shape="512 channels at 56 x 56")

@@ -94,6 +94,11 @@ def linear_add(draw: Draw) -> Sequence[Any]:
     )
 
 
+def linear(draw: Draw) -> Sequence[Any]:
+    width, out = draw.size(), draw.size()
+    return draw.normal(*_rows(draw), width), draw.normal(out, width), draw.maybe(out)
+
+
 def feed_forward(draw: Draw) -> Sequence[Any]:
     width, hidden, residual = draw.norm_width(), draw.size(), draw.flag()
     out = width if residual else draw.size()
@@ -221,6 +226,7 @@ def pixel_head(draw: Draw) -> Sequence[Any]:
         draw.normal(mixed),
         draw.normal(mixed, bands, down, down),
         draw.normal(bands),
+        draw.flag(),
     )
 
 

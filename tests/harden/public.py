@@ -96,12 +96,12 @@ def _pixel_arguments(named: Named) -> Named:
     for name in PIXEL_PAIRS:
         found[f"weight of {name}"] = named[name]
         found[f"bias of {name}"] = named[f"{name}_bias"]
-    return found
+    return {**found, "keep": named["keep"]}
 
 
-def _pixel_head(backend: str | None, x: Any, **flat: Any) -> Any:
+def _pixel_head(backend: str | None, x: Any, keep: bool, **flat: Any) -> Any:
     pairs = {name: (flat[f"weight of {name}"], flat[f"bias of {name}"]) for name in PIXEL_PAIRS}
-    return kernels.pixel_head(x, backend=backend, **pairs)
+    return kernels.pixel_head(x, keep=keep, backend=backend, **pairs)
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,6 +115,7 @@ PUBLIC: dict[str, Public] = {
     "attribute_match": Public(_plain(kernels.attribute_match)),
     "norm_linear": Public(_plain(norm_linear)),
     "linear_add": Public(_plain(linear_add)),
+    "linear": Public(_plain(kernels.linear)),
     "feed_forward": Public(_plain(feed_forward)),
     "residual_halving": Public(_residual_halving, _halving_arguments),
     "random_masking": Public(_plain(kernels.random_masking)),

@@ -47,6 +47,8 @@ FREE: dict[tuple[str, str], tuple[int, ...] | str] = {
     ("attribute_match", "queries"): (0,),
     ("norm_linear", "x"): "leading",
     ("norm_linear", "weight"): (0,),
+    ("linear", "x"): "leading",
+    ("linear", "weight"): (0,),
     ("feed_forward", "x"): "leading",
     ("feed_forward", "fc2_weight"): (0,),
     ("residual_halving", "x"): (0,),

@@ -1,15 +1,17 @@
 // spectralx::pixel_head on the CPU. Maths: spectralx_kernels/reconstruction/README.md.
 //
-// A map of 4 h x 4 w pixels is 64 times the size of what comes in. It is made a strip at a time, from
-// the first convolution to the last, and kept for nothing: backward makes it again. A strip goes as far
-// as the lines at hand allow, since a 3x3 convolution wants a line above and one below; `Window` keeps
-// those that the next strip needs. Strips run in order and their sums are added in order.
+// A map of 4 h x 4 w pixels is several times the size of what comes in. It is made a strip at a time,
+// from the first convolution to the last. Backward makes it again, but for the first product's result
+// where the caller keeps that. A strip goes as far as the lines at hand allow, since a 3x3 convolution
+// wants a line above and one below; `Window` keeps those that the next strip needs. Strips run in order
+// and their sums are added in order.
 //
 // h x w: what comes in; k, the first stride: k h x k w, the lines; last stride: pixels.
 #include "cpu/torch.h"
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cpu/common/linear.h"
@@ -28,8 +30,11 @@ class PixelHead {
   PixelHead(const Sizes& sizes, const Weights& weights, const at::TensorOptions& options)
       : s_(sizes), w_(weights), options_(options.memory_format(std::nullopt)) {}
 
-  // x: rows [batch height width, ins].
-  Tensor forward(const Tensor& x) const {
+  // x: rows [batch height width, ins]. The first product of all of them, [rows, up up wide].
+  Tensor expanded(const Tensor& x) const { return linear_layer(x, w_.expand, w_.expand_bias); }
+
+  // `expanded` is that, or undefined: made a strip at a time.
+  Tensor forward(const Tensor& x, const Tensor& expanded) const {
     const Tensor out = at::empty({s_.batch, s_.bands, s_.down * s_.lines, s_.down * s_.line},
                                  options_, kChannelsLast);
     for (int64_t image = 0; image < s_.batch; ++image) {
@@ -37,7 +42,7 @@ class PixelHead {
       int64_t from = 0;
       for (int64_t row = 0; row < s_.height; row += s_.strip) {
         const int64_t end = std::min(row + s_.strip, s_.height);
-        expand(x, image, row, end, hidden, nullptr);
+        expand(x, expanded, image, row, end, hidden, nullptr);
         const int64_t to = end == s_.height ? s_.lines : end * s_.up - 1;
         if (to <= from) continue;
         const Tensor half = lines(to - from, s_.half);
@@ -54,7 +59,7 @@ class PixelHead {
 
   // Gradients by the order of the schema, undefined where not wanted. grad: channels last; those of
   // weights lie as `Weights` has them.
-  std::array<Tensor, 9> backward(const Tensor& grad, const Tensor& x,
+  std::array<Tensor, 9> backward(const Tensor& grad, const Tensor& x, const Tensor& expanded,
                                  const std::array<bool, 9>& wanted) const {
     std::array<Tensor, 9> found;
     const auto sums = options_.dtype(sum_type(options_.dtype().toScalarType()));
@@ -71,7 +76,9 @@ class PixelHead {
     const Backward to{wanted, any(3), any(5), any(7), wanted[0] ? turned(w_.expand) : Tensor(),
                       any(5) ? turned(w_.mix) : Tensor(), any(7) ? turned(w_.project) : Tensor(),
                       w_.taps.flip({0})};
-    for (int64_t image = 0; image < s_.batch; ++image) backward_of(image, grad, x, to, found);
+    for (int64_t image = 0; image < s_.batch; ++image) {
+      backward_of(image, grad, x, expanded, to, found);
+    }
     return found;
   }
 
@@ -83,17 +90,17 @@ class PixelHead {
     Tensor expand_turned, mix_turned, project_turned, flipped;
   };
 
-  void backward_of(int64_t image, const Tensor& grad, const Tensor& x, const Backward& to,
-                   std::array<Tensor, 9>& found) const {
+  void backward_of(int64_t image, const Tensor& grad, const Tensor& x, const Tensor& expanded,
+                   const Backward& to, std::array<Tensor, 9>& found) const {
     const std::array<bool, 9>& wanted = to.wanted;
     Window<S> hidden = window(), slope = window(), twice = window();
-    Window<S> expanded(s_.strip + 2, s_.up * s_.line * s_.wide, options_);
+    Window<S> wide(s_.strip + 2, s_.up * s_.line * s_.wide, options_);
     // Lines whose gradient is known behind the 3x3 convolution and before it; rows of x.
     int64_t known = 0, reached = 0, rows = 0;
     for (int64_t row = 0; row < s_.height; row += s_.strip) {
       const int64_t end = std::min(row + s_.strip, s_.height);
       const bool last = end == s_.height;
-      expand(x, image, row, end, hidden, to.expand ? &slope : nullptr);
+      expand(x, expanded, image, row, end, hidden, to.expand ? &slope : nullptr);
       const int64_t next = last ? s_.lines : end * s_.up - 1;
       if (next == known) continue;
       const Tensor half = lines(next - known, s_.half);
@@ -123,22 +130,22 @@ class PixelHead {
         continue;
       }
       const int64_t before = last ? s_.lines : std::max(known - 1, reached);
-      expanded.extend((before + s_.up - 1) / s_.up);
-      spread(twice, slope, to.flipped, reached, before, expanded);
+      wide.extend((before + s_.up - 1) / s_.up);
+      spread(twice, slope, to.flipped, reached, before, wide);
       reached = before;
       twice.drop(reached - 1);
       slope.drop(reached);
       const int64_t done = reached / s_.up, first = (image * s_.height + rows) * s_.width;
       if (done == rows) continue;
       const int64_t count = (done - rows) * s_.width;
-      const Tensor wide_grad = expanded.rows(rows, done - rows).view({count, w_.expand.size(0)});
+      const Tensor wide_grad = wide.rows(rows, done - rows).view({count, w_.expand.size(0)});
       if (wanted[1]) found[1].add_(at::mm(wide_grad.t(), x.narrow(0, first, count)));
       if (wanted[2]) add_rows(wide_grad, found[2]);
       if (wanted[0]) {
         found[0].narrow(0, first, count).copy_(input_gradient(wide_grad, to.expand_turned));
       }
       rows = done;
-      expanded.drop(rows);
+      wide.drop(rows);
     }
   }
 
@@ -151,10 +158,11 @@ class PixelHead {
   }
 
   // The lines of rows [row, end) of an image of x, behind GELU, and its derivative there.
-  void expand(const Tensor& x, int64_t image, int64_t row, int64_t end, Window<S>& hidden,
-              Window<S>* slope) const {
-    const Tensor from = x.narrow(0, (image * s_.height + row) * s_.width, (end - row) * s_.width);
-    const Tensor made = linear_layer(from, w_.expand, w_.expand_bias);
+  void expand(const Tensor& x, const Tensor& expanded, int64_t image, int64_t row, int64_t end,
+              Window<S>& hidden, Window<S>* slope) const {
+    const int64_t first = (image * s_.height + row) * s_.width, count = (end - row) * s_.width;
+    const Tensor made = expanded.defined() ? expanded.narrow(0, first, count)
+                                           : this->expanded(x.narrow(0, first, count));
     hidden.extend(end * s_.up);
     if (slope != nullptr) slope->extend(end * s_.up);
     const int64_t chunk = s_.up * s_.wide;  // of a line, from a pixel of x
@@ -203,13 +211,13 @@ class PixelHead {
 
   // Lines [first, last) of the gradient before the first GELU, as the first product made them.
   void spread(const Window<S>& twice, const Window<S>& slope, const Tensor& taps, int64_t first,
-              int64_t last, const Window<S>& expanded) const {
+              int64_t last, const Window<S>& wide) const {
     const int64_t chunk = s_.up * s_.wide;
     for_lines(first, last, [&](int64_t line) {
       std::vector<A> scratch(s_.wide);
       kernels().depthwise(twice.around(line, s_.lines).data(), s_.line, s_.wide,
                           taps.const_data_ptr<A>(), slope.at(line), s_.up, s_.up * chunk,
-                          scratch.data(), expanded.at(line / s_.up) + line % s_.up * chunk);
+                          scratch.data(), wide.at(line / s_.up) + line % s_.up * chunk);
     });
   }
 
@@ -278,13 +286,22 @@ void with_head(const Tensor& x, const Given& weights, const Run& run) {
   });
 }
 
-Tensor pixel_head(const Tensor& x, const Tensor& expand, const Tensor& expand_bias,
-                  const Tensor& grouped, const Tensor& grouped_bias, const Tensor& mix,
-                  const Tensor& mix_bias, const Tensor& project, const Tensor& project_bias) {
-  Tensor out;
+std::tuple<Tensor, Tensor> pixel_head(const Tensor& x, const Tensor& expand,
+                                      const Tensor& expand_bias, const Tensor& grouped,
+                                      const Tensor& grouped_bias, const Tensor& mix,
+                                      const Tensor& mix_bias, const Tensor& project,
+                                      const Tensor& project_bias, bool keep) {
+  Tensor out, kept = at::empty({0}, x.options().memory_format(std::nullopt));
   with_head(x, {expand, expand_bias, grouped, grouped_bias, mix, mix_bias, project, project_bias},
-            [&](const auto& head, const Sizes&, const Tensor& rows) { out = head.forward(rows); });
-  return out.to(x.scalar_type());
+            [&](const auto& head, const Sizes& s, const Tensor& rows) {
+              const Tensor expanded = keep ? head.expanded(rows) : Tensor();
+              out = head.forward(rows, expanded);
+              if (keep) {
+                kept = expanded.view({s.batch, s.height, s.width, expanded.size(1)})
+                           .to(x.scalar_type());
+              }
+            });
+  return {out.to(x.scalar_type()), kept};
 }
 
 std::vector<Tensor> pixel_head_backward(const c10::List<OptionalTensor>& output_grads,
@@ -292,10 +309,11 @@ std::vector<Tensor> pixel_head_backward(const c10::List<OptionalTensor>& output_
                                         const Tensor& expand_bias, const Tensor& grouped,
                                         const Tensor& grouped_bias, const Tensor& mix,
                                         const Tensor& mix_bias, const Tensor& project,
-                                        const Tensor& project_bias, at::TensorList,
+                                        const Tensor& project_bias, bool keep,
+                                        at::TensorList saved,
                                         const c10::List<bool>& output_mask) {
-  TORCH_CHECK(output_grads.size() == 1 && output_mask.size() == 9,
-              "output_grads, output_mask: expected 1 and 9 entries");
+  TORCH_CHECK(output_grads.size() == 1 && output_mask.size() == 10,
+              "output_grads, output_mask: expected 1 and 10 entries");
   const Given weights{expand, expand_bias, grouped, grouped_bias, mix, mix_bias, project, project_bias};
   std::array<bool, 9> wanted{};
   for (int i = 0; i < 9; ++i) wanted[i] = output_mask[i];
@@ -303,7 +321,14 @@ std::vector<Tensor> pixel_head_backward(const c10::List<OptionalTensor>& output_
   const OptionalTensor given = output_grads[0];
   if (given.has_value()) {
     with_head(x, weights, [&](const auto& head, const Sizes& s, const Tensor& rows) {
-      found = head.backward(as_map(*given), rows, wanted);
+      Tensor expanded;
+      if (keep) {
+        const int64_t width = s.up * s.up * s.wide;
+        TORCH_CHECK_VALUE(saved.size() == 1 && saved[0].numel() == rows.size(0) * width,
+                          "saved: expected the first product's result");
+        expanded = saved[0].to(rows.scalar_type()).view({rows.size(0), width});
+      }
+      found = head.backward(as_map(*given), rows, expanded, wanted);
       // Back from the layouts of products.
       const auto map = [&](Tensor& grad, at::IntArrayRef view, at::IntArrayRef order) {
         if (grad.defined()) grad = grad.view(view).permute(order);

@@ -49,13 +49,13 @@ def conv_arguments(
 
 def head_arguments(
     size: tuple[int, int] = (3, 2), *, batch: int = 2, ins: int = 5, wide: int = 6, mixed: int = 3,
-    bands: int = 2, up: int = 2, down: int = 2,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    bands: int = 2, up: int = 2, down: int = 2, keep: bool = True,
+) -> tuple[Any, ...]:  # fmt: skip
     half = wide // 2
     return (
         draw(batch, ins, *size), draw(ins, wide, up, up, seed=1) / 2, draw(wide, seed=2),
         draw(half, 2, 3, 3, seed=3) / 3, draw(half, seed=4), draw(mixed, half, 1, 1, seed=5),
-        draw(mixed, seed=6), draw(mixed, bands, down, down, seed=7), draw(bands, seed=8),
+        draw(mixed, seed=6), draw(mixed, bands, down, down, seed=7), draw(bands, seed=8), keep,
     )  # fmt: skip
 
 
@@ -75,11 +75,12 @@ def test_ladder_of_the_convolution(transposed: bool) -> None:
     ladder.check_repeats(CHANNEL_NORM_CONV2D, args)
 
 
-def test_ladder_of_the_pixels() -> None:
-    args = head_arguments((2, 2), batch=1, ins=3, wide=4)
+@pytest.mark.parametrize("keep", [True, False])
+def test_ladder_of_the_pixels(keep: bool) -> None:
+    args = head_arguments((2, 2), batch=1, ins=3, wide=4, keep=keep)
     ladder.check_contract(PIXEL_HEAD, args)
     ladder.check_gradients(PIXEL_HEAD, args)
-    ladder.check_repeats(PIXEL_HEAD, head_arguments())
+    ladder.check_repeats(PIXEL_HEAD, head_arguments(keep=keep))
 
 
 def test_strided_weights_of_a_norm_are_read_right(backend: str) -> None:
@@ -114,21 +115,23 @@ def test_pixels_agree(dtype: torch.dtype) -> None:
     """Strides of one, two and four; one row, several strips; channels beyond one tile."""
     sizes: list[dict[str, Any]] = [
         {"size": (1, 1), "up": 4, "down": 1},
-        {"size": (7, 1), "up": 1},
+        {"size": (7, 1), "up": 1, "keep": False},
         {"size": (3, 5), "up": 4, "wide": 70, "mixed": 33, "batch": 1},
         {"size": (2, 3), "up": 3, "down": 3, "wide": 2},
+        {"size": (2, 3), "up": 3, "down": 3, "wide": 10, "keep": False},
     ]
     for size in sizes:
         ladder.check_accuracy(PIXEL_HEAD, head_arguments(**size), dtype)
 
 
-@pytest.mark.parametrize("up", [1, 2, 4])
-def test_a_map_of_many_strips(up: int) -> None:
+@pytest.mark.parametrize(("up", "keep"), [(1, True), (2, False), (2, True), (4, False)])
+def test_a_map_of_many_strips(up: int, keep: bool) -> None:
     """Wide lines: the C++ kernels take three rows at a time here and carry lines over."""
-    args = head_arguments((8, 40), batch=1, ins=3, wide=4096 // up**2, mixed=2, bands=1, up=up)
+    sizes = {"ins": 3, "wide": 4096 // up**2, "mixed": 2, "bands": 1, "up": up, "keep": keep}
+    args = head_arguments((8, 40), batch=1, **sizes)
     results = [
         ladder.run_with_gradients(run, ladder.cast(args, torch.float64, grad=True))
-        for run in (PIXEL_HEAD.op, PIXEL_HEAD.reference)
+        for run in (PIXEL_HEAD, PIXEL_HEAD.reference)
     ]
     torch.testing.assert_close(*results)
 
@@ -136,10 +139,10 @@ def test_a_map_of_many_strips(up: int) -> None:
 @settings(max_examples=15, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 6), st.integers(1, 6)), half=st.integers(1, 20),
-    up=st.integers(1, 4), down=st.integers(1, 3), batch=st.integers(0, 2),
+    up=st.integers(1, 4), down=st.integers(1, 3), batch=st.integers(0, 2), keep=st.booleans(),
 )  # fmt: skip
-def test_any_size(size: tuple[int, int], half: int, up: int, down: int, batch: int) -> None:
-    args = head_arguments(size, wide=2 * half, up=up, down=down, batch=batch)
+def test_any_size(half: int, **sizes: Any) -> None:
+    args = head_arguments(wide=2 * half, **sizes)
     found, grads = ladder.run_with_gradients(
         PIXEL_HEAD, ladder.cast(args, torch.float64, grad=True)
     )
@@ -209,21 +212,29 @@ def test_compiles_and_autocasts() -> None:
         out = PIXEL_HEAD(*args)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
-    assert all(arg.grad.dtype == torch.float32 for arg in args)
+    assert all(arg.grad.dtype == torch.float32 for arg in args[:-1])
 
 
-def test_nothing_but_inputs_is_kept() -> None:
-    args = ladder.cast(head_arguments(), torch.float32, grad=True)
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_kept(keep: bool, backend: str) -> None:
+    """Beside the inputs the first convolution's map, or nothing."""
+    dtype = ladder.widest(PIXEL_HEAD, backend)
+    *args, _ = ladder.cast(head_arguments(), dtype, grad=True)
+    pairs = [(args[place], args[place + 1]) for place in range(1, 9, 2)]
     kept: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        pixel_head(args[0], args[1:3], args[3:5], args[5:7], args[7:9])  # type: ignore[arg-type]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pixel_head(args[0], *pairs, keep=keep, backend=backend)
     known = {arg.data_ptr() for arg in args}
-    assert {tensor.data_ptr() for tensor in kept} <= known
+    more = sum(tensor.numel() for tensor in kept if tensor.data_ptr() not in known)
+    if backend != "eager":
+        assert more == (args[0][:, :1].numel() * args[1][0].numel() if keep else 0)
+    with torch.no_grad():
+        assert PIXEL_HEAD.op(*args, False)[1].numel() == 0
 
 
 def test_nan_and_infinity(backend: str) -> None:
@@ -256,7 +267,7 @@ def test_empty_batches(backend: str) -> None:
     out = PIXEL_HEAD(*args, backend=backend)
     assert out.shape == (0, 2, 12, 8)
     out.sum().backward()
-    assert all(not arg.grad.any() for arg in args)
+    assert all(not arg.grad.any() for arg in args[:-1])
     args = ladder.cast(conv_arguments(batch=0), torch.float32, grad=True)
     out = CHANNEL_NORM_CONV2D(*args, backend=backend)
     assert out.shape == (0, 3, 4, 3)

@@ -1,0 +1,69 @@
+"""The linear layer's operator: declaration, argument checks, public function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralx_kernels._checks import check_floating, check_like, check_shape
+from spectralx_kernels._operator import Operator
+from spectralx_kernels.linear import reference
+
+# Below as many multiplications torch's own layer is as fast.
+_LEAST = 1 << 22
+
+
+def _prefer(args: Sequence[Any], dtype: torch.dtype | None) -> str | None:
+    """torch's own layer for what it multiplies as fast: few values, and all but float32."""
+    x, weight = args[:2]
+    if dtype == torch.float32 and x.numel() * weight.shape[0] >= _LEAST:
+        return None
+    return "eager"
+
+
+def _unread(wanted: Sequence[bool]) -> tuple[int, ...]:
+    """A frozen weight has no use for x."""
+    return () if wanted[1] else (0,)
+
+
+LINEAR = Operator(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference.linear,
+    prefer=_prefer,
+    unread=_unread,
+)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """``x weight^T + bias``, as ``torch.nn.functional.linear``.
+
+    Parameters
+    ----------
+    x : [..., D], a floating-point dtype; kept for backward where `weight` has a gradient.
+    weight : [O, D] and bias : [O] or None.
+    backend : overrides the default backend.
+
+    Returns
+    -------
+    [..., O] in the dtype of `x`.
+
+    Raises
+    ------
+    TypeError, ValueError : an argument of the wrong dtype, device or shape.
+    """
+    check_floating("x", x)
+    if x.dim() < 1:
+        raise ValueError(f"x: got shape {list(x.shape)}, expected [..., width]")
+    check_shape("weight", weight, ("out", x.shape[-1]))
+    check_like("weight", weight, "x", x)
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],))
+        check_like("bias", bias, "x", x)
+    out: Tensor = LINEAR(x, weight, bias, backend=backend)
+    return out
