@@ -298,6 +298,14 @@ class _Run:
             except SystemExit as error:
                 # Lightning's way of passing on an interruption.
                 raise KeyboardInterrupt(str(error.__context__ or "")) from error
+            except (ConnectionError, EOFError) as error:
+                # torch says so itself, unless the connection breaks before the process ends.
+                if not settings.data.workers:
+                    raise
+                raise RuntimeError(
+                    "DataLoader worker ended while it handed a batch over "
+                    f"({type(error).__name__}: {error})"
+                ) from error
             finally:
                 close_logs(logs)
         if self.stop.received is not None:

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors import safe_open
@@ -202,6 +203,20 @@ def test_a_killed_data_loading_process_ends_the_run(
     case = runs.Case("stage2", 2, tiny_scenes, options=("--stage2.run.steps=2000",))
     assert faults.bereave(case, tmp_path, pace, random.Random(0)) == []
     assert "DataLoader worker" in (tmp_path / "output.txt").read_text()
+
+
+def test_a_batch_that_is_cut_short_names_the_data_loading_process(
+    tiny_scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def cut(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(pl.Trainer, "fit", cut)
+    given = [f"--config={tiny_config(tmp_path)}", f"--data.root={tiny_scenes}"]
+    for workers, said in ((1, "DataLoader worker ended while"), (0, "ConnectionResetError: ")):
+        out = f"--out={tmp_path / str(workers)}"
+        assert main(["stage1", *given, out, f"--data.workers={workers}"]) == 1
+        assert f"spectralx.train: error: {said}" in capsys.readouterr().err
 
 
 def test_going_on_is_said_growing_is_allowed_and_all_else_refused(
