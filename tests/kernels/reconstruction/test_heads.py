@@ -237,6 +237,26 @@ def test_what_is_kept(keep: bool, backend: str) -> None:
         assert PIXEL_HEAD.op(*args, False)[1].numel() == 0
 
 
+def test_an_addend_is_not_held() -> None:
+    """Its gradient needs its layout alone, which it keeps."""
+    x, norm = draw(2, 5, 30, 40).float().requires_grad_(), nn.LayerNorm(5)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        addend = draw(2, 5, 30, 40, seed=1).float().contiguous(memory_format=layout)
+        addend.requires_grad_()
+        held: list[int] = []
+
+        def keep(tensor: Tensor, held: list[int] = held) -> Tensor:
+            held.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = channel_norm(x, norm, addend=addend, scale=0.5, backend="cpp")
+        assert sum(held) < x.nbytes + addend.nbytes / 10
+        (grad,) = torch.autograd.grad(out.sum(), addend)
+        assert grad.stride() == addend.stride()
+        assert (grad == 0.5).all()
+
+
 def test_nan_and_infinity(backend: str) -> None:
     """A position that is not a number stays one, and no other becomes one."""
     x = draw(1, 5, 3, 4).float()
