@@ -60,8 +60,8 @@ def is_channels_last(x: Tensor) -> bool:
 def stand_in(value: Tensor) -> Tensor:
     """A tensor of the shape and dtype of `value` that holds next to nothing.
 
-    Its elements share memory: its strides are 1, 2, 3 and so on in the order of those of `value`, so
-    that ``torch.empty_like`` of it is laid out as that of `value`.
+    Its elements share memory: its strides are 1, 2, 3 and so on in the order of those of `value`,
+    so that ``torch.empty_like`` of it is laid out as that of `value`.
     """
     if not value.numel():
         return value

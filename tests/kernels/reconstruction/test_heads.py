@@ -127,7 +127,14 @@ def test_pixels_agree(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("up", "keep"), [(1, True), (2, False), (2, True), (4, False)])
 def test_a_map_of_many_strips(up: int, keep: bool) -> None:
     """Wide lines: the C++ kernels take three rows at a time here and carry lines over."""
-    sizes = {"ins": 3, "wide": 4096 // up**2, "mixed": 2, "bands": 1, "up": up, "keep": keep}
+    sizes: dict[str, Any] = {
+        "ins": 3,
+        "wide": 4096 // up**2,
+        "mixed": 2,
+        "bands": 1,
+        "up": up,
+        "keep": keep,
+    }
     args = head_arguments((8, 40), batch=1, **sizes)
     results = [
         ladder.run_with_gradients(run, ladder.cast(args, torch.float64, grad=True))
