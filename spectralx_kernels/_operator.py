@@ -57,6 +57,20 @@ def is_channels_last(x: Tensor) -> bool:
     )
 
 
+def stand_in(value: Tensor) -> Tensor:
+    """A tensor of the shape and dtype of `value` that holds next to nothing.
+
+    Its elements share memory: its strides are 1, 2, 3 and so on in the order of those of `value`,
+    so that ``torch.empty_like`` of it is laid out as that of `value`.
+    """
+    if not value.numel():
+        return value
+    order = sorted(range(value.dim()), key=lambda dim: (value.stride(dim), -dim))
+    strides = [1 + order.index(dim) for dim in range(value.dim())]
+    last = sum((size - 1) * step for size, step in zip(value.shape, strides, strict=True))
+    return value.new_zeros(last + 1).as_strided(value.shape, strides)
+
+
 def has_kernel(name: str, device: str) -> bool:
     """Whether a kernel written for `device` ("CPU", "CUDA") is registered for this operator."""
     registered = torch._C._dispatch_dump(f"spectralx::{name}")
@@ -120,7 +134,7 @@ class Operator:
         strides of ``torch.empty_like`` of their inputs. Contiguous otherwise.
     constant : positions of floating-point outputs that have no gradient.
     unread : from which gradients are wanted, the positions of inputs that backward does not read
-        then. They are not held; what backward gets in their place has their shape alone.
+        then. They are not held: backward gets a `stand_in` of each.
     """
 
     def __init__(
@@ -328,7 +342,7 @@ class Operator:
         ctx.save_for_backward(
             *saved,
             *[
-                value.new_empty(()).expand(value.shape) if place in unread else value
+                stand_in(value) if place in unread else value
                 for place, value in enumerate(inputs)
                 if isinstance(value, Tensor)
             ],

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx.backbones.vit import NORM_EPS, Attention, Block, init_linear
-from spectralx_kernels import OfficialNames, linear
+from spectralx_kernels import Linear, OfficialNames, linear
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -70,7 +70,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([prefix, turned], dim=-2).to(x.dtype)
 
 
-class KeyMaskedLinear(nn.Linear):
+class KeyMaskedLinear(Linear):
     """A joint projection of queries, keys and values whose bias is masked on the keys.
 
     ``bias_mask`` [out] is 1, and 0 in the key third; it is part of the state dict.

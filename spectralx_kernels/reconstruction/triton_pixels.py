@@ -3,7 +3,8 @@
 The first product's result is left as it comes, [pixels of x, k k E]: a pixel of the k times larger
 map is found in it by `place`, so that no map is laid out anew. Its GELU is formed where it is read,
 nine times over: operations that a GPU has to spare, where a pass over memory costs. Backward makes
-the products again, but for the first where its result is kept. Some images are worked on at a time, as many as `_AT_ONCE` allows.
+the products again, but for the first where its result is kept. Some images are worked on at a time,
+as many as `_AT_ONCE` allows.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -65,7 +65,7 @@ def test_aomoa_goes_onto_the_mlp_of_the_chosen_blocks(model: ToyViT) -> None:
     assert replaced.parameters == count
     assert "aomoa on 4 layers" in str(replaced)
     assert f"{count:,} parameters added" in str(replaced)
-    assert type(model.get_submodule("blocks.1.mlp.fc1")) is nn.Linear
+    assert isinstance(model.get_submodule("blocks.1.mlp.fc1"), nn.Linear)
 
 
 @pytest.mark.parametrize("method", ["lora", "slr", "ia3"])

@@ -9,6 +9,8 @@
 #include "cpu/reconstruction/channel_norm.h"
 
 #include <algorithm>
+#include <array>
+#include <tuple>
 #include <vector>
 
 namespace spectralx::cpu {
@@ -228,30 +230,33 @@ std::vector<Tensor> channel_norm_conv2d_backward(
   Tensor x_grad, weight_grad, bias_grad;
   if (given.has_value() && x.size(0) > 0) {
     const Tensor map = as_map(x), grad = as_map(*given), kernel = weight.to(map.scalar_type());
-    if (mask[0]) x_grad = like(map);
     const auto sum_options = map.options().dtype(sum_type(map.scalar_type()));
-    // An image at a time: of the normed map and its gradient no more exists.
-    for (int64_t image = 0; image < x.size(0); ++image) {
+    const auto convolve_back = [&](int64_t image, const Tensor& normed, std::array<bool, 3> want) {
+      return at::convolution_backward(grad.narrow(0, image, 1), normed, kernel,
+                                      at::IntArrayRef({weight.size(transposed ? 1 : 0)}), stride,
+                                      padding, {1, 1}, transposed, {0, 0}, 1, want);
+    };
+    const auto add = [&](const Tensor& from, Tensor& to) {
+      if (!to.defined()) to = at::zeros(from.sizes(), sum_options);
+      to.add_(from);
+    };
+    // An image at a time, and first the parameters of all: no more than one normed map exists, and
+    // none beside its gradient.
+    Tensor normed = mask[6] ? like(map.narrow(0, 0, 1)) : Tensor();
+    for (int64_t image = 0; image < x.size(0) && (mask[6] || mask[7]); ++image) {
       const Tensor part = map.narrow(0, image, 1);
-      Tensor normed = part;  // of the same shape, where the values do not matter
-      if (mask[6]) {
-        normed = like(part);
-        norm.apply(part, std::nullopt, 1, normed);
-      }
-      auto [normed_grad, kernel_grad, offset_grad] = at::convolution_backward(
-          grad.narrow(0, image, 1), normed, kernel, at::IntArrayRef({weight.size(transposed ? 1 : 0)}),
-          stride, padding, {1, 1}, transposed, {0, 0}, 1,
-          {inside, static_cast<bool>(mask[6]), static_cast<bool>(mask[7])});
-      if (inside) {
-        const Tensor to = mask[0] ? x_grad.narrow(0, image, 1) : Tensor();
-        norm.gradient(normed_grad.contiguous(kChannelsLast), part, to, sums);
-      }
-      const auto add = [&](const Tensor& from, Tensor& to) {
-        if (!to.defined()) to = at::zeros(from.sizes(), sum_options);
-        to.add_(from);
-      };
-      if (mask[6]) add(kernel_grad, weight_grad);
-      if (mask[7]) add(offset_grad, bias_grad);
+      if (mask[6]) norm.apply(part, std::nullopt, 1, normed);
+      const auto found = convolve_back(image, mask[6] ? normed : part, {false, mask[6], mask[7]});
+      if (mask[6]) add(std::get<1>(found), weight_grad);
+      if (mask[7]) add(std::get<2>(found), bias_grad);
+    }
+    normed.reset();
+    if (mask[0]) x_grad = like(map);
+    for (int64_t image = 0; image < x.size(0) && inside; ++image) {
+      const Tensor part = map.narrow(0, image, 1);  // its shape alone tells the convolution something
+      const Tensor back = std::get<0>(convolve_back(image, part, {true, false, false}));
+      const Tensor to = mask[0] ? x_grad.narrow(0, image, 1) : Tensor();
+      norm.gradient(back.contiguous(kChannelsLast), part, to, sums);
     }
   }
   std::vector<Tensor> found;

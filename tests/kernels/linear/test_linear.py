@@ -61,7 +61,7 @@ def test_only_what_is_wanted(frozen: tuple[int, ...], backend: str) -> None:
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_frozen_weight_holds_no_input(trained: bool) -> None:
-    x, weight, bias = (value.float() for value in arguments(4))
+    x, weight, bias = (value.float() for value in arguments(50, width=40))
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -73,7 +73,8 @@ def test_a_frozen_weight_holds_no_input(trained: bool) -> None:
         linear(x.requires_grad_(), weight, bias, backend="cpp")
     assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept) == trained
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} >= {weight.data_ptr()}
-    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) <= 4 * (1 + 15 + 3 + 20)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+    assert held < x.nbytes or trained
 
 
 def test_no_rows(backend: str) -> None:

@@ -127,7 +127,14 @@ def test_pixels_agree(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("up", "keep"), [(1, True), (2, False), (2, True), (4, False)])
 def test_a_map_of_many_strips(up: int, keep: bool) -> None:
     """Wide lines: the C++ kernels take three rows at a time here and carry lines over."""
-    sizes = {"ins": 3, "wide": 4096 // up**2, "mixed": 2, "bands": 1, "up": up, "keep": keep}
+    sizes: dict[str, Any] = {
+        "ins": 3,
+        "wide": 4096 // up**2,
+        "mixed": 2,
+        "bands": 1,
+        "up": up,
+        "keep": keep,
+    }
     args = head_arguments((8, 40), batch=1, **sizes)
     results = [
         ladder.run_with_gradients(run, ladder.cast(args, torch.float64, grad=True))
@@ -235,6 +242,26 @@ def test_what_is_kept(keep: bool, backend: str) -> None:
         assert more == (args[0][:, :1].numel() * args[1][0].numel() if keep else 0)
     with torch.no_grad():
         assert PIXEL_HEAD.op(*args, False)[1].numel() == 0
+
+
+def test_an_addend_is_not_held() -> None:
+    """Its gradient needs its layout alone, which it keeps."""
+    x, norm = draw(2, 5, 30, 40).float().requires_grad_(), nn.LayerNorm(5)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        addend = draw(2, 5, 30, 40, seed=1).float().contiguous(memory_format=layout)
+        addend.requires_grad_()
+        held: list[int] = []
+
+        def keep(tensor: Tensor, held: list[int] = held) -> Tensor:
+            held.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = channel_norm(x, norm, addend=addend, scale=0.5, backend="cpp")
+        assert sum(held) < x.nbytes + addend.nbytes / 10
+        (grad,) = torch.autograd.grad(out.sum(), addend)
+        assert grad.stride() == addend.stride()
+        assert (grad == 0.5).all()
 
 
 def test_nan_and_infinity(backend: str) -> None:
