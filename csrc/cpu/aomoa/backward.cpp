@@ -17,6 +17,13 @@ namespace {
 // Columns of a task that starts at `from`.
 int64_t width(int64_t whole, int64_t from) { return std::min(kBlock, whole - from); }
 
+// A block of columns that comes next.
+template <typename Op>
+Ahead ahead(const Op* block, int64_t rows, int64_t stride) {
+  constexpr int64_t kSize = sizeof(Op);
+  return {block, rows, stride * kSize, kBlock * kSize};
+}
+
 // Routing and mixture again, then back to z: dz, the gates' gradients, and what the experts'
 // weights' gradients need. Every expert on every token.
 template <typename Op>
@@ -170,8 +177,9 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
     const Tensor right = l.op_empty({padded, kBlock});
     for (int64_t task = begin; task < end; ++task) {
       const int64_t a = task / up_blocks, o = task % up_blocks * kBlock;
-      k.pack_tokens(data<Op>(in.out) + chunk.first * outs + a * l.out + o, chunk.tokens, outs,
-                    width(l.out, o), nullptr, nullptr, data<Op>(right));
+      const Op* rows = data<Op>(in.out) + chunk.first * outs + a * l.out + o;
+      k.pack_tokens(rows, chunk.tokens, outs, width(l.out, o), nullptr, nullptr, data<Op>(right));
+      if (task + 1 < end) ahead(rows + width(l.out, o), chunk.tokens, outs).ask(chunk.tokens);
       product(l.rank, width(l.out, o), depth, data<Op>(trail.c_features) + a * l.rank * padded,
               padded, data<Op>(right), kBlock, data<W>(l.up_products) + task * l.rank * kBlock,
               kBlock, true);
@@ -183,8 +191,10 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
       const int64_t i = task * kBlock;
       for (int64_t a = 0; a < l.attributes; ++a) {
         const W* mean = data<W>(in.statistics) + a * l.tokens + chunk.first;
-        k.pack_tokens(data<Op>(l.x) + chunk.first * l.width + a * l.d + i, chunk.tokens, l.width,
-                      width(l.d, i), mean, mean + l.attributes * l.tokens, data<Op>(right));
+        const Op* rows = data<Op>(l.x) + chunk.first * l.width + a * l.d + i;
+        k.pack_tokens(rows, chunk.tokens, l.width, width(l.d, i), mean,
+                      mean + l.attributes * l.tokens, data<Op>(right));
+        if (a + 1 < l.attributes) ahead(rows + l.d, chunk.tokens, l.width).ask(chunk.tokens);
         product(l.rank, width(l.d, i), depth,
                 data<Op>(trail.z0_grad_features) + a * l.rank * padded, padded, data<Op>(right),
                 kBlock, data<W>(l.down_products) + i * l.rank, kBlock, true);
@@ -200,35 +210,56 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
   l.sums.narrow(0, l.sum_size - trail.sums.size(1), trail.sums.size(1)).add_(trail.sums.sum(0));
 }
 
-// x's gradient: dout W of the frozen layer and norm1's share in one product a tile.
+// x's gradient: dout W of the frozen layer and norm1's share in one product a tile. Attributes share the
+// packed columns of down, the tiles of a group each part of those of W.
 template <typename Op>
 void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
   using W = Wide<Op>;
   const auto& k = l.k;
   const int64_t outs = l.attributes * l.out, per_attribute = blocks_of(l.d, kBlock);
+  const int64_t depth = l.weight.defined() ? outs : 0;
+  const int64_t products = blocks_of(l.tokens, kRowBlock) * blocks_of(depth, kDepth<Op>);
   over(l.attributes * per_attribute, [&](int64_t begin, int64_t end) {
-    const Tensor frozen = l.op_empty({blocks_of(outs, kPanel) * kPanel, kBlock}),
-                 folded = l.op_empty({blocks_of(l.rank, kPanel) * kPanel, kBlock});
-    W sums[kRowBlock * kBlock];
+    const Tensor frozen = l.op_empty({blocks_of(depth, kPanel) * kPanel, kBlock}),
+                 folded = l.op_empty({blocks_of(l.rank, kPanel) * kPanel, kBlock}),
+                 tiles = l.wide_empty({kChunk, kBlock});
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t a = task / per_attribute, i = task % per_attribute * kBlock;
-      const int64_t columns = std::min(kBlock, l.d - i), at = a * l.d + i;
-      if (l.weight.defined())
+      const int64_t a = task % l.attributes, i = task / l.attributes * kBlock;
+      const int64_t columns = width(l.d, i), at = a * l.d + i;
+      if (depth > 0)
         k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr,
                       data<Op>(frozen));
-      k.pack_tokens(data<Op>(l.folded) + i, l.rank, l.d, columns, nullptr, nullptr,
-                    data<Op>(folded));
-      for (int64_t t = 0; t < l.tokens; t += kRowBlock) {
-        const int64_t rows = std::min(kRowBlock, l.tokens - t);
-        product(rows, kBlock, l.rank, data<Op>(l.z0_grad) + (t * l.attributes + a) * l.rank,
-                l.attributes * l.rank, data<Op>(folded), kBlock, sums, kBlock, false);
-        if (l.weight.defined())
-          product(rows, kBlock, outs, data<Op>(in.out) + t * outs, outs, data<Op>(frozen), kBlock,
-                  sums, kBlock, true);
-        const int64_t row = a * l.tokens + t;
-        k.finish_input(sums, rows, columns, data<Op>(l.x) + t * l.width + at,
-                       data<W>(in.statistics) + row, data<W>(l.offset) + row,
-                       data<W>(l.slope) + row, data<Op>(x_grad) + t * l.width + at, l.width);
+      if (task == begin || a == 0)
+        k.pack_tokens(data<Op>(l.folded) + i, l.rank, l.d, columns, nullptr, nullptr,
+                      data<Op>(folded));
+      const int64_t later = a + 1 < l.attributes ? at + l.d : i + kBlock;
+      const bool more = depth > 0 && task + 1 < end;
+      Ahead next = ahead(more ? data<Op>(l.weight) + later : nullptr, more ? outs : 0, l.width);
+      for (int64_t first = 0; first < l.tokens; first += kChunk) {
+        const int64_t last = std::min(first + kChunk, l.tokens);
+        // use(t, rows, sums) for each tile.
+        const auto each = [&](const auto& use) {
+          for (int64_t t = first; t < last; t += kRowBlock)
+            use(t, std::min(kRowBlock, last - t), data<W>(tiles) + (t - first) * kBlock);
+        };
+        each([&](int64_t t, int64_t rows, W* sums) {
+          product(rows, kBlock, l.rank, data<Op>(l.z0_grad) + (t * l.attributes + a) * l.rank,
+                  l.attributes * l.rank, data<Op>(folded), kBlock, sums, kBlock, false);
+        });
+        for (int64_t o = 0; o < depth; o += kDepth<Op>) {
+          each([&](int64_t t, int64_t rows, W* sums) {
+            next.ask(blocks_of(outs, products));
+            product(rows, kBlock, std::min(kDepth<Op>, depth - o),
+                    data<Op>(in.out) + t * outs + o, outs, data<Op>(frozen) + o * kBlock, kBlock,
+                    sums, kBlock, true);
+          });
+        }
+        each([&](int64_t t, int64_t rows, const W* sums) {
+          const int64_t row = a * l.tokens + t;
+          k.finish_input(sums, rows, columns, data<Op>(l.x) + t * l.width + at,
+                         data<W>(in.statistics) + row, data<W>(l.offset) + row,
+                         data<W>(l.slope) + row, data<Op>(x_grad) + t * l.width + at, l.width);
+        });
       }
     }
   });

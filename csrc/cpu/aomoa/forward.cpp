@@ -94,6 +94,7 @@ void mix_densely(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const
 }
 
 // out = x W' + b + scaler (c up'): the up product first, then scaled, then the frozen product on top.
+// A task is one tile; those of the same rows of W share each part of them.
 template <typename Op>
 void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, const Tensor& out) {
   using W = Wide<Op>;
@@ -101,20 +102,37 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
   const int64_t per_attribute = blocks_of(l.out, kRowBlock), outs = l.attributes * l.out;
   const int64_t panels = chunk.panels / l.attributes;
   over(l.attributes * per_attribute * panels, [&](int64_t begin, int64_t end) {
-    W sums[kRowBlock * kPanel];
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task % panels, block = task / panels;
+    const Tensor tiles = l.wide_empty({panels, kRowBlock * kPanel});
+    for (int64_t task = begin; task < end;) {
+      const int64_t first = task % panels, last = std::min(panels, first + end - task);
+      const int64_t block = task / panels;
       const int64_t a = block / per_attribute, o = block % per_attribute * kRowBlock;
       const int64_t rows = std::min(kRowBlock, l.out - o), row = a * l.out + o;
-      const int64_t q = b * l.attributes + a, lanes = lanes_of(chunk.count(q));
-      product(rows, lanes, l.rank, data<Op>(l.up) + o * l.rank, l.rank,
-              data<Op>(chain.c) + q * l.rank * kPanel, kPanel, sums, kPanel, false);
-      k.scale_features(sums, rows, data<W>(l.scaler) + row);
-      if (l.weight.defined())
-        product(rows, lanes, l.width, data<Op>(l.weight) + row * l.width, l.width,
-                data<Op>(chain.x) + b * l.width * kPanel, kPanel, sums, kPanel, true);
-      k.unpack(sums, chunk.count(q), rows, l.bias.defined() ? l.bias_data() + row : nullptr,
-               data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row, outs);
+      // use(b, lanes, sums) for each tile.
+      const auto each = [&](const auto& use) {
+        for (int64_t b = first; b < last; ++b)
+          use(b, lanes_of(chunk.count(b * l.attributes)),
+              data<W>(tiles) + b * kRowBlock * kPanel);
+      };
+      each([&](int64_t b, int64_t lanes, W* sums) {
+        product(rows, lanes, l.rank, data<Op>(l.up) + o * l.rank, l.rank,
+                data<Op>(chain.c) + (b * l.attributes + a) * l.rank * kPanel, kPanel, sums, kPanel,
+                false);
+        k.scale_features(sums, rows, data<W>(l.scaler) + row);
+      });
+      for (int64_t i = 0; l.weight.defined() && i < l.width; i += kDepth<Op>) {
+        each([&](int64_t b, int64_t lanes, W* sums) {
+          product(rows, lanes, std::min(kDepth<Op>, l.width - i),
+                  data<Op>(l.weight) + row * l.width + i, l.width,
+                  data<Op>(chain.x) + (b * l.width + i) * kPanel, kPanel, sums, kPanel, true);
+        });
+      }
+      each([&](int64_t b, int64_t, const W* sums) {
+        const int64_t q = b * l.attributes;
+        k.unpack(sums, chunk.count(q), rows, l.bias.defined() ? l.bias_data() + row : nullptr,
+                 data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row, outs);
+      });
+      task += last - first;
     }
   });
 }

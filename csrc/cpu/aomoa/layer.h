@@ -65,6 +65,30 @@ bool groups_experts(int64_t experts, int64_t top_k);
 template <typename Op>
 constexpr int64_t kColumn = sizeof(Op) == 2 ? 2 : 1;
 
+// Inner dimension of a part of a long product: with it both operands of a tile stay in the cache while
+// the tiles that share one are gone through.
+template <typename Op>
+constexpr int64_t kDepth = 4096 / sizeof(Op);
+
+// Rows that a later task reads, `bytes` of each from `rows` on, asked of memory a share at a time
+// between products, which then run while they come.
+class Ahead {
+ public:
+  Ahead(const void* rows, int64_t count, int64_t stride, int64_t bytes)
+      : next_(static_cast<const char*>(rows)), left_(count), stride_(stride), bytes_(bytes) {}
+
+  void ask(int64_t rows) {
+    for (; rows > 0 && left_ > 0; --rows, --left_, next_ += stride_) {
+      for (int64_t i = 0; i < bytes_; i += kLine) __builtin_prefetch(next_ + i, 0, 2);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;  // bytes of a cache line
+  const char* next_;
+  int64_t left_, stride_, bytes_;
+};
+
 // Lanes of a panel of `count` tokens that a product computes: whole vectors. Lanes past the tokens
 // hold anything then, and nothing but such products may follow.
 inline int64_t lanes_of(int64_t count) { return count <= kPanel / 2 ? kPanel / 2 : kPanel; }

@@ -33,6 +33,24 @@ void relu_backward(Wide<Op>* dh, const Wide<Op>* h, int64_t features, Wide<Op>* 
 // The taken terms of 32 tokens, slot by slot: the n-th expert a token takes, in order.
 constexpr int64_t kSlots = 4;  // more are taken without slots
 
+// c = log(gates[0] exp(y[0]) + gates[1] exp(y[1])) over the gates that are not 0: of the larger term
+// the exponential is 1. y is -infinity where its gate is 0 for want of an expert.
+template <typename W>
+inline void combine_two(const W* const (&y)[2], const W* const (&gates)[2], W* c) {
+  const W *y0 = y[0], *y1 = y[1], *g0 = gates[0], *g1 = gates[1];
+  SPECTRALX_LANES {
+    const W first = g0[n] != W(0) ? y0[n] : -std::numeric_limits<W>::infinity();
+    const W second = g1[n] != W(0) ? y1[n] : -std::numeric_limits<W>::infinity();
+    const bool swap = second > first;
+    const W peak = swap ? second : first, other = swap ? first : second;
+    const W of_peak = swap ? g1[n] : g0[n], of_other = swap ? g0[n] : g1[n];
+    const W added = of_other * exponential(other - peak);
+    const W total = of_peak + (of_other != W(0) ? added : W(0));
+    const W value = peak + logarithm(total);
+    c[n] = total == W(0) ? static_cast<W>(kLogEpsilon) : value;
+  }
+}
+
 template <typename Op>
 void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<Op>* bias,
              const Wide<Op>* gates, Wide<Op>* c) {
@@ -80,6 +98,14 @@ void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<
         }
       }
     }
+    W* out = c + i * kPanel;
+    if (terms == 2) {
+      const W* const rows[2] = {by_slot ? y_of[0] : y + i * kPanel,
+                                by_slot ? y_of[1] : y + (r + i) * kPanel};
+      const W* const weights[2] = {by_slot ? weight[0] : gates, by_slot ? weight[1] : gates + kPanel};
+      combine_two(rows, weights, out);
+      continue;
+    }
     if (by_slot) {
       for (int64_t slot = 0; slot < terms; ++slot) {
         const W* value = y_of[slot];
@@ -94,7 +120,6 @@ void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<
         total[n] += gate[n] != W(0) ? value : W(0);
       }
     }
-    W* out = c + i * kPanel;
     SPECTRALX_LANES {
       const W value = peak[n] + logarithm(total[n]);
       out[n] = total[n] == W(0) ? static_cast<W>(kLogEpsilon) : value;

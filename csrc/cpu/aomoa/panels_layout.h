@@ -5,6 +5,21 @@
 
 namespace {
 
+// Rows that loops over rows far apart ask of memory ahead of use.
+constexpr int64_t kFetched = 8;
+
+// Asks for `count` values that are read, or written, soon.
+template <typename T>
+inline void fetch(const T* values, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(values + i, 0, 3);
+}
+template <typename T>
+inline void fetch_to_write(const T* values, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(values + i, 1, 3);
+}
+
 // Feature f of an operand panel, and back. For bfloat16 f and f + 1 share words.
 template <typename Op, typename Use>
 inline void for_features(const Op* panel, int64_t features, Use use) {
@@ -89,6 +104,7 @@ void to_operand(const Wide<Op>* panel, int64_t features, Op* operand) {
 template <typename Op>
 void to_features(const Wide<Op>* panel, int64_t features, Op* rows, int64_t stride) {
   for (int64_t f = 0; f < features; ++f) {
+    fetch_to_write(rows + std::min(f + kFetched, features - 1) * stride, kPanel);
     const Wide<Op>* from = panel + f * kPanel;
     auto* to = elements(rows + f * stride);
     SPECTRALX_LANES to[n] = rounded<Op>(from[n]);
@@ -110,9 +126,54 @@ void to_tokens(const Wide<Op>* panel, int64_t features, Op* operand, int64_t wid
   }
 }
 
-// use(row, lanes) for every row of the gathered panel. The lane of an empty column reads a valid one.
+#ifdef SPECTRALX_SHUFFLES
+// Sixteen lanes that are gathered: the vectors they come from, and which lane of one goes where.
+struct Picks {
+  int64_t count = 0, from[16];  // from: the vector's first lane
+  Lanes lane[16], taken[16];    // taken: all bits set, or none
+};
+
+// gather_rows for values of 32 bits. Neighbouring columns come from few vectors, so a shuffle of each
+// costs less than a gather.
+template <typename T, typename Use>
+inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, Use use) {
+  Picks picks[2];
+  for (int64_t n = 0; n < kPanel; ++n) {
+    if (columns[n] < 0) continue;
+    const int64_t from = columns[n] / kPanel * rows * kPanel + columns[n] % kPanel / 16 * 16;
+    Picks& half = picks[n / 16];
+    int64_t i = 0;
+    while (i < half.count && half.from[i] != from) ++i;
+    if (i == half.count) {
+      half.from[half.count++] = from;
+      half.lane[i] = half.taken[i] = Lanes{};
+    }
+    half.lane[i][n % 16] = static_cast<uint32_t>(columns[n] % 16);
+    half.taken[i][n % 16] = 0xffffffffu;
+  }
+  for (int64_t i = 0; i < rows; ++i, panels += kPanel) {
+    T lanes[kPanel];
+    for (int64_t h = 0; h < 2; ++h) {
+      Lanes sum = {};
+      for (int64_t j = 0; j < picks[h].count; ++j) {
+        Lanes vector;
+        std::memcpy(&vector, panels + picks[h].from[j], sizeof vector);
+        sum |= __builtin_shuffle(vector, picks[h].lane[j]) & picks[h].taken[j];
+      }
+      std::memcpy(lanes + 16 * h, &sum, sizeof sum);
+    }
+    use(i, lanes);
+  }
+}
+#endif
+
+// use(row, lanes) for every row of the gathered panel.
 template <typename T, typename Use>
 inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, Use use) {
+#ifdef SPECTRALX_SHUFFLES
+  if constexpr (sizeof(T) == 4) return shuffle_rows(panels, columns, rows, use);
+#endif
+  // The lane of an empty column reads a valid one.
   int64_t offset[kPanel];
   for (int64_t n = 0; n < kPanel; ++n) {
     const int64_t column = std::max<int64_t>(columns[n], 0);
@@ -161,6 +222,8 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
   using W = Wide<Op>;
   if constexpr (sizeof(Op) == 2) {
     for (int64_t t = 0; t < tokens; t += 2) {
+      fetch(rows + std::min(t + kFetched, tokens - 1) * stride, columns);
+      fetch(rows + std::min(t + kFetched + 1, tokens - 1) * stride, columns);
       const bool paired = t + 1 < tokens;
       const auto *low = reinterpret_cast<const uint16_t*>(rows + t * stride),
                  *high = paired ? low + stride : low;
@@ -183,6 +246,7 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
     }
   } else {
     for (int64_t t = 0; t < tokens; ++t) {
+      fetch(rows + std::min(t + kFetched, tokens - 1) * stride, columns);
       const Op* from = rows + t * stride;
       Op* to = operand + t * kBlock;
       const W center = mean ? mean[t] : W(0), scale = mean ? rstd[t] : W(1);

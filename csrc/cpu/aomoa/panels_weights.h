@@ -32,6 +32,8 @@ void finish_down(const Op* down, const Wide<Op>* products, int64_t r, int64_t co
   std::fill(gamma_grad, gamma_grad + columns, W(0));
   std::fill(beta_grad, beta_grad + columns, W(0));
   for (int64_t j = 0; j < r; ++j) {
+    fetch(down + std::min(j + kFetched, r - 1) * stride, columns);
+    fetch_to_write(down_grad + std::min(j + kFetched, r - 1) * stride, columns);
     const auto* weight = elements(down + j * stride);
     const W* product = products + j * kBlock;
     auto* grad = elements(down_grad + j * stride);
@@ -67,6 +69,8 @@ void finish_input(const Wide<Op>* product, int64_t tokens, int64_t columns, cons
                   int64_t stride) {
   using W = Wide<Op>;
   for (int64_t t = 0; t < tokens; ++t) {
+    fetch(x + std::min(t + kFetched, tokens - 1) * stride, columns);
+    fetch_to_write(dx + std::min(t + kFetched, tokens - 1) * stride, columns);
     const W* from = product + t * kBlock;
     const W m = mean[t], o = offset[t], s = slope[t];
     const auto* in = elements(x + t * stride);
