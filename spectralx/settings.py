@@ -51,7 +51,8 @@ class DataSettings:
         Random quarter turns of training images.
     normalisation
         "image" scales each band of each image to [0, 1] by its own extremes (the paper's);
-        "fixed" by the mean and deviation of each band over the training images.
+        "fixed" by the mean and deviation of each band over the training images; "whitened" takes
+        the correlation of the bands away as well, for hyperspectral images.
     official
         The published protocol: selection on the target domain, scores at the model's size,
         classes absent from the truth dropped, scores never reset between validations.
@@ -78,7 +79,7 @@ class DataSettings:
     crop: Literal["resize", "crop", "resized-crop"] = "resize"
     flips: bool = True
     turns: bool = True
-    normalisation: Literal["image", "fixed"] = "image"
+    normalisation: Literal["image", "fixed", "whitened"] = "image"
     official: bool = False
     cache: bool = False
     cache_folder: str | None = None

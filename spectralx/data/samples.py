@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Transform, without_resizing
-from .normalise import FixedStatistics, ImageMinMax, Normalisation, Scaling, extremes
+from .normalise import (
+    FixedStatistics,
+    ImageMinMax,
+    Normalisation,
+    Scaling,
+    Whitened,
+    extremes,
+)
 from .raster import Array, as_values, data_error, valid_values
 
 UNLABELLED = "unlabelled"
@@ -263,7 +270,7 @@ class RawImages:
 
 
 def _scaling(normalisation: Normalisation, values: Array, valid: npt.NDArray[np.bool_]) -> Scaling:
-    if isinstance(normalisation, FixedStatistics):
+    if isinstance(normalisation, (FixedStatistics, Whitened)):
         return normalisation.scaling()
     if isinstance(normalisation, ImageMinMax):
         # Where some are missing, extremes are sought among floats.
@@ -272,8 +279,8 @@ def _scaling(normalisation: Normalisation, values: Array, valid: npt.NDArray[np.
             *extremes(values if complete else values.astype(np.float32), valid)
         )
     raise TypeError(
-        f"normalisation: found {type(normalisation).__name__}; expected ImageMinMax or "
-        "FixedStatistics for raw samples"
+        f"normalisation: found {type(normalisation).__name__}; expected ImageMinMax, "
+        "FixedStatistics or Whitened for raw samples"
     )
 
 
@@ -287,7 +294,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return batch  # type: ignore[return-value]
 
 
-def finish(batch: Mapping[str, Any], *, size: tuple[int, int] | None, clipped: bool) -> Batch:
+def finish(
+    batch: Mapping[str, Any],
+    *,
+    size: tuple[int, int] | None,
+    clipped: bool,
+    mixing: Tensor | None = None,
+) -> Batch:
     """Scale and resize the images of a batch of `RawSample`, wherever they are.
 
     Parameters
@@ -295,6 +308,7 @@ def finish(batch: Mapping[str, Any], *, size: tuple[int, int] | None, clipped: b
     batch : of `collate`; one whose images are scaled already is returned as it is.
     size : height and width of the images of the batch; None leaves them.
     clipped : whether values are clipped to [0, 1] (`FixedStatistics`).
+    mixing : weights of bands [C, C], float32, on the device of the images (`Whitened`).
 
     Returns
     -------
@@ -302,7 +316,7 @@ def finish(batch: Mapping[str, Any], *, size: tuple[int, int] | None, clipped: b
     """
     if "low" not in batch:
         return batch  # type: ignore[return-value]
-    scaled = [_finished(*image, size, clipped) for image in _same_size(batch)]
+    scaled = [_finished(*image, size, clipped, mixing) for image in _same_size(batch)]
     return {
         "image": scaled[0] if len(scaled) == 1 else torch.cat(scaled),
         "mask": batch["mask"],
@@ -327,6 +341,7 @@ def _finished(
     nodata: Tensor,
     size: tuple[int, int] | None,
     clipped: bool,
+    mixing: Tensor | None,
 ) -> Tensor:
     values = image.to(torch.float32)
     missing = values == nodata[:, None, None, None]
@@ -335,6 +350,13 @@ def _finished(
     if clipped:
         values = values.clamp(0.0, 1.0)
     values = values.masked_fill(missing, 0.0)
+    if mixing is not None:
+        values = mix_bands(values, mixing).masked_fill(missing, 0.0)
     if size is not None and tuple(values.shape[-2:]) != size:
         values = F.interpolate(values, size=size, mode="bilinear", align_corners=False)
     return values
+
+
+def mix_bands(values: Tensor, mixing: Tensor) -> Tensor:
+    """Each band of values [B, C, H, W] as its row of `mixing` [C, C] makes it of all bands."""
+    return torch.einsum("ij,bjhw->bihw", mixing, values)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from spectralx import checkpoints
 from spectralx.cli import InputError
-from spectralx.data import FixedStatistics, ImageMinMax
-from spectralx.data.normalise import restore_normalisation
+from spectralx.data.normalise import AnyNormalisation, restore_normalisation
 from spectralx.prediction.bands import for_bands, normalisation_for_bands
 from spectralx.segmentation import Segmentation
 
@@ -42,7 +41,7 @@ class Predictor:
     """
 
     model: Segmentation
-    normalisation: ImageMinMax | FixedStatistics
+    normalisation: AnyNormalisation
     class_names: tuple[str, ...]
     wavelengths: tuple[float, ...] | None
     digest: str
