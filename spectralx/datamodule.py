@@ -85,6 +85,7 @@ class TaskData(pl.LightningDataModule):
             crop=settings.crop,
             flips=settings.flips,
             turns=settings.turns,
+            spectral_jitter=settings.spectral_jitter,
             normalisation="image" if normalisation is not None else settings.normalisation,
             official=settings.official,
             wavelengths=settings.wavelengths,

@@ -99,7 +99,7 @@ class MaskedReconstruction(MaskedAutoencoder):
     tokenizer : "hypert", or "conv", a patch convolution that the adapter adapts too (AoMoA cannot
         and leaves it frozen). None is "hypert" for AoMoA and "conv" for all else.
     image_size : side, or height and width, in pixels; a multiple of `patch_size`.
-    patch_size : side of a patch in pixels. HyperT and ScaleMAE take 16 only.
+    patch_size : side of a patch in pixels. ScaleMAE takes 16 only.
     embed_dim, depth, num_heads : of the encoder.
     decoder_embed_dim, decoder_depth, decoder_num_heads : of the decoder; a depth of None is 8 for
         SatMAE++ and 3 for ScaleMAE.
@@ -173,13 +173,12 @@ class MaskedReconstruction(MaskedAutoencoder):
         if tokenizer == "hypert":
             if wavelengths is None:
                 raise ValueError("wavelengths: got None, expected the bands' with hypert")
-            if patch_size != 16:
-                raise ValueError(f"patch_size: got {patch_size}, expected 16 with hypert")
             proj: nn.Module = HyperT(
                 in_channels,
                 wavelengths,
                 embed_dim=embed_dim,
                 image_size=size,
+                patch_size=patch_size,
                 resolution=resolution,
                 trainable=trainable,
                 **(tokenizer_options or {}),

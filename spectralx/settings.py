@@ -49,6 +49,9 @@ class DataSettings:
         Random flips of training images.
     turns
         Random quarter turns of training images.
+    spectral_jitter
+        Deviation of a random offset of each band of a training image, in the units of what
+        normalisation gives: 0.3 is much for whitened bands, 0.05 for the others.
     normalisation
         "image" scales each band of each image to [0, 1] by its own extremes (the paper's);
         "fixed" by the mean and deviation of each band over the training images; "whitened" takes
@@ -79,6 +82,7 @@ class DataSettings:
     crop: Literal["resize", "crop", "resized-crop"] = "resize"
     flips: bool = True
     turns: bool = True
+    spectral_jitter: float = 0.0
     normalisation: Literal["image", "fixed", "whitened"] = "image"
     official: bool = False
     cache: bool = False
@@ -91,6 +95,8 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _require(self.image_size > 0, "data.image_size", self.image_size, "at least 1")
+        jitter = self.spectral_jitter
+        _require(jitter >= 0, "data.spectral_jitter", jitter, "at least 0")
         _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
         _require(
             not self.cache or self.cache_folder is None,
@@ -240,6 +246,9 @@ class Stage2Settings:
         Width of the UPerNet head.
     neck_channels
         Width of the feature pyramid; null takes the backbone's.
+    neck_scales
+        Size of each map of the pyramid over the map of tokens, the largest first, one a feature
+        block; null takes 4, 2, 1, 1/2. With a patch for each pixel, 1 and less are enough.
     dropout
         Channel dropout before the classes.
     label_smoothing
@@ -254,6 +263,7 @@ class Stage2Settings:
     init_from: str | None = FROM_STAGE1
     head_channels: int = 512
     neck_channels: int | None = None
+    neck_scales: list[float] | None = None
     dropout: float = 0.1
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"

@@ -57,12 +57,13 @@ class RawSample(Sample):
     """A sample whose image has not been scaled, nor resized; see `finish`.
 
     image [C, H, W] as stored (float32 if that takes no more), low and inverse float32 [C] of its
-    scaling, nodata float32 [] (NaN: none).
+    scaling, nodata float32 [] (NaN: none), offset float32 [C] to add to its scaled valid values.
     """
 
     low: Tensor
     inverse: Tensor
     nodata: Tensor
+    offset: Tensor
 
 
 class Batch(TypedDict):
@@ -95,6 +96,7 @@ class ImageDataset(Dataset[Sample]):
     Attributes
     ----------
     raw_samples : whether samples are `RawSample`, for `finish`.
+    jitter : deviation of the random offset of each band of an image, in scaled values.
     cache : of stored samples; None reads them anew.
     """
 
@@ -113,6 +115,7 @@ class ImageDataset(Dataset[Sample]):
         self.normalisation = normalisation or ImageMinMax()
         self.transform = transform
         self.raw_samples = False
+        self.jitter = 0.0
         self.cache: Cache | None = None
 
     def read_pixels(self, index: int) -> tuple[Array, float | None]:
@@ -160,6 +163,15 @@ class ImageDataset(Dataset[Sample]):
     def with_normalisation(self, normalisation: Normalisation) -> Self:
         """The same dataset with another normalisation."""
         return self._replaced(normalisation=normalisation)
+
+    def with_jitter(self, deviation: float) -> Self:
+        """The same dataset, each band of each image moved by a normal offset drawn anew.
+
+        Raises ValueError for a negative deviation.
+        """
+        if not deviation >= 0:
+            raise ValueError(f"spectral_jitter: found {deviation}; expected at least 0")
+        return self._replaced(jitter=deviation)
 
     def with_cache(self, cache: Cache | None) -> Self:
         """The same dataset that keeps what it reads in `cache`."""
@@ -210,10 +222,18 @@ class ImageDataset(Dataset[Sample]):
         mask_values = classes.astype(np.int64)
         mask_values[~valid.any(axis=0)] = 0
         mask = torch.from_numpy(mask_values)
+        generator = torch.Generator()
+        if self.transform is not None or self.jitter:
+            generator.manual_seed(int(torch.randint(2**62, ())))
+        offset = torch.zeros(len(pixels))
+        if self.jitter:
+            offset = self.jitter * torch.randn(len(pixels), generator=generator)
         if self.raw_samples:
-            return self._raw_sample(index, pixels, valid, mask, nodata)
+            return self._raw_sample(index, pixels, valid, mask, nodata, offset, generator)
         scaled = torch.from_numpy(self.normalisation(values, valid))
-        image, mask = self._transformed(scaled, mask)
+        if self.jitter:
+            scaled += offset[:, None, None] * torch.from_numpy(valid)
+        image, mask = self._transformed(scaled, mask, generator)
         return {"image": image, "mask": mask, "path": self.path_of(index)}
 
     def _raw_sample(
@@ -223,6 +243,8 @@ class ImageDataset(Dataset[Sample]):
         valid: npt.NDArray[np.bool_],
         mask: Tensor,
         nodata: float | None,
+        offset: Tensor,
+        generator: torch.Generator,
     ) -> RawSample:
         if pixels.dtype.name not in _SMALL:
             pixels = np.where(valid, pixels, np.nan).astype(np.float32)
@@ -231,7 +253,7 @@ class ImageDataset(Dataset[Sample]):
         # Flips know no unsigned 16 bits: they move the bits of signed ones.
         unsigned = pixels.dtype == np.uint16
         stored = torch.from_numpy(pixels.view(np.int16) if unsigned else pixels)
-        image, mask = self._transformed(stored, mask)
+        image, mask = self._transformed(stored, mask, generator)
         missing = float("nan") if nodata is None else float(nodata)
         return {
             "image": image.view(torch.uint16) if unsigned else image,
@@ -240,12 +262,13 @@ class ImageDataset(Dataset[Sample]):
             "low": torch.from_numpy(scaling.low),
             "inverse": torch.from_numpy(scaling.inverse),
             "nodata": torch.tensor(missing, dtype=torch.float32),
+            "offset": offset,
         }
 
-    def _transformed(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _transformed(
+        self, image: Tensor, mask: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         if self.transform is not None:
-            generator = torch.Generator()
-            generator.manual_seed(int(torch.randint(2**62, ())))
             image, mask = self.transform(image, mask, generator)
         return image.contiguous(), mask.contiguous()
 
@@ -324,9 +347,12 @@ def finish(
     }
 
 
-def _same_size(batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Images [B, C, H, W], low and inverse [B, C], nodata [B], of parts of one size each."""
-    images, rest = batch["image"], (batch["low"], batch["inverse"], batch["nodata"])
+def _same_size(batch: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+    """Images [B, C, H, W]; low, inverse, offset [B, C]; nodata [B]; of parts of one size each."""
+    images, rest = (
+        batch["image"],
+        tuple(batch[key] for key in ("low", "inverse", "offset", "nodata")),
+    )
     if isinstance(images, Tensor):
         return [(images, *rest)]
     return [
@@ -338,6 +364,7 @@ def _finished(
     image: Tensor,
     low: Tensor,
     inverse: Tensor,
+    offset: Tensor,
     nodata: Tensor,
     size: tuple[int, int] | None,
     clipped: bool,
@@ -349,9 +376,9 @@ def _finished(
     values = (values - low[:, :, None, None]) * inverse[:, :, None, None]
     if clipped:
         values = values.clamp(0.0, 1.0)
-    values = values.masked_fill(missing, 0.0)
     if mixing is not None:
-        values = mix_bands(values, mixing).masked_fill(missing, 0.0)
+        values = mix_bands(values.masked_fill(missing, 0.0), mixing)
+    values = (values + offset[:, :, None, None]).masked_fill(missing, 0.0)
     if size is not None and tuple(values.shape[-2:]) != size:
         values = F.interpolate(values, size=size, mode="bilinear", align_corners=False)
     return values

@@ -96,6 +96,7 @@ def build_task(
     crop: str = "resize",
     flips: bool = True,
     turns: bool = True,
+    spectral_jitter: float = 0.0,
     normalisation: str = "image",
     official: bool = False,
     wavelengths: Sequence[float] | None = None,
@@ -114,6 +115,8 @@ def build_task(
         or "resized-crop" (a random part of half the area or more, resized). Validation and test
         images are always resized whole.
     flips, turns : random flips and quarter turns of training images.
+    spectral_jitter : deviation of a random offset of each band of a training image, in the units of
+        what `normalisation` gives.
     normalisation : "image" (each band of each image by its own minimum and maximum), "fixed" (by
         the mean and deviation of each band over the training files, read once here) or "whitened"
         (by their mean, deviation and correlation of bands; see :mod:`spectralx.data.normalise`).
@@ -172,7 +175,7 @@ def build_task(
 
     return Task(
         name=name,
-        train=finish(train, training),
+        train=finish(train, training).with_jitter(spectral_jitter),
         validation=finish(validation, evaluation),
         source_test=finish(source_test, evaluation),
         target_tests={key: finish(part, evaluation) for key, part in parts.targets.items()},

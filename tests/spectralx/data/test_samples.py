@@ -107,6 +107,30 @@ def test_raw_samples_are_whitened_once_finished(tmp_path: Path, transform: str) 
     assert torch.equal(finished["mask"], expected["mask"])
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_jitter_moves_the_valid_values_of_each_band(tmp_path: Path, dtype: str) -> None:
+    scaling = FixedStatistics([1000.0, 2000.0], [500.0, 700.0])
+    plain = dataset(tmp_path, dtype, 7, normalisation=scaling)
+    moved = plain.with_jitter(0.5)
+    torch.manual_seed(3)
+    before, after = plain[0]["image"], moved[0]["image"]
+    valid = before != 0
+    difference = after - before
+    assert (after[:, 3:5, 2:6] == 0).all()
+    for band in range(2):
+        offsets = difference[band][valid[band]]
+        assert offsets.std() < 1e-6
+        assert offsets.mean().abs() > 1e-3
+    assert not torch.equal(moved[0]["image"], after)
+    torch.manual_seed(3)
+    assert torch.equal(moved[0]["image"], after)
+    expected, found = batch_of(moved), batch_of(moved.with_raw_samples())
+    finished: Any = finish(found, size=None, clipped=True)
+    torch.testing.assert_close(finished["image"], expected["image"], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="spectral_jitter: found -1; expected at least 0"):
+        plain.with_jitter(-1)
+
+
 def test_crops_travel_in_the_stored_type(tmp_path: Path) -> None:
     data = dataset(tmp_path, "uint16", transform=RandomCrop(8)).with_raw_samples()
     sample: RawSample = data[0]  # type: ignore[assignment]
