@@ -38,6 +38,7 @@ def reconstruction_model(settings: Settings, wavelengths: Sequence[float]) -> Ma
         decoder_num_heads=stage.decoder_heads,
         fcn_dim=stage.fcn_dim,
         fcn_layers=stage.fcn_layers,
+        up_dim=stage.up_dim,
         mask_ratio=stage.mask_ratio,
         resolution=model.resolution,
         adapted_blocks=model.adapted_blocks,

@@ -105,6 +105,7 @@ class MaskedReconstruction(MaskedAutoencoder):
         SatMAE++ and 3 for ScaleMAE.
     mlp_ratio : hidden width of an MLP over its tokens' width.
     fcn_dim, fcn_layers : width and blocks of ScaleMAE's two convolutional heads.
+    up_dim : width of SatMAE++'s convolutions to the image of twice the side; None is 4 C.
     mask_ratio : share of patches hidden from the encoder.
     resolution : metres a pixel, for HyperT's and ScaleMAE's positions.
     adapted_blocks : encoder blocks to adapt; None is every sixth (5, 11, 17, 23 of 24).
@@ -145,6 +146,7 @@ class MaskedReconstruction(MaskedAutoencoder):
         mlp_ratio: float = 4.0,
         fcn_dim: int = 512,
         fcn_layers: int = 2,
+        up_dim: int | None = None,
         mask_ratio: float = 0.75,
         resolution: float = 10.0,
         adapted_blocks: Sequence[int] | None = None,
@@ -167,6 +169,8 @@ class MaskedReconstruction(MaskedAutoencoder):
             raise ValueError(f"trainable: got {trainable!r}, expected 'official' or 'all'")
         if tokenizer is None:
             tokenizer = "hypert" if adapter == "aomoa" else "conv"
+        if up_dim is not None and up_dim < 1:
+            raise ValueError(f"up_dim: got {up_dim}, expected at least 1")
         size = _image_size(image_size, patch_size)
         if patch_size != SCALEMAE_UPSAMPLING and family == "scalemae":
             raise ValueError(f"patch_size: got {patch_size}, expected 16 with scalemae")
@@ -217,9 +221,10 @@ class MaskedReconstruction(MaskedAutoencoder):
         else:
             self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_channels)
             init_linear(self.decoder_pred)
-            self.proj_up_conv = nn.Conv2d(in_channels, 4 * in_channels, 1)
-            self.proj_up_norm = ChannelNorm(4 * in_channels)
-            self.up_block = UpsamplingBlock(4 * in_channels, in_channels)
+            width = 4 * in_channels if up_dim is None else up_dim
+            self.proj_up_conv = nn.Conv2d(in_channels, width, 1)
+            self.proj_up_norm = ChannelNorm(width)
+            self.up_block = UpsamplingBlock(width, in_channels)
         if adapter is not None:
             self._adapt(adapter, tokenizer, adapted_blocks, adapter_options or {})
         if trainable == "official":

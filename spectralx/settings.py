@@ -212,6 +212,9 @@ class Stage1Settings:
         Width of ScaleMAE's two convolutional heads.
     fcn_layers
         Blocks of ScaleMAE's two convolutional heads.
+    up_dim
+        Width of SatMAE++'s convolutions to the image of twice the side; null takes four times the
+        bands, which is much for a hyperspectral sensor.
     """
 
     run: RunSettings = field(default_factory=RunSettings)
@@ -224,8 +227,11 @@ class Stage1Settings:
     decoder_heads: int = 16
     fcn_dim: int = 512
     fcn_layers: int = 2
+    up_dim: int | None = None
 
     def __post_init__(self) -> None:
+        width = self.up_dim
+        _require(width is None or width > 0, "stage1.up_dim", width, "at least 1")
         _require(0 < self.mask_ratio < 1, "stage1.mask_ratio", self.mask_ratio, "between 0 and 1")
 
 

@@ -117,7 +117,7 @@ class FixedStatistics:
 
 
 class Whitened:
-    """Bands without their mean, of deviation 1, and uncorrelated but for a share of shrinkage.
+    """Bands without their mean, of variance 1 on average, uncorrelated but for some shrinkage.
 
     The weights are symmetric (zero-phase whitening), so that of all bands each stays nearest to
     itself, and keeps its wavelength.
@@ -197,7 +197,8 @@ def fit_whitening(
     """Whitening by all pixels of `images` whose bands are all valid, read one image at a time.
 
     The correlation matrix R of the bands becomes (1 - shrinkage) R + shrinkage I, and the weights
-    are its inverse square root. A band that never changes stays apart from the others.
+    are its inverse square root, times what makes the mean variance of the bands 1. A band that
+    never changes stays apart from the others.
 
     Parameters
     ----------
@@ -234,6 +235,8 @@ def fit_whitening(
     mixed = (1.0 - shrinkage) * correlation + shrinkage * np.eye(len(std))
     spread, axes = np.linalg.eigh(mixed)
     mixing = (axes / np.sqrt(spread)) @ axes.T
+    # Shrunk directions leave little: what is left gets the variance of as many scaled bands.
+    mixing *= np.sqrt(np.trace(correlation) / np.einsum("ij,jk,ik->", mixing, correlation, mixing))
     mixing[:, std == 0] = mixing[std == 0] = 0.0
     return Whitened(mean.tolist(), std.tolist(), mixing.tolist())
 

@@ -83,6 +83,16 @@ def test_other_patch_sizes(patch: int, adapter: Method) -> None:
     result.loss.backward()
 
 
+def test_the_convolutions_to_the_larger_image_may_be_narrow() -> None:
+    model = small("satmae++", up_dim=3)
+    assert model.proj_up_conv.weight.shape == (3, len(BANDS), 1, 1)
+    result = model(images_for(model))
+    result.loss.backward()
+    assert model.proj_up_conv.weight.grad.abs().sum() > 0
+    again = MaskedReconstruction(**model.config)
+    again.load_state_dict(model.state_dict())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batches_of_any_size_agree_with_their_images_alone(family: Family) -> None:
     model = small(family).eval()
@@ -282,6 +292,7 @@ def test_loss_falls(family: Family) -> None:
         ({"adapter": None, "tokenizer_options": {"stem_dim": 16}}, "tokenizer_options: got"),
         ({"adapted_blocks": [7]}, r"\[7\]"),
         ({"fcn_dim": 6}, "dim: got 6"),
+        ({"up_dim": 0}, "up_dim: got 0, expected at least 1"),
     ],
 )
 def test_errors_name_the_argument(changes: dict[str, Any], names: str) -> None:

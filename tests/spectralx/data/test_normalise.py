@@ -107,7 +107,10 @@ def test_whitening_is_the_inverse_root_of_the_shrunk_correlation() -> None:
     whitened = fit_whitening(images, shrinkage=0.1)
     mixing = whitened.mixing.astype(np.float64)
     assert np.allclose(mixing, mixing.T)
-    assert np.allclose(mixing @ correlation @ mixing, np.eye(5), atol=1e-4)
+    product = mixing @ correlation @ mixing
+    assert np.allclose(product / product[0, 0], np.eye(5), atol=1e-4)
+    scaled = [whitened(values, valid)[:, valid.all(0)] for values, valid in images]
+    assert np.concatenate(scaled, axis=1).var(axis=1).mean() == pytest.approx(1, abs=1e-3)
     assert whitened.statistics.mean == pytest.approx(every.mean(axis=1))
     assert whitened.statistics.std == pytest.approx(every.std(axis=1))
 
