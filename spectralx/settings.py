@@ -115,7 +115,8 @@ class ModelSettings:
     family
         Backbone: scalemae, satmae++ or dinov3 (stage 2 only).
     patch_size
-        Side of a patch in pixels; 16 with HyperT.
+        Side of a patch in pixels; with HyperT 1, 2 or a multiple of 4. ScaleMAE takes 16 alone in
+        stage 1.
     embed_dim
         Width of a token.
     depth
