@@ -3,9 +3,9 @@
 ``"image"`` is the paper's: each band of each image to [0, 1] by its own minimum and maximum.
 ``"fixed"`` uses one mean and deviation a band, measured once over the training files of the
 source domain, so that absolute reflectance survives. ``"whitened"`` also takes the correlation of
-the bands away, measured over the same files: neighbouring bands of a hyperspectral sensor are nearly
-the same, and what tells materials apart is what is left. Missing values take no part
-in any statistic and are 0 afterwards.
+the bands away, measured over the same files: neighbouring bands of a hyperspectral sensor are
+nearly the same, and what tells materials apart is what is left. Missing values take no part in any
+statistic and are 0 afterwards.
 """
 
 from __future__ import annotations

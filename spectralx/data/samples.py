@@ -347,12 +347,13 @@ def finish(
     }
 
 
-def _same_size(batch: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+_Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _same_size(batch: Mapping[str, Any]) -> list[_Part]:
     """Images [B, C, H, W]; low, inverse, offset [B, C]; nodata [B]; of parts of one size each."""
-    images, rest = (
-        batch["image"],
-        tuple(batch[key] for key in ("low", "inverse", "offset", "nodata")),
-    )
+    images = batch["image"]
+    rest = batch["low"], batch["inverse"], batch["offset"], batch["nodata"]
     if isinstance(images, Tensor):
         return [(images, *rest)]
     return [

@@ -88,7 +88,9 @@ def test_the_convolutions_to_the_larger_image_may_be_narrow() -> None:
     assert model.proj_up_conv.weight.shape == (3, len(BANDS), 1, 1)
     result = model(images_for(model))
     result.loss.backward()
-    assert model.proj_up_conv.weight.grad.abs().sum() > 0
+    gradient = model.proj_up_conv.weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
     again = MaskedReconstruction(**model.config)
     again.load_state_dict(model.state_dict())
 
