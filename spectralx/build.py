@@ -38,6 +38,7 @@ def reconstruction_model(settings: Settings, wavelengths: Sequence[float]) -> Ma
         decoder_num_heads=stage.decoder_heads,
         fcn_dim=stage.fcn_dim,
         fcn_layers=stage.fcn_layers,
+        up_dim=stage.up_dim,
         mask_ratio=stage.mask_ratio,
         resolution=model.resolution,
         adapted_blocks=model.adapted_blocks,
@@ -72,6 +73,7 @@ def segmentation_model(
         tokenizer_heads=model.tokenizer_heads,
         low_rank=model.low_rank,
         neck_channels=stage.neck_channels,
+        neck_scales=stage.neck_scales,
         head_channels=stage.head_channels,
         dropout=stage.dropout,
     )

@@ -15,16 +15,17 @@ from spectralx.cli import InputError
 from spectralx.data import (
     FixedStatistics,
     ImageDataset,
-    ImageMinMax,
     Sample,
     Task,
     TileDataset,
+    Whitened,
     build_task,
     collate,
     finish,
 )
 from spectralx.data.cache import DiskCache, MemoryCache
 from spectralx.data.damage import SkipDamaged
+from spectralx.data.normalise import AnyNormalisation, describe
 from spectralx.data.normalise import restore_normalisation as restore_normalisation
 from spectralx.data.samples import Batch as Batch
 from spectralx.sampling import Augmented, Key, Shared, TrainingOrder, end_with_parent
@@ -39,9 +40,8 @@ _TRAINER_READS = ("train", "validation")
 def describe_normalisation(dataset: ImageDataset) -> dict[str, Any]:
     """The scaling of `dataset` as a checkpoint keeps it; `restore_normalisation` reads it."""
     scaling = dataset.normalisation
-    if isinstance(scaling, FixedStatistics):
-        return {"kind": "fixed", "mean": scaling.mean.tolist(), "std": scaling.std.tolist()}
-    return {"kind": "image"}
+    assert isinstance(scaling, AnyNormalisation)
+    return describe(scaling)
 
 
 class TaskData(pl.LightningDataModule):
@@ -75,7 +75,7 @@ class TaskData(pl.LightningDataModule):
         settings: DataSettings,
         run: RunSettings,
         *,
-        normalisation: ImageMinMax | FixedStatistics | None = None,
+        normalisation: AnyNormalisation | None = None,
         seed: int = 0,
         skip: SkipDamaged | None = None,
     ) -> None:
@@ -93,6 +93,7 @@ class TaskData(pl.LightningDataModule):
             crop=settings.crop,
             flips=settings.flips,
             turns=settings.turns,
+            spectral_jitter=settings.spectral_jitter,
             normalisation="image" if normalisation is not None else settings.normalisation,
             official=settings.official,
             wavelengths=settings.wavelengths,
@@ -137,9 +138,13 @@ class TaskData(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         """Scale and resize on the device what the datasets left as stored."""
-        size = self._settings.image_size
-        clipped = isinstance(self._given or self.task.train.normalisation, FixedStatistics)
-        return finish(batch, size=(size, size), clipped=clipped)
+        size, scaling = self._settings.image_size, self._given or self.task.train.normalisation
+        mixing = None
+        if isinstance(scaling, Whitened) and "low" in batch:
+            mixing = torch.from_numpy(scaling.mixing).to(batch["low"].device)
+        return finish(
+            batch, size=(size, size), clipped=isinstance(scaling, FixedStatistics), mixing=mixing
+        )
 
     def _loader(self, dataset: Dataset[Sample], batches: Sampler[list[Key]]) -> DataLoader[Sample]:
         return DataLoader(

@@ -7,6 +7,7 @@ Source: SpectralX, stage 2; the head is "Unified Perceptual Parsing for Scene Un
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -170,10 +171,11 @@ class MultiLevelNeck(nn.Module):
         self, in_channels: Sequence[int], out_channels: int, scales: Sequence[float] = NECK_SCALES
     ) -> None:
         super().__init__()
-        if len(scales) != len(in_channels) or min(scales) <= 0:
+        descending = all(a >= b for a, b in pairwise(scales))
+        if len(scales) != len(in_channels) or min(scales) <= 0 or not descending:
             raise ValueError(
                 f"scales: got {tuple(scales)}, expected {len(in_channels)} positive numbers, "
-                "one for each feature map"
+                "one for each feature map, the largest first"
             )
         self.scales = tuple(scales)
         self.plain = False

@@ -100,12 +100,13 @@ class MaskedReconstruction(MaskedAutoencoder):
     tokenizer : "hypert", or "conv", a patch convolution that the adapter adapts too (AoMoA cannot
         and leaves it frozen). None is "hypert" for AoMoA and "conv" for all else.
     image_size : side, or height and width, in pixels; a multiple of `patch_size`.
-    patch_size : side of a patch in pixels. HyperT and ScaleMAE take 16 only.
+    patch_size : side of a patch in pixels. ScaleMAE takes 16 only.
     embed_dim, depth, num_heads : of the encoder.
     decoder_embed_dim, decoder_depth, decoder_num_heads : of the decoder; a depth of None is 8 for
         SatMAE++ and 3 for ScaleMAE.
     mlp_ratio : hidden width of an MLP over its tokens' width.
     fcn_dim, fcn_layers : width and blocks of ScaleMAE's two convolutional heads.
+    up_dim : width of SatMAE++'s convolutions to the image of twice the side; None is 4 C.
     mask_ratio : share of patches hidden from the encoder.
     resolution : metres a pixel, for HyperT's and ScaleMAE's positions.
     adapted_blocks : encoder blocks to adapt; None is every sixth (5, 11, 17, 23 of 24).
@@ -146,6 +147,7 @@ class MaskedReconstruction(MaskedAutoencoder):
         mlp_ratio: float = 4.0,
         fcn_dim: int = 512,
         fcn_layers: int = 2,
+        up_dim: int | None = None,
         mask_ratio: float = 0.75,
         resolution: float = 10.0,
         adapted_blocks: Sequence[int] | None = None,
@@ -168,19 +170,20 @@ class MaskedReconstruction(MaskedAutoencoder):
             raise ValueError(f"trainable: got {trainable!r}, expected 'official' or 'all'")
         if tokenizer is None:
             tokenizer = "hypert" if adapter == "aomoa" else "conv"
+        if up_dim is not None and up_dim < 1:
+            raise ValueError(f"up_dim: got {up_dim}, expected at least 1")
         size = _image_size(image_size, patch_size)
         if patch_size != SCALEMAE_UPSAMPLING and family == "scalemae":
             raise ValueError(f"patch_size: got {patch_size}, expected 16 with scalemae")
         if tokenizer == "hypert":
             if wavelengths is None:
                 raise ValueError("wavelengths: got None, expected the bands' with hypert")
-            if patch_size != 16:
-                raise ValueError(f"patch_size: got {patch_size}, expected 16 with hypert")
             proj: nn.Module = HyperT(
                 in_channels,
                 wavelengths,
                 embed_dim=embed_dim,
                 image_size=size,
+                patch_size=patch_size,
                 resolution=resolution,
                 trainable=trainable,
                 **(tokenizer_options or {}),
@@ -219,9 +222,10 @@ class MaskedReconstruction(MaskedAutoencoder):
         else:
             self.decoder_pred = Linear(decoder_embed_dim, patch_size**2 * in_channels)
             init_linear(self.decoder_pred)
-            self.proj_up_conv = nn.Conv2d(in_channels, 4 * in_channels, 1)
-            self.proj_up_norm = ChannelNorm(4 * in_channels)
-            self.up_block = UpsamplingBlock(4 * in_channels, in_channels)
+            width = 4 * in_channels if up_dim is None else up_dim
+            self.proj_up_conv = nn.Conv2d(in_channels, width, 1)
+            self.proj_up_norm = ChannelNorm(width)
+            self.up_block = UpsamplingBlock(width, in_channels)
         if adapter is not None:
             self._adapt(adapter, tokenizer, adapted_blocks, adapter_options or {})
         if trainable == "official":

@@ -25,8 +25,6 @@ Family = Literal["scalemae", "satmae++", "dinov3"]
 Tokenizer = Literal["hypert", "conv"]
 Trainable = Literal["adapters", "decoder", "all"]
 
-HYPERT_PATCH = 16
-
 
 def _check_one_of(name: str, value: object, choices: Any) -> None:
     if value not in get_args(choices):
@@ -66,6 +64,8 @@ class Segmentation(OfficialNames):
     stem_dim, tokenizer_heads, low_rank : of `HyperT`.
     storage_tokens : of DINOv3.
     neck_channels, head_channels, dropout : of `UPerNet`.
+    neck_scales : size of each map of UPerNet's pyramid over the map of tokens, finest first, one a
+        feature block; by default the first of 4, 2, 1, 1/2. Logits have the finest one's size.
 
     Attributes
     ----------
@@ -105,6 +105,7 @@ class Segmentation(OfficialNames):
         storage_tokens: int = 4,
         neck_channels: int | None = None,
         head_channels: int = 512,
+        neck_scales: Sequence[float] | None = None,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
@@ -123,11 +124,6 @@ class Segmentation(OfficialNames):
         if refine and not with_hypert:
             raise ValueError("refine: got True, expected False without HyperT (tokenizer)")
         self.image_size = _image_size(image_size, patch_size)
-        if patch_size != HYPERT_PATCH and with_hypert and (refine or low_rank is not None):
-            raise ValueError(
-                f"patch_size: got {patch_size}, expected {HYPERT_PATCH} with HyperT's low-rank "
-                "path or the Are-adapter (low_rank=None, refine=False go without)"
-            )
         self.in_channels, self.num_classes = in_channels, num_classes
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
         tokens = self.grid[0] * self.grid[1]
@@ -147,6 +143,7 @@ class Segmentation(OfficialNames):
                 num_heads=tokenizer_heads,
                 resolution=resolution,
                 low_rank=low_rank,
+                patch_size=patch_size,
                 trainable="all" if trainable == "all" else "official",
             )
         else:
@@ -189,7 +186,7 @@ class Segmentation(OfficialNames):
             num_classes,
             neck_channels=neck_channels,
             head_channels=head_channels,
-            scales=NECK_SCALES[: len(self.feature_blocks)],
+            scales=neck_scales or NECK_SCALES[: len(self.feature_blocks)],
             dropout=dropout,
         )
         self.neck, self.head = decoder.neck, decoder.head
@@ -230,7 +227,10 @@ class Segmentation(OfficialNames):
         return [x.transpose(1, 2).unflatten(2, self.grid) for x in features]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] to logits [B, classes, 4 · rows, 4 · columns] of the patch grid."""
+        """Images [B, C, H, W] to logits [B, classes, 4 · rows, 4 · columns] of the patch grid.
+
+        In general ``neck_scales[0]`` times rows and columns.
+        """
         return decode(self.neck, self.head, self.features(images))
 
     def loss(

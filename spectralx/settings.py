@@ -49,9 +49,13 @@ class DataSettings:
         Random flips of training images.
     turns
         Random quarter turns of training images.
+    spectral_jitter
+        Deviation of a random offset of each band of a training image, in the units of what
+        normalisation gives: 0.3 is much for whitened bands, 0.05 for the others.
     normalisation
         "image" scales each band of each image to [0, 1] by its own extremes (the paper's);
-        "fixed" by the mean and deviation of each band over the training images.
+        "fixed" by the mean and deviation of each band over the training images; "whitened" takes
+        the correlation of the bands away as well, for hyperspectral images.
     official
         The published protocol: selection on the target domain, scores at the model's size,
         classes absent from the truth dropped, scores never reset between validations.
@@ -81,7 +85,8 @@ class DataSettings:
     crop: Literal["resize", "crop", "resized-crop"] = "resize"
     flips: bool = True
     turns: bool = True
-    normalisation: Literal["image", "fixed"] = "image"
+    spectral_jitter: float = 0.0
+    normalisation: Literal["image", "fixed", "whitened"] = "image"
     official: bool = False
     cache: bool = False
     cache_folder: str | None = None
@@ -94,6 +99,8 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _require(self.image_size > 0, "data.image_size", self.image_size, "at least 1")
+        jitter = self.spectral_jitter
+        _require(jitter >= 0, "data.spectral_jitter", jitter, "at least 0")
         _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
         _require(
             not self.cache or self.cache_folder is None,
@@ -112,7 +119,8 @@ class ModelSettings:
     family
         Backbone: scalemae, satmae++ or dinov3 (stage 2 only).
     patch_size
-        Side of a patch in pixels; 16 with HyperT.
+        Side of a patch in pixels; with HyperT 1, 2 or a multiple of 4. ScaleMAE takes 16 alone in
+        stage 1.
     embed_dim
         Width of a token.
     depth
@@ -209,6 +217,9 @@ class Stage1Settings:
         Width of ScaleMAE's two convolutional heads.
     fcn_layers
         Blocks of ScaleMAE's two convolutional heads.
+    up_dim
+        Width of SatMAE++'s convolutions to the image of twice the side; null takes four times the
+        bands, which is much for a hyperspectral sensor.
     """
 
     run: RunSettings = field(default_factory=RunSettings)
@@ -221,8 +232,11 @@ class Stage1Settings:
     decoder_heads: int = 16
     fcn_dim: int = 512
     fcn_layers: int = 2
+    up_dim: int | None = None
 
     def __post_init__(self) -> None:
+        width = self.up_dim
+        _require(width is None or width > 0, "stage1.up_dim", width, "at least 1")
         _require(0 < self.mask_ratio < 1, "stage1.mask_ratio", self.mask_ratio, "between 0 and 1")
 
 
@@ -243,6 +257,9 @@ class Stage2Settings:
         Width of the UPerNet head.
     neck_channels
         Width of the feature pyramid; null takes the backbone's.
+    neck_scales
+        Size of each map of the pyramid over the map of tokens, the largest first, one a feature
+        block; null takes 4, 2, 1, 1/2. With a patch for each pixel, 1 and less are enough.
     dropout
         Channel dropout before the classes.
     label_smoothing
@@ -257,6 +274,7 @@ class Stage2Settings:
     init_from: str | None = FROM_STAGE1
     head_channels: int = 512
     neck_channels: int | None = None
+    neck_scales: list[float] | None = None
     dropout: float = 0.1
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"

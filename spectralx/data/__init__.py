@@ -19,7 +19,14 @@ from .domains import Domains, described_domains
 from .folder import FolderDataset
 from .foreign import ForeignDataset, domains_of, domains_of_datamodule
 from .mts12 import Mts12
-from .normalise import FixedStatistics, ImageMinMax, Normalisation, fit_statistics
+from .normalise import (
+    FixedStatistics,
+    ImageMinMax,
+    Normalisation,
+    Whitened,
+    fit_statistics,
+    fit_whitening,
+)
 from .raster import DataError, RasterInfo, raster_info, read_image, read_raster, write_raster
 from .samples import ImageDataset, Sample, collate, finish
 from .tasks import Task, build_task, register_task, task_names
@@ -49,6 +56,7 @@ __all__ = [
     "Task",
     "TileDataset",
     "Transform",
+    "Whitened",
     "WhuOhs",
     "WhuOhsTransfer",
     "build_task",
@@ -58,6 +66,7 @@ __all__ = [
     "domains_of_datamodule",
     "finish",
     "fit_statistics",
+    "fit_whitening",
     "raster_info",
     "read_image",
     "read_raster",

@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Transform, without_resizing
-from .normalise import FixedStatistics, ImageMinMax, Normalisation, Scaling, extremes
+from .normalise import (
+    FixedStatistics,
+    ImageMinMax,
+    Normalisation,
+    Scaling,
+    Whitened,
+    extremes,
+)
 from .raster import Array, as_values, data_error, valid_values
 
 UNLABELLED = "unlabelled"
@@ -50,12 +57,13 @@ class RawSample(Sample):
     """A sample whose image has not been scaled, nor resized; see `finish`.
 
     image [C, H, W] as stored (float32 if that takes no more), low and inverse float32 [C] of its
-    scaling, nodata float32 [] (NaN: none).
+    scaling, nodata float32 [] (NaN: none), offset float32 [C] to add to its scaled valid values.
     """
 
     low: Tensor
     inverse: Tensor
     nodata: Tensor
+    offset: Tensor
 
 
 class Batch(TypedDict):
@@ -88,6 +96,7 @@ class ImageDataset(Dataset[Sample]):
     Attributes
     ----------
     raw_samples : whether samples are `RawSample`, for `finish`.
+    jitter : deviation of the random offset of each band of an image, in scaled values.
     cache : of stored samples; None reads them anew.
     """
 
@@ -106,6 +115,7 @@ class ImageDataset(Dataset[Sample]):
         self.normalisation = normalisation or ImageMinMax()
         self.transform = transform
         self.raw_samples = False
+        self.jitter = 0.0
         self.cache: Cache | None = None
 
     def read_pixels(self, index: int) -> tuple[Array, float | None]:
@@ -153,6 +163,15 @@ class ImageDataset(Dataset[Sample]):
     def with_normalisation(self, normalisation: Normalisation) -> Self:
         """The same dataset with another normalisation."""
         return self._replaced(normalisation=normalisation)
+
+    def with_jitter(self, deviation: float) -> Self:
+        """The same dataset, each band of each image moved by a normal offset drawn anew.
+
+        Raises ValueError for a negative deviation.
+        """
+        if not deviation >= 0:
+            raise ValueError(f"spectral_jitter: found {deviation}; expected at least 0")
+        return self._replaced(jitter=deviation)
 
     def with_cache(self, cache: Cache | None) -> Self:
         """The same dataset that keeps what it reads in `cache`."""
@@ -203,10 +222,18 @@ class ImageDataset(Dataset[Sample]):
         mask_values = classes.astype(np.int64)
         mask_values[~valid.any(axis=0)] = 0
         mask = torch.from_numpy(mask_values)
+        generator = torch.Generator()
+        if self.transform is not None or self.jitter:
+            generator.manual_seed(int(torch.randint(2**62, ())))
+        offset = torch.zeros(len(pixels))
+        if self.jitter:
+            offset = self.jitter * torch.randn(len(pixels), generator=generator)
         if self.raw_samples:
-            return self._raw_sample(index, pixels, valid, mask, nodata)
+            return self._raw_sample(index, pixels, valid, mask, nodata, offset, generator)
         scaled = torch.from_numpy(self.normalisation(values, valid))
-        image, mask = self._transformed(scaled, mask)
+        if self.jitter:
+            scaled += offset[:, None, None] * torch.from_numpy(valid)
+        image, mask = self._transformed(scaled, mask, generator)
         return {"image": image, "mask": mask, "path": self.path_of(index)}
 
     def _raw_sample(
@@ -216,6 +243,8 @@ class ImageDataset(Dataset[Sample]):
         valid: npt.NDArray[np.bool_],
         mask: Tensor,
         nodata: float | None,
+        offset: Tensor,
+        generator: torch.Generator,
     ) -> RawSample:
         if pixels.dtype.name not in _SMALL:
             pixels = np.where(valid, pixels, np.nan).astype(np.float32)
@@ -224,7 +253,7 @@ class ImageDataset(Dataset[Sample]):
         # Flips know no unsigned 16 bits: they move the bits of signed ones.
         unsigned = pixels.dtype == np.uint16
         stored = torch.from_numpy(pixels.view(np.int16) if unsigned else pixels)
-        image, mask = self._transformed(stored, mask)
+        image, mask = self._transformed(stored, mask, generator)
         missing = float("nan") if nodata is None else float(nodata)
         return {
             "image": image.view(torch.uint16) if unsigned else image,
@@ -233,12 +262,13 @@ class ImageDataset(Dataset[Sample]):
             "low": torch.from_numpy(scaling.low),
             "inverse": torch.from_numpy(scaling.inverse),
             "nodata": torch.tensor(missing, dtype=torch.float32),
+            "offset": offset,
         }
 
-    def _transformed(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _transformed(
+        self, image: Tensor, mask: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         if self.transform is not None:
-            generator = torch.Generator()
-            generator.manual_seed(int(torch.randint(2**62, ())))
             image, mask = self.transform(image, mask, generator)
         return image.contiguous(), mask.contiguous()
 
@@ -263,7 +293,7 @@ class RawImages:
 
 
 def _scaling(normalisation: Normalisation, values: Array, valid: npt.NDArray[np.bool_]) -> Scaling:
-    if isinstance(normalisation, FixedStatistics):
+    if isinstance(normalisation, (FixedStatistics, Whitened)):
         return normalisation.scaling()
     if isinstance(normalisation, ImageMinMax):
         # Where some are missing, extremes are sought among floats.
@@ -272,8 +302,8 @@ def _scaling(normalisation: Normalisation, values: Array, valid: npt.NDArray[np.
             *extremes(values if complete else values.astype(np.float32), valid)
         )
     raise TypeError(
-        f"normalisation: found {type(normalisation).__name__}; expected ImageMinMax or "
-        "FixedStatistics for raw samples"
+        f"normalisation: found {type(normalisation).__name__}; expected ImageMinMax, "
+        "FixedStatistics or Whitened for raw samples"
     )
 
 
@@ -287,7 +317,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return batch  # type: ignore[return-value]
 
 
-def finish(batch: Mapping[str, Any], *, size: tuple[int, int] | None, clipped: bool) -> Batch:
+def finish(
+    batch: Mapping[str, Any],
+    *,
+    size: tuple[int, int] | None,
+    clipped: bool,
+    mixing: Tensor | None = None,
+) -> Batch:
     """Scale and resize the images of a batch of `RawSample`, wherever they are.
 
     Parameters
@@ -295,6 +331,7 @@ def finish(batch: Mapping[str, Any], *, size: tuple[int, int] | None, clipped: b
     batch : of `collate`; one whose images are scaled already is returned as it is.
     size : height and width of the images of the batch; None leaves them.
     clipped : whether values are clipped to [0, 1] (`FixedStatistics`).
+    mixing : weights of bands [C, C], float32, on the device of the images (`Whitened`).
 
     Returns
     -------
@@ -302,7 +339,7 @@ def finish(batch: Mapping[str, Any], *, size: tuple[int, int] | None, clipped: b
     """
     if "low" not in batch:
         return batch  # type: ignore[return-value]
-    scaled = [_finished(*image, size, clipped) for image in _same_size(batch)]
+    scaled = [_finished(*image, size, clipped, mixing) for image in _same_size(batch)]
     return {
         "image": scaled[0] if len(scaled) == 1 else torch.cat(scaled),
         "mask": batch["mask"],
@@ -310,9 +347,13 @@ def finish(batch: Mapping[str, Any], *, size: tuple[int, int] | None, clipped: b
     }
 
 
-def _same_size(batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Images [B, C, H, W], low and inverse [B, C], nodata [B], of parts of one size each."""
-    images, rest = batch["image"], (batch["low"], batch["inverse"], batch["nodata"])
+_Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _same_size(batch: Mapping[str, Any]) -> list[_Part]:
+    """Images [B, C, H, W]; low, inverse, offset [B, C]; nodata [B]; of parts of one size each."""
+    images = batch["image"]
+    rest = batch["low"], batch["inverse"], batch["offset"], batch["nodata"]
     if isinstance(images, Tensor):
         return [(images, *rest)]
     return [
@@ -324,9 +365,11 @@ def _finished(
     image: Tensor,
     low: Tensor,
     inverse: Tensor,
+    offset: Tensor,
     nodata: Tensor,
     size: tuple[int, int] | None,
     clipped: bool,
+    mixing: Tensor | None,
 ) -> Tensor:
     values = image.to(torch.float32)
     missing = values == nodata[:, None, None, None]
@@ -334,7 +377,14 @@ def _finished(
     values = (values - low[:, :, None, None]) * inverse[:, :, None, None]
     if clipped:
         values = values.clamp(0.0, 1.0)
-    values = values.masked_fill(missing, 0.0)
+    if mixing is not None:
+        values = mix_bands(values.masked_fill(missing, 0.0), mixing)
+    values = (values + offset[:, :, None, None]).masked_fill(missing, 0.0)
     if size is not None and tuple(values.shape[-2:]) != size:
         values = F.interpolate(values, size=size, mode="bilinear", align_corners=False)
     return values
+
+
+def mix_bands(values: Tensor, mixing: Tensor) -> Tensor:
+    """Each band of values [B, C, H, W] as its row of `mixing` [C, C] makes it of all bands."""
+    return torch.einsum("ij,bjhw->bihw", mixing, values)

@@ -44,7 +44,7 @@ from .dfc2020 import SEASONS, Dfc2020
 from .domains import Domains, described_domains
 from .folder import SPLITS, FolderDataset, folder_pairs
 from .mts12 import Mts12
-from .normalise import NORMALISATIONS, fit_statistics
+from .normalise import NORMALISATIONS, Normalisation, fit_statistics, fit_whitening
 from .raster import data_error
 from .samples import ImageDataset
 from .tiles import TileDataset, split_by_file
@@ -100,6 +100,7 @@ def build_task(
     crop: str = "resize",
     flips: bool = True,
     turns: bool = True,
+    spectral_jitter: float = 0.0,
     normalisation: str = "image",
     official: bool = False,
     wavelengths: Sequence[float] | None = None,
@@ -119,8 +120,11 @@ def build_task(
         or "resized-crop" (a random part of half the area or more, resized). Validation and test
         images are always resized whole.
     flips, turns : random flips and quarter turns of training images.
-    normalisation : "image" (each band of each image by its own minimum and maximum) or "fixed" (by
-        the mean and deviation of each band over the training files, read once here).
+    spectral_jitter : deviation of a random offset of each band of a training image, in the units of
+        what `normalisation` gives.
+    normalisation : "image" (each band of each image by its own minimum and maximum), "fixed" (by
+        the mean and deviation of each band over the training files, read once here) or "whitened"
+        (by their mean, deviation and correlation of bands; see :mod:`spectralx.data.normalise`).
     official : the published protocol: validation on the target, masks of validation and test
         resized to `image_size`, DFC2020's raw labels 3 and 8 kept. By default validation is on the
         source and these masks keep the files' size.
@@ -170,14 +174,17 @@ def build_task(
         validation = _together(parts.targets)
     if skip is not None:
         train, validation = skip("train", train), skip("validation", validation)
-    scaling = train.normalisation if normalisation == "image" else fit_statistics(train.raw)
+    scaling: Normalisation = train.normalisation
+    if normalisation != "image":
+        whitened = normalisation == "whitened"
+        scaling = fit_whitening(train.raw) if whitened else fit_statistics(train.raw)
 
     def finish(dataset: ImageDataset, transform: Transform | None) -> ImageDataset:
         return dataset.with_normalisation(scaling).with_transform(transform)
 
     return Task(
         name=name,
-        train=finish(train, training),
+        train=finish(train, training).with_jitter(spectral_jitter),
         validation=finish(validation, evaluation),
         source_test=finish(source_test, evaluation),
         target_tests={key: finish(part, evaluation) for key, part in parts.targets.items()},

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from spectralx.cli import InputError
-from spectralx.data import FixedStatistics
-from spectralx.data.normalise import ImageMinMax
+from spectralx.data import FixedStatistics, Whitened
+from spectralx.data.normalise import AnyNormalisation, ImageMinMax
 from spectralx.segmentation import Segmentation
 from spectralx_kernels import HyperT
 
@@ -109,13 +109,21 @@ def for_bands(model: Segmentation, wavelengths: Sequence[float]) -> Segmentation
 
 
 def normalisation_for_bands(
-    normalisation: ImageMinMax | FixedStatistics,
+    normalisation: AnyNormalisation,
     trained: Sequence[float],
     wavelengths: Sequence[float],
 ) -> ImageMinMax | FixedStatistics:
-    """Statistics of the trained bands interpolated linearly, by wavelength, to new ones."""
+    """Statistics of the trained bands interpolated linearly, by wavelength, to new ones.
+
+    Raises InputError for whitened bands: correlations of other ones are not known.
+    """
     if isinstance(normalisation, ImageMinMax):
         return normalisation
+    if isinstance(normalisation, Whitened):
+        raise InputError(
+            "adapt_bands: found a checkpoint with data.normalisation whitened; expected image or "
+            "fixed, whose statistics can be interpolated to other bands"
+        )
     known, place = np.unique(np.asarray(trained, float), return_inverse=True)
     counts = np.bincount(place)
     mean, std = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from spectralx.cli import InputError
-from spectralx.data import FixedStatistics
+from spectralx.data import FixedStatistics, Whitened
 from spectralx.data.raster import open_raster
 from spectralx.prediction.bands import choose_bands
 from spectralx.prediction.output import Georeference
@@ -150,7 +150,9 @@ def prepare(predictor: Predictor, scene: str | Path, output: str | Path, options
             f"{output}: found {'a folder' if output.is_dir() else 'the scene itself'}; expected "
             "the name of a new GeoTIFF"
         )
-    if options.statistics_from is not None and isinstance(predictor.normalisation, FixedStatistics):
+    if options.statistics_from is not None and isinstance(
+        predictor.normalisation, (FixedStatistics, Whitened)
+    ):
         raise InputError(
             f"statistics_from: found {options.statistics_from} for a model that has the statistics "
             "of its training; expected none"

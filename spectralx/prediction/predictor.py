@@ -16,8 +16,7 @@ from torch import Tensor
 
 from spectralx import checkpoints
 from spectralx.cli import InputError
-from spectralx.data import FixedStatistics, ImageMinMax
-from spectralx.data.normalise import restore_normalisation
+from spectralx.data.normalise import AnyNormalisation, restore_normalisation
 from spectralx.prediction.bands import for_bands, normalisation_for_bands
 from spectralx.prediction.tiles import whole_cells
 from spectralx.segmentation import Segmentation
@@ -47,7 +46,7 @@ class Predictor:
     """
 
     model: Segmentation
-    normalisation: ImageMinMax | FixedStatistics
+    normalisation: AnyNormalisation
     class_names: tuple[str, ...]
     wavelengths: tuple[float, ...] | None
     digest: str

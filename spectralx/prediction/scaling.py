@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectralx.data.normalise import Scaling
+from spectralx.data.samples import mix_bands
 from spectralx.prediction.scene import EXACT_DTYPES, SceneReading
 
 
@@ -32,6 +33,8 @@ class Scaler:
             for values in (scaling.low, scaling.inverse)
         )
         self.clipped = scaling.clipped
+        mixing = scaling.mixing
+        self.mixing = None if mixing is None else torch.from_numpy(mixing).to(device)
         exact = reading.info.dtype in EXACT_DTYPES
         self.floating = not exact or reading.info.dtype == "float32"
         nodata = reading.nodata
@@ -54,6 +57,10 @@ class Scaler:
             scaled = scaled.clamp_(0.0, 1.0)
         if missing is not None:
             scaled = scaled.masked_fill_(missing, 0.0)
+        if self.mixing is not None:
+            scaled = mix_bands(scaled, self.mixing)
+            if missing is not None:
+                scaled = scaled.masked_fill_(missing, 0.0)
         if tuple(scaled.shape[-2:]) != self.size:
             scaled = F.interpolate(scaled, size=self.size, mode="bilinear", align_corners=False)
         return scaled

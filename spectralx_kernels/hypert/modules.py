@@ -21,7 +21,8 @@ from spectralx_kernels.hypert.positions import position_tables, wavelengths_in_n
 from spectralx_kernels.hypert.stem_module import STRIDE, Stem
 
 MAX_BANDS = 512
-PATCH = 16  # of the low-rank path: two convolutions of stride 4
+PATCH = 16
+DOWN = 4  # stride of the first convolution of the low-rank path; the second makes up a patch
 
 
 class _Attention(nn.Module):
@@ -120,9 +121,9 @@ def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _patches(image_size: tuple[int, int]) -> int:
-    """Patches of 16 x 16 pixels that cover an image."""
-    return -(-image_size[0] // PATCH) * -(-image_size[1] // PATCH)
+def _patches(image_size: tuple[int, int], side: int = PATCH) -> int:
+    """Patches of `side` x `side` pixels that cover an image."""
+    return -(-image_size[0] // side) * -(-image_size[1] // side)
 
 
 def _heads_for(width: int, num_heads: int) -> int:
@@ -287,15 +288,17 @@ class HyperT(nn.Module):
     """The spatial-spectral tokenizer with a trainable low-rank patch projection beside it.
 
     Takes the place of a vision transformer's patch embedding. The tokenizer is ``.proj``; the
-    low-rank path is two convolutions 4x4 of stride 4, to `low_rank` channels and to D. Both are
-    added and multiplied by ``.scaler`` [D].
+    low-rank path is two convolutions 4x4 of stride 4, to `low_rank` channels and to D (in general
+    of stride 4 and of stride ``patch_size / 4``, or of `patch_size` and 1 below 4). Both are added
+    and multiplied by ``.scaler`` [D].
 
     Parameters
     ----------
     in_channels, wavelengths, wavelength_unit, embed_dim, image_size, tokens, stem_dim, num_heads,
     resolution : as in `SpatialSpectralTokenizer`. With a low-rank path there is one token for each
-        16 x 16 pixels; it sees zeros where patches at the lower and right edge are not filled.
+        patch; it sees zeros where patches at the lower and right edge are not filled.
     low_rank : channels inside the low-rank path, or None to leave it and the scaler out.
+    patch_size : side in pixels of a patch of the low-rank path: 1, 2 or a multiple of 4.
     trainable : "official" freezes the tokenizer at its start, as the published code does, so that
         only the low-rank path and the scaler train; "all" trains everything. Frozen or not, batch
         norms follow ``train()`` and ``eval()``.
@@ -321,34 +324,46 @@ class HyperT(nn.Module):
         num_heads: int = 8,
         resolution: float = 10.0,
         low_rank: int | None = 16,
+        patch_size: int = PATCH,
         trainable: str = "official",
     ) -> None:
         super().__init__()
         if trainable not in ("official", "all"):
             raise ValueError(f"trainable: got {trainable!r}, expected 'official' or 'all'")
+        unknown = patch_size not in (1, 2) and (patch_size < 1 or patch_size % DOWN != 0)
+        if low_rank is not None and unknown:
+            raise ValueError(
+                f"patch_size: got {patch_size}, expected 1, 2 or a multiple of {DOWN} with the "
+                "low-rank path"
+            )
+        per_patch = tokens
+        if tokens is None and low_rank is not None:
+            per_patch = _patches(_sides(image_size), patch_size)
         self.proj = SpatialSpectralTokenizer(
             in_channels,
             wavelengths,
             wavelength_unit=wavelength_unit,
             embed_dim=embed_dim,
             image_size=image_size,
-            tokens=tokens,
+            tokens=per_patch,
             stem_dim=stem_dim,
             num_heads=num_heads,
             resolution=resolution,
         )
         self.proj.requires_grad_(trainable == "all")
         self.low_rank = low_rank
+        self.patch_size = patch_size
         if low_rank is None:
             return
         check_range("low_rank", low_rank, 1, 2**16)
-        patches = _patches(self.proj.image_size)
+        patches = _patches(self.proj.image_size, patch_size)
         if tokens not in (None, patches):
             raise ValueError(
                 f"tokens: got {tokens}, expected {patches}, one for each patch of the low-rank path"
             )
-        self.down = nn.Conv2d(in_channels, low_rank, 4, stride=4)
-        self.up = nn.Conv2d(low_rank, embed_dim, 4, stride=4)
+        first, second = min(DOWN, patch_size), max(patch_size // DOWN, 1)
+        self.down = nn.Conv2d(in_channels, low_rank, first, stride=first)
+        self.up = nn.Conv2d(low_rank, embed_dim, second, stride=second)
         self.scaler = nn.Parameter(torch.ones(embed_dim))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,8 +375,9 @@ class HyperT(nn.Module):
         tokens, spatial, spectral = self.proj(images)
         if self.low_rank is not None:
             height, width = images.shape[2:]
-            if height % PATCH or width % PATCH:
-                images = F.pad(images, (0, -width % PATCH, 0, -height % PATCH))
+            side = self.patch_size
+            if height % side or width % side:
+                images = F.pad(images, (0, -width % side, 0, -height % side))
             patches = self.up(self.down(images)).flatten(2).transpose(1, 2)
             tokens = self.scaler * (tokens + patches)
         return tokens, spatial, spectral

@@ -105,7 +105,9 @@ class AreAdapter(OfficialNames):
     tokens : number of tokens of a square map, or (height, width) of the map.
     spatial_dim : width of HyperT's spatial features, which is the number of its spectral ones.
     positions : positions of HyperT's spatial features, a number or (height, width); half of it,
-        rounded up, is the map of tokens. Twice the map of tokens by default.
+        rounded up, is the map of tokens, or it divides the map of tokens, as that of patches of 8
+        pixels and smaller does: then tokens at one position share its weight. Twice the map of
+        tokens by default.
 
     `scale` starts at 0.01. No gradient reaches the layers that only choose the match.
 
@@ -134,11 +136,15 @@ class AreAdapter(OfficialNames):
             positions = 2 * height, 2 * width
         self.feature_map = _map_size("positions", positions)
         halved = tuple((side + 1) // 2 for side in self.feature_map)
+        stride, self.shared = 2, (1, 1)
         if halved != self.token_map:
-            raise ValueError(
-                f"positions: got a map of {self.feature_map}, which halves to {halved}, "
-                f"expected to halve to the tokens' {self.token_map}"
-            )
+            down, across = self.feature_map
+            if height % down or width % across:
+                raise ValueError(
+                    f"positions: got a map of {self.feature_map}, which halves to {halved}, "
+                    f"expected to halve to the tokens' {self.token_map} or to divide it"
+                )
+            stride, self.shared = 1, (height // down, width // across)
         self.embed_dim = embed_dim
         self.spatial_dim = spatial_dim
         half = embed_dim // 2
@@ -148,7 +154,7 @@ class AreAdapter(OfficialNames):
         self.spa_match_attn = _Match(half, spatial_dim)
         self.spe_match_attn = _Match(half, places)
         self.refine_spa = nn.Sequential(
-            nn.Conv2d(half, half // 2, 3, stride=2, padding=1, bias=False),
+            nn.Conv2d(half, half // 2, 3, stride=stride, padding=1, bias=False),
             nn.BatchNorm2d(half // 2),
             nn.ReLU(),
             nn.Conv2d(half // 2, half // 2, 3, padding=1, bias=False),
@@ -219,7 +225,11 @@ class AreAdapter(OfficialNames):
         norm = self.norm
         gathered = gather_norm(half, match, norm.weight, norm.bias, norm_eps=norm.eps)
         maps = gathered.unflatten(1, self.feature_map).permute(0, 3, 1, 2)  # channels last
-        return self._convolved(maps).mean(dim=1).flatten(1)
+        weights = self._convolved(maps).mean(dim=1)
+        for axis, count in enumerate(self.shared, start=1):
+            if count > 1:
+                weights = weights.repeat_interleave(count, axis)
+        return weights.flatten(1)
 
     def spectral_weight(self, half: Tensor, match: Tensor) -> Tensor:
         """Weights [B, N] of the second halves [B, N, D/2]; match : [B, spatial_dim]."""

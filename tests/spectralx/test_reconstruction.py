@@ -75,12 +75,24 @@ def test_other_image_sizes(
     assert result.loss.isfinite()
 
 
-@pytest.mark.parametrize("patch", [8, 14])
-def test_other_patch_sizes(patch: int) -> None:
-    model = small("satmae++", adapter="slr", patch_size=patch, image_size=3 * patch)
+@pytest.mark.parametrize(("patch", "adapter"), [(8, "slr"), (14, "slr"), (8, "aomoa")])
+def test_other_patch_sizes(patch: int, adapter: Method) -> None:
+    model = small("satmae++", adapter=adapter, patch_size=patch, image_size=3 * patch)
     result = model(images_for(model))
     assert result.prediction.shape == (2, 9, patch * patch * len(BANDS))
     result.loss.backward()
+
+
+def test_the_convolutions_to_the_larger_image_may_be_narrow() -> None:
+    model = small("satmae++", up_dim=3)
+    assert model.proj_up_conv.weight.shape == (3, len(BANDS), 1, 1)
+    result = model(images_for(model))
+    result.loss.backward()
+    gradient = model.proj_up_conv.weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+    again = MaskedReconstruction(**model.config)
+    again.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -276,13 +288,13 @@ def test_loss_falls(family: Family) -> None:
         ({"image_size": (32, 0)}, "image_size: got 32x0"),
         ({"patch_size": 0}, "patch_size: got 0"),
         ({"patch_size": 8}, "patch_size: got 8, expected 16 with scalemae"),
-        ({"family": "satmae++", "patch_size": 8}, "patch_size: got 8, expected 16 with hypert"),
         ({"wavelengths": None}, "wavelengths: got None"),
         ({"mask_ratio": 1.0}, r"mask_ratio: got 1\.0"),
         ({"embed_dim": 30}, "expected a divisor of dim=30"),
         ({"adapter": None, "tokenizer_options": {"stem_dim": 16}}, "tokenizer_options: got"),
         ({"adapted_blocks": [7]}, r"\[7\]"),
         ({"fcn_dim": 6}, "dim: got 6"),
+        ({"up_dim": 0}, "up_dim: got 0, expected at least 1"),
     ],
 )
 def test_errors_name_the_argument(changes: dict[str, Any], names: str) -> None:

@@ -138,6 +138,30 @@ def test_a_convolution_takes_other_patch_sizes():
     assert model(batch(16, 16)[0]).shape == (2, 4, 16, 16)
 
 
+@pytest.mark.parametrize(("patch", "size", "side"), [(8, 32, 4), (4, 16, 4), (1, 8, 8)])
+def test_the_whole_method_takes_other_patch_sizes(patch: int, size: int, side: int) -> None:
+    model = small(patch_size=patch, image_size=size)
+    assert model.grid == (side, side)
+    images, labels = batch(size, size)
+    assert model(images).shape == (2, 4, 4 * side, 4 * side)
+    model.loss(images, labels).backward()
+    low_rank = model.get_parameter("vit_backbone.patch_embed.proj.down.weight")
+    assert low_rank.shape[-1] == min(patch, 4)
+    assert low_rank.grad is not None
+    assert low_rank.grad.abs().sum() > 0
+    weights = dict(model.AreApt.named_parameters())  # type: ignore[union-attr]
+    assert weights["refine_spa.0.weight"].grad is not None
+
+
+def test_logits_have_the_size_of_the_finest_map() -> None:
+    model = small(patch_size=2, image_size=16, depth=2, neck_scales=[1.0, 0.5]).eval()
+    images, _ = batch(16, 16)
+    assert model(images).shape == (2, 4, 8, 8)
+    assert Segmentation(**model.config)(images).shape == (2, 4, 8, 8)
+    with pytest.raises(ValueError, match="one for each feature map, the largest first"):
+        small(depth=2, neck_scales=[0.5, 1.0])
+
+
 def test_are_adapter_refines_what_the_next_block_sees():
     images, _ = batch()
     model = small().eval()
@@ -208,7 +232,7 @@ def test_it_learns():
         ({"trainable": "some"}, "trainable: got 'some'"),
         ({"tokenizer": "patch"}, "tokenizer: got 'patch'"),
         ({"image_size": 40}, "image_size: got 40, expected positive multiples of patch_size 16"),
-        ({"patch_size": 8}, "patch_size: got 8, expected 16 with HyperT"),
+        ({"patch_size": 6, "image_size": 24}, "patch_size: got 6, expected 1, 2 or a multiple"),
         ({"wavelengths": None}, "wavelengths: got None"),
         ({"wavelengths": [0.5]}, "wavelengths: got shape"),
         ({"tokenizer": "conv", "refine": True}, "refine: got True, expected False"),

@@ -124,6 +124,24 @@ def test_low_rank_path_sees_zeros_beyond_the_edge():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("patch", "first"), [(1, 1), (2, 2), (4, 4), (8, 4), (32, 4)])
+def test_low_rank_path_of_other_patches(patch, first):
+    """A token's part of the path sees its own patch alone."""
+    side = 64 // patch if patch > 8 else 2
+    size = max(patch * side, 8)
+    side = size // patch
+    model = small(image_size=size, patch_size=patch)
+    assert model.down.stride == (first, first)
+    x = images(1, 3, (size, size))
+    with torch.no_grad():
+        model.scaler.fill_(2.0)
+        found = model.eval()(x)[0] / 2 - model.proj(x)[0]
+        for index in (0, side + 1, side * side - 1):
+            rows, columns = (slice(at * patch, (at + 1) * patch) for at in divmod(index, side))
+            alone = model.up(model.down(x[:, :, rows, columns]))
+            torch.testing.assert_close(found[:, index], alone.flatten(1), rtol=1e-4, atol=1e-5)
+
+
 def test_queries_are_projected_once_for_all_images():
     model = small().eval()
     seen: list[tuple[int, ...]] = []
@@ -266,6 +284,9 @@ def test_nan_pixel_reaches_every_token_of_its_image():
         ({"wavelengths": [0.5]}, "wavelengths: got shape"),
         ({"image_size": 100}, "image_size: got 100 x 100, expected positive multiples of 8"),
         ({"image_size": (0, 16)}, "image_size: got 0 x 16"),
+        ({"patch_size": 8, "image_size": 24, "tokens": 5}, "tokens: got 5, expected 9, one for"),
+        ({"patch_size": 6, "image_size": 24}, "patch_size: got 6, expected 1, 2 or a multiple"),
+        ({"patch_size": 0}, "patch_size: got 0, expected 1, 2 or a multiple of 4"),
         ({"tokens": 5}, "tokens: got 5, expected 1, one for each patch"),
         ({"tokens": 0, "low_rank": None}, "tokens: got 0"),
         ({"embed_dim": 7}, "embed_dim: got 7"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from spectralx.data import DataError, FolderDataset, build_task, write_raster
 
@@ -194,6 +195,18 @@ def test_real_tiles_are_read(real: Path) -> None:
         counts += np.bincount(sample["mask"].flatten().numpy(), minlength=7)
     assert (counts > 0).all()
     assert task.source_test[0]["mask"].shape == (32, 32)
+
+
+def test_real_tiles_are_whitened(real: Path) -> None:
+    def directions(normalisation: str) -> float:
+        """How many directions of the bands' space share the variance (participation ratio)."""
+        task = build_task("folder", real, image_size=32, normalisation=normalisation)
+        pixels = torch.cat([task.train[index]["image"].flatten(1) for index in range(14)], dim=1)
+        spread = torch.linalg.eigvalsh(pixels.double().cov())
+        return float(spread.sum() ** 2 / spread.square().sum())
+
+    assert directions("fixed") < 3
+    assert directions("whitened") > 10
 
 
 @pytest.mark.parametrize("name", ["../out.tif", "images/linked.tif", "{root}/../out.tif", "a\x00b"])

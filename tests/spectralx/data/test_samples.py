@@ -16,6 +16,7 @@ from spectralx.data import (
     ImageMinMax,
     Pair,
     TileDataset,
+    Whitened,
     collate,
     finish,
     write_raster,
@@ -91,6 +92,45 @@ def test_raw_samples_are_the_same_once_finished(
     assert finish(expected, size=size, clipped=fixed) is expected
 
 
+@pytest.mark.parametrize("transform", ["none", "resize"])
+def test_raw_samples_are_whitened_once_finished(tmp_path: Path, transform: str) -> None:
+    scaling = Whitened([1000.0, 2000.0], [500.0, 700.0], [[2.0, -1.5], [-1.5, 2.0]])
+    plain = dataset(
+        tmp_path, "uint16", 7, normalisation=scaling, transform=TRANSFORMS.get(transform)
+    )
+    expected, found = batch_of(plain), batch_of(plain.with_raw_samples())
+    size = None if transform == "none" else (8, 8)
+    mixing = torch.from_numpy(scaling.mixing)
+    finished: Any = finish(found, size=size, clipped=False, mixing=mixing)
+    # Sums over bands in another order.
+    torch.testing.assert_close(finished["image"], expected["image"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(finished["mask"], expected["mask"])
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_jitter_moves_the_valid_values_of_each_band(tmp_path: Path, dtype: str) -> None:
+    scaling = FixedStatistics([1000.0, 2000.0], [500.0, 700.0])
+    plain = dataset(tmp_path, dtype, 7, normalisation=scaling)
+    moved = plain.with_jitter(0.5)
+    torch.manual_seed(3)
+    before, after = plain[0]["image"], moved[0]["image"]
+    valid = before != 0
+    difference = after - before
+    assert (after[:, 3:5, 2:6] == 0).all()
+    for band in range(2):
+        offsets = difference[band][valid[band]]
+        assert offsets.std() < 1e-6
+        assert offsets.mean().abs() > 1e-3
+    assert not torch.equal(moved[0]["image"], after)
+    torch.manual_seed(3)
+    assert torch.equal(moved[0]["image"], after)
+    expected, found = batch_of(moved), batch_of(moved.with_raw_samples())
+    finished: Any = finish(found, size=None, clipped=True)
+    torch.testing.assert_close(finished["image"], expected["image"], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="spectral_jitter: found -1; expected at least 0"):
+        plain.with_jitter(-1)
+
+
 def test_crops_travel_in_the_stored_type(tmp_path: Path) -> None:
     data = dataset(tmp_path, "uint16", transform=RandomCrop(8)).with_raw_samples()
     sample: RawSample = data[0]  # type: ignore[assignment]
@@ -101,7 +141,7 @@ def test_crops_travel_in_the_stored_type(tmp_path: Path) -> None:
 
 def test_other_normalisations_cannot_wait(tmp_path: Path) -> None:
     data = dataset(tmp_path, "uint8", normalisation=lambda values, valid: values)
-    with pytest.raises(TypeError, match="expected ImageMinMax or FixedStatistics"):
+    with pytest.raises(TypeError, match="expected ImageMinMax, FixedStatistics or Whitened"):
         data.with_raw_samples()[0]
 
 

@@ -12,6 +12,7 @@ from spectralx.data import (
     ImageDataset,
     Task,
     TileDataset,
+    Whitened,
     build_task,
     task_names,
 )
@@ -151,6 +152,32 @@ def test_fixed_normalisation_is_measured_on_the_training_files(scenes: Scenes) -
     assert task.target_tests["target"].normalisation is scaling
     means = [task.train.read_values(i)[0].mean((1, 2)) for i in range(len(task.train))]
     assert scaling.mean == pytest.approx(sum(means) / len(means), rel=1e-4)
+
+
+def test_whitening_is_measured_on_the_training_files(scenes: Scenes) -> None:
+    task = _build(scenes, "WS-WD", normalisation="whitened", flips=False, turns=False)
+    scaling = task.train.normalisation
+    assert isinstance(scaling, Whitened)
+    assert task.target_tests["target"].normalisation is scaling
+    means = [task.train.read_values(i)[0].mean((1, 2)) for i in range(len(task.train))]
+    assert scaling.statistics.mean == pytest.approx(sum(means) / len(means), rel=1e-4)
+    assert torch.equal(task.train[0]["image"], task.train[0]["image"])
+
+
+def test_jitter_is_of_training_images_alone(scenes: Scenes) -> None:
+    still, moved = (
+        _build(scenes, "spring", flips=False, turns=False, spectral_jitter=jitter)
+        for jitter in (0.0, 0.1)
+    )
+    difference = moved.train[0]["image"] - still.train[0]["image"]
+    assert not torch.equal(moved.train[0]["image"], moved.train[0]["image"])
+    # Resizing leaves what is the same everywhere.
+    assert (difference.amax((1, 2)) - difference.amin((1, 2))).max() < 1e-5
+    for one, other in (
+        (still.validation, moved.validation),
+        (still.source_test, moved.source_test),
+    ):
+        assert torch.equal(one[0]["image"], other[0]["image"])
 
 
 def test_the_published_protocol(scenes: Scenes) -> None:

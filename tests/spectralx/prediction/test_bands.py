@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spectralx.cli import InputError
-from spectralx.data import FixedStatistics
+from spectralx.data import FixedStatistics, Whitened
 from spectralx.prediction.bands import (
     choose_bands,
     for_bands,
@@ -67,3 +67,9 @@ def test_statistics_follow_the_wavelengths() -> None:
     assert isinstance(changed, FixedStatistics)
     assert changed.mean.tolist() == pytest.approx([150.0, 100.0, 300.0])
     assert changed.std.tolist() == pytest.approx([15.0, 10.0, 30.0])
+
+
+def test_whitening_is_of_the_bands_it_was_measured_on() -> None:
+    whitened = Whitened([1.0, 2.0], [1.0, 1.0], [[1.0, 0.0], [0.0, 1.0]])
+    with pytest.raises(InputError, match="normalisation whitened; expected image or fixed"):
+        normalisation_for_bands(whitened, [0.5, 0.6], [0.55, 0.65])
