@@ -2,6 +2,7 @@
 
 Arguments: images and bands. Medians of interleaved runs on the CPU; processor time, so for one
 thread (``OMP_NUM_THREADS=1``). ``--dtype bfloat16``: also against `eager` in float32.
+``--compile``: HyperT in evaluation also against ``torch.compile`` of `eager`.
 ``--memory``: instead, the peak memory of forward and backward with everything trained and, as
 published, with the tokenizer frozen; and the gradients of weights, which everyone holds at last.
 """
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from benchmarks.clock import ProcessorTime, interleave
 from benchmarks.memory import peak_bytes
-from benchmarks.variants import on_reference
+from benchmarks.variants import compiled, on_reference
 from spectralx_kernels import HyperT
 
 Run = Callable[[], object]
@@ -33,9 +34,14 @@ def medians(runs: dict[str, Run]) -> dict[str, float]:
     return {name: statistics.median(taken) * 1e3 for name, taken in samples.items()}
 
 
-def against_eager(name: str, run: Run, wide: Run | None = None) -> None:
-    """Print `run` against the reference, and against that of `wide`, the same in float32."""
+def against_eager(
+    name: str, run: Run, wide: Run | None = None, compiled_run: Run | None = None
+) -> None:
+    """Print `run` against the reference, that of `wide`, which is float32, and `compiled_run`."""
     others = {"eager": on_reference(run)}
+    if compiled_run is not None:
+        compiled_run()  # compiles
+        others["compile"] = compiled_run
     if wide is not None:
         others["eager float32"] = on_reference(wide)
     found = medians({"fused": run, **others})
@@ -88,6 +94,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--forward", action="store_true", help="no backward passes")
+    parser.add_argument("--compile", action="store_true", help="HyperT in evaluation alone")
     given = parser.parse_args()
     batch, bands = given.images, given.bands
     if given.steps:
@@ -118,6 +125,16 @@ def main() -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith("proj."))
         peaks("HyperT, tokenizer frozen", of_model, model)
+        return
+
+    if given.compile:
+        with torch.no_grad():
+            model.eval()
+            against_eager(
+                "HyperT, evaluation",
+                partial(model, images),
+                compiled_run=partial(compiled(model), images),
+            )
         return
 
     def forward(name: str, run: Run, wide: Run) -> None:
