@@ -52,7 +52,10 @@ def by_definition(adapter: AreAdapter, tokens: Tensor, spatial: Tensor, spectral
             matched = adapter.norm(half[best])
             if convolve is adapter.refine_spa:
                 image = matched.T.reshape(1, -1, height, width)
-                weight = convolve(image)[0].mean(dim=0).flatten()
+                weight = convolve(image)[0].mean(dim=0)
+                if weight.shape != adapter.token_map:  # nearest position of each token
+                    weight = F.interpolate(weight[None, None], adapter.token_map)[0, 0]
+                weight = weight.flatten()
             else:
                 weight = convolve(matched[None])[0].mean(dim=1)
             weighted.append(weight[:, None] * half)
@@ -62,7 +65,17 @@ def by_definition(adapter: AreAdapter, tokens: Tensor, spatial: Tensor, spectral
 
 @pytest.mark.parametrize(
     ("tokens", "positions"),
-    [((2, 3), None), ((2, 3), (3, 5)), (4, 16), (4, (3, 4)), (1, (2, 1)), ((3, 1), (5, 2))],
+    [
+        ((2, 3), None),
+        ((2, 3), (3, 5)),
+        (4, 16),
+        (4, (3, 4)),
+        (1, (2, 1)),
+        ((3, 1), (5, 2)),
+        ((2, 3), (2, 3)),
+        ((4, 6), (2, 3)),
+        ((3, 8), (3, 2)),
+    ],
     ids=str,
 )
 def test_sizes_and_definition(tokens, positions):
