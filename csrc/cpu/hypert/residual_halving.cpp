@@ -24,7 +24,7 @@ using spectralx::cpu::map_kernels;
 constexpr int64_t kElements = 1 << 15;  // of a task: two maps of them fit in the L2 cache
 // Of a strip. Maps of more than 32 MiB are not of malloc's heap but new pages each time, which cost
 // as much as passes over them; smaller strips cost copies, and backward they save memory.
-constexpr int64_t kStrip = 1 << 22, kBackwardStrip = 1 << 20;
+constexpr int64_t kStrip = 1 << 22, kBackwardStrip = 3 << 18;
 
 template <typename T>
 T* data(const Tensor& tensor) {
