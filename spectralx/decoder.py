@@ -122,10 +122,12 @@ class ConvUnit(nn.Module):
         outer = self.conv.weight
 
         def make() -> tuple[Tensor, Tensor]:
-            # Scaled before the product: one rounding of the large weight.
-            scaled, shift = fold_batch_norm(outer, None, bn)
-            weight, bias = _product(scaled, inner)
-            return weight, bias + shift
+            # Scaled before the product: one rounding of the large weight. In the weights' own type,
+            # as a call outside autocast may use what one inside it made.
+            with torch.autocast(outer.device.type, enabled=False):
+                scaled, shift = fold_batch_norm(outer, None, bn)
+                weight, bias = _product(scaled, inner)
+                return weight, bias + shift
 
         used = (outer, inner.conv.weight, inner_bias, bn.weight, bn.bias, mean, variance)
         weight, bias = self._kept.of(used, make)

@@ -248,7 +248,7 @@ def checked_tensors(folder: Path, manifest: Mapping[str, Any]) -> Path:
     """
     file = folder / MANIFEST
     entry = manifest["tensors"]
-    tensor_file: Path = folder / entry["file"]
+    tensor_file = folder / str(entry["file"])
     if not tensor_file.is_file():
         raise CheckpointError(f"{tensor_file}: no such file, expected the tensors of {file}")
     digest = sha256_of(tensor_file)

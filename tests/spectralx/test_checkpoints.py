@@ -16,6 +16,7 @@ from spectralx.checkpoints import (
     load,
     save,
 )
+from spectralx.checkpoints.lean import load_lean, products
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
 from tests.spectralx.small_models import WAVELENGTHS, images, manifest_of, stage1, stage2
@@ -189,3 +190,40 @@ def test_errors_are_one_line(folder):
 def test_safetensors_hold_the_state_dict(folder, model):
     tensors = load_file(folder / manifest_of(folder)["tensors"]["file"])
     assert tensors.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("adapter", ["aomoa", "lora", None])
+def test_a_lean_model_is_the_model(tmp_path, adapter):
+    torch.manual_seed(1)
+    one = stage2(adapter=adapter)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    path = save(tmp_path, one)
+    whole, (lean, manifest) = load(path).build().requires_grad_(False), load_lean(path)
+    assert manifest == manifest_of(path)
+    assert not lean.training
+    assert not any(parameter.requires_grad for parameter in lean.parameters())
+    with torch.inference_mode():
+        assert torch.equal(lean(images()), whole(images()))
+        # Weights kept in the type that autocast brings them to: half the bytes, the same results.
+        half, _ = load_lean(path, torch.bfloat16)
+        fresh = load(path).build().requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(half(images()), fresh(images()))
+    names = products(half)
+    assert any(name.startswith("vit_backbone.blocks.0.") for name in names)
+    for name, tensor in half.state_dict().items():
+        assert tensor.dtype == (torch.bfloat16 if name in names else whole.state_dict()[name].dtype)
+        assert not tensor.is_meta
+
+
+def test_a_lean_model_of_other_tensors_is_refused(folder):
+    manifest = manifest_of(folder)
+    edit_manifest(folder, config={**manifest["config"], "depth": 2, "embed_dim": 32})
+    with pytest.raises(CheckpointError, match="60 tensors of another shape"):
+        load_lean(folder)
+    (folder / manifest["tensors"]["file"]).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="got sha256"):
+        load_lean(folder)
+    torch.nn.Linear(2, 2).weight.sum().item()  # layers have their memory again

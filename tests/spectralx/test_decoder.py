@@ -179,6 +179,18 @@ def test_kept_product_follows_the_weights():
         assert model.float()(maps()).shape == (2, 5, 24, 16)
 
 
+def test_kept_product_does_not_depend_on_autocast():
+    model: Any = decoder().eval()
+    with torch.no_grad():
+        plain = model(maps())
+        with torch.autocast("cpu", torch.bfloat16):
+            after = model(maps())
+        model.train().eval()  # forgets
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(maps()), after)
+        assert torch.equal(model(maps()), plain)
+
+
 def test_compiles_whole():
     model = decoder(dropout=0.0).eval()
     with torch.no_grad():
