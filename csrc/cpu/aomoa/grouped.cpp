@@ -229,7 +229,7 @@ bool groups_experts(int64_t experts, int64_t top_k) {
                 ", expected dense or grouped");
     return wanted == "grouped";
   }
-  return experts >= 4 * top_k;
+  return experts >= 2 * top_k;
 }
 
 template <typename Op>
