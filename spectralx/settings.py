@@ -51,7 +51,7 @@ class DataSettings:
         Random quarter turns of training images.
     spectral_jitter
         Deviation of a random offset of each band of a training image, in the units of what
-        normalisation gives: 0.3 is much for whitened bands, 0.05 for the others.
+        normalisation gives, whose bands vary by 1 on average where whitened, by 0.25 where fixed.
     normalisation
         "image" scales each band of each image to [0, 1] by its own extremes (the paper's);
         "fixed" by the mean and deviation of each band over the training images; "whitened" takes
