@@ -37,9 +37,12 @@ build/.extension: $(SOURCES)
 train: $(READY)
 	$(RUN) -m spectralx.quickstart --out $(RUNS)/quickstart
 
-# Both stages on a folder of real tiles: make real DATA=/path/to/enmap_potsdam
+# Both stages on a folder of real tiles, and a report: make real DATA=/path/to/enmap_potsdam [SEEDS="0 1 2"]
+SEEDS ?= 0
 real: $(READY)
-	$(RUN) -m spectralx.train both --config enmap.yaml --data.root $(DATA) --out $(RUNS)/enmap
+	for seed in $(SEEDS); do $(RUN) -m spectralx.train both --config enmap.yaml --data.root $(DATA) \
+	    --seed $$seed --out $(RUNS)/enmap/seed$$seed || exit 1; done
+	$(RUN) -m spectralx.evaluate --checkpoint $(RUNS)/enmap --root $(DATA) --out $(RUNS)/enmap-report
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $$($(RUN) -c "import xdist; print('-n $(WORKERS) --dist worksteal')" 2>/dev/null) tests
