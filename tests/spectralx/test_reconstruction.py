@@ -12,7 +12,7 @@ from torch import Tensor
 from spectralx.adapt import METHODS, Method
 from spectralx.adapters import IA3Conv2d, IA3Linear, LoRALinear, SLRLinear
 from spectralx.reconstruction import FAMILIES, Family, MaskedReconstruction
-from spectralx_kernels import AoMoALinear, HyperT, patchify
+from spectralx_kernels import AoMoALinear, HyperT, Linear, patchify
 
 BANDS = [0.49, 0.56, 0.665, 0.842, 1.61]
 WITH_AND_WITHOUT: list[Method | None] = [*METHODS, None]
@@ -187,7 +187,7 @@ def test_adapters_sit_where_the_paper_puts_them(family: Family) -> None:
     assert kinds["patch_embed.proj"] is HyperT
     other = small(family, depth=4, adapter="ia3", adapted_blocks=[0, 1])
     assert type(other.patch_embed.proj) is IA3Conv2d
-    assert type(other.get_submodule("blocks.2.attn.qkv")) is torch.nn.Linear
+    assert type(other.get_submodule("blocks.2.attn.qkv")) is Linear
 
 
 def test_published_lora_leaves_the_last_layer_of_the_decoder() -> None:
@@ -196,7 +196,7 @@ def test_published_lora_leaves_the_last_layer_of_the_decoder() -> None:
         for adapter in METHODS
     }
     assert kinds == {
-        "lora": torch.nn.Linear,
+        "lora": Linear,
         "slr": SLRLinear,
         "ia3": IA3Linear,
         "aomoa": AoMoALinear,
