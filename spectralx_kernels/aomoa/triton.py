@@ -36,7 +36,7 @@ _DOWN_COLUMNS = 512
 
 
 def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) -> None:
-    columns = min(padded(layer.rank), _DOWN_COLUMNS, 512 if architecture() >= 90 else 256)
+    columns = min(padded(layer.rank), _DOWN_COLUMNS, 512 if architecture() == 90 else 256)
     tile = 64 if layer.large or INTERPRETED else 16
     launch(
         products.down_norm, layer.grid(tile),
