@@ -17,8 +17,8 @@ from benchmarks.variants import compiled, on_reference
 from spectralx_kernels import HyperT
 
 
-def build(shape: HypertShape, mode: str, setting: Setting) -> Case:
-    draw = Draw(setting, seed=0)
+def drawn_model(shape: HypertShape, draw: Draw) -> HyperT:
+    """HyperT of these sizes with drawn weights."""
     model = HyperT(
         shape.bands,
         WAVELENGTHS[shape.sensor],
@@ -26,7 +26,13 @@ def build(shape: HypertShape, mode: str, setting: Setting) -> Case:
         image_size=shape.image_size,
         trainable=shape.trainable,
     )
-    draw.fill(model).train(mode != FORWARD)
+    draw.fill(model)
+    return model
+
+
+def build(shape: HypertShape, mode: str, setting: Setting) -> Case:
+    draw = Draw(setting, seed=0)
+    model = drawn_model(shape, draw).train(mode != FORWARD)
 
     def input_set() -> Tensors:
         side = shape.image_size

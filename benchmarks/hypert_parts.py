@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import floors
+from benchmarks.bench_hypert import drawn_model
 from benchmarks.case import Draw, Setting
 from benchmarks.clock import ProcessorTime, interleave
 from benchmarks.report import as_text
-from benchmarks.shapes import HYPERT, WAVELENGTHS, HypertShape, find
-from spectralx_kernels import HyperT
+from benchmarks.shapes import HYPERT, HypertShape, find
 
 Run = Callable[[], object]
 
@@ -31,13 +31,7 @@ Run = Callable[[], object]
 def parts(shape: HypertShape, setting: Setting) -> dict[str, Run]:
     """The parts of the forward pass, each on what the one before it gave."""
     draw = Draw(setting, seed=0)
-    model = HyperT(
-        shape.bands,
-        WAVELENGTHS[shape.sensor],
-        embed_dim=shape.embed_dim,
-        image_size=shape.image_size,
-    )
-    draw.fill(model).eval()
+    model = drawn_model(shape, draw).eval()
     inner, side = model.proj, shape.image_size
     images = draw.normal(shape.batch, shape.bands, side, side, scale=0.3, offset=0.5)
     features = inner.downsample_module(images)

@@ -91,3 +91,10 @@ def values_are_free(tensor: Tensor) -> bool:
 def looks_itself(operator: str, backend: str | None) -> bool:
     """Whether CPU tensors go to a kernel that refuses wrong values in its own pass."""
     return _backends.choose(operator, "cpu", backend) == "cpp"
+
+
+def check_layer(prefix: str, weight: Tensor, bias: Tensor | None, width: int) -> None:
+    """A linear layer's weight [O, width] and bias [O]; errors name them after `prefix`."""
+    check_shape(f"{prefix}weight", weight, ("out", width))
+    if bias is not None:
+        check_shape(f"{prefix}bias", bias, (weight.shape[0],))

@@ -2,9 +2,8 @@
 
 On Hopper a product (wgmma) runs while the loop goes on, and so do the copies of later iterations
 into a ring of buffers. Triton (3.6 and 3.9) makes the ring one buffer too short for an operand that
-is read into registers as well, so that the copy behind the product overwrites what it reads. Which
-of the two is faster is a matter of luck: a wrong tile in a hundred. The remedy is in the kernel: an
-operand of a product in a loop is loaded for nothing else.
+is read into registers as well, so that the copy behind the product may overwrite what it reads. The
+remedy is in the kernel: an operand of a product in a loop is loaded for nothing else.
 """
 
 from __future__ import annotations

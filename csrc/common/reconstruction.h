@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/laid_out.h"
 #include "common/patch_norm.h"
 
 namespace spectralx::reconstruction {
@@ -21,13 +22,6 @@ inline Tensor upstream_of(const Grads& output_grads) {
   TORCH_CHECK(output_grads.size() == 1, "output_grads: got ", output_grads.size(), ", expected 1");
   const std::optional<Tensor> grad = output_grads[0];
   return grad.has_value() ? *grad : Tensor();
-}
-
-// In the type and with the strides of the input.
-inline Tensor laid_out(const Tensor& grad, const Tensor& like) {
-  const Tensor out = at::empty_like(like);
-  if (grad.scalar_type() == out.scalar_type() && grad.strides() == out.strides()) return grad;
-  return out.copy_(grad);
 }
 
 // ---------------------------------------------------------------------------------------------

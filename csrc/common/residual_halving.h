@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/laid_out.h"
 #include "common/stem_maps.h"
 #include "common/strips.h"
 
@@ -228,13 +229,6 @@ class ResidualHalving {
     }
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> convolution_backward(
-      const Tensor& grad, const Tensor& input, const Tensor& weight, int64_t stride,
-      std::array<int64_t, 2> padding, std::array<bool, 3> mask) {
-    return at::convolution_backward(grad, input, weight, at::IntArrayRef({weight.size(0)}),
-                                    {stride, stride}, padding, {1, 1}, false, {0, 0}, 1, mask);
-  }
-
   // Of the halving convolution; the sum it was given is formed again where its weight wants it. The
   // gradient of that sum, if `inner`.
   Tensor half_backward(const Tensor& grad, const Tensor& convolved, const Tensor& table,
@@ -377,13 +371,6 @@ class ResidualHalving {
   Tensor given_;                 // what the 3x3 convolution is given, where it is held whole
 };
 
-// `grad` laid out as `torch.empty_like` of the input is; itself where it is that already.
-inline Tensor laid_out_as(const Tensor& grad, const Tensor& input) {
-  const Tensor to = at::empty_like(input, input.options().device(at::kMeta));
-  if (grad.strides() == to.strides() && grad.scalar_type() == input.scalar_type()) return grad;
-  return at::empty_like(input).copy_(grad);
-}
-
 // What `residual_halving_backward` returns: the gradients that `output_mask` names, of zeros where
 // there is no gradient of the output. `inputs`: the operator's, in the order of its schema, whose
 // types and layouts the gradients get; `x`, `weights`, `grad` and `saved` in what it is computed in.
@@ -402,7 +389,7 @@ inline std::vector<Tensor> residual_halving_gradients(
   std::vector<Tensor> grads;
   for (int i = 0; i < 11; ++i) {
     if (!wanted[i]) continue;
-    grads.push_back(found[i].defined() ? laid_out_as(found[i], *inputs[i])
+    grads.push_back(found[i].defined() ? laid_out(found[i], *inputs[i])
                                        : at::zeros_like(*inputs[i]));
     found[i] = Tensor();
   }

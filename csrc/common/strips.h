@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 namespace spectralx {
@@ -83,5 +84,13 @@ class Strips {
   int64_t images_ = 0, height_ = 0;
   std::vector<Strip> strips_;
 };
+
+// Gradients of the input, the weight and the bias of a convolution of such rows.
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
+    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight, int64_t stride,
+    std::array<int64_t, 2> padding, std::array<bool, 3> mask) {
+  return at::convolution_backward(grad, input, weight, at::IntArrayRef({weight.size(0)}),
+                                  {stride, stride}, padding, {1, 1}, false, {0, 0}, 1, mask);
+}
 
 }  // namespace spectralx

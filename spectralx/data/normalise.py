@@ -246,8 +246,9 @@ class _Images(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Values, Valid]: ...
 
 
-# What a checkpoint can keep.
-AnyNormalisation = ImageMinMax | FixedStatistics | Whitened
+# Those with statistics of the training images, and all that a checkpoint can keep.
+MeasuredNormalisation = FixedStatistics | Whitened
+AnyNormalisation = ImageMinMax | MeasuredNormalisation
 
 
 def describe(normalisation: AnyNormalisation) -> dict[str, Any]:

@@ -7,6 +7,7 @@ sums. Whatever is random has been done by then.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, NamedTuple, Protocol, Self, TypedDict
@@ -20,11 +21,10 @@ from torch.utils.data import Dataset
 
 from .augment import Transform, without_resizing
 from .normalise import (
-    FixedStatistics,
     ImageMinMax,
+    MeasuredNormalisation,
     Normalisation,
     Scaling,
-    Whitened,
     extremes,
 )
 from .raster import Array, as_values, data_error, valid_values
@@ -81,7 +81,7 @@ class Cache(Protocol):
     def put(self, index: int, stored: Stored) -> None: ...
 
 
-class ImageDataset(Dataset[Sample]):
+class ImageDataset(Dataset[Sample], ABC):
     """Base of datasets; subclasses read pixels and classes by index.
 
     Parameters
@@ -118,28 +118,29 @@ class ImageDataset(Dataset[Sample]):
         self.jitter = 0.0
         self.cache: Cache | None = None
 
+    @abstractmethod
     def read_pixels(self, index: int) -> tuple[Array, float | None]:
         """Image `index` as stored, [C, H, W], and the value of its missing pixels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_classes(self, index: int) -> npt.NDArray[np.int64]:
         """Classes of image `index`, [H, W]."""
-        raise NotImplementedError
 
     def file_bytes(self) -> int | None:
         """Of all images together; None where nobody knows."""
         return None
 
+    @abstractmethod
     def path_of(self, index: int) -> str:
         """What to call image `index`: its file."""
-        raise NotImplementedError
 
     def label_of(self, index: int) -> str:
         """What to call the labels of image `index`: their file."""
         return f"{self.path_of(index)}: mask"
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Number of images."""
 
     @property
     def bands(self) -> int:
@@ -293,7 +294,7 @@ class RawImages:
 
 
 def _scaling(normalisation: Normalisation, values: Array, valid: npt.NDArray[np.bool_]) -> Scaling:
-    if isinstance(normalisation, (FixedStatistics, Whitened)):
+    if isinstance(normalisation, MeasuredNormalisation):
         return normalisation.scaling()
     if isinstance(normalisation, ImageMinMax):
         # Where some are missing, extremes are sought among floats.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from spectralx.cli import InputError
-from spectralx.data import FixedStatistics, Whitened
+from spectralx.data.normalise import MeasuredNormalisation
 from spectralx.data.raster import open_raster
 from spectralx.prediction.bands import choose_bands
 from spectralx.prediction.output import Georeference
@@ -151,7 +151,7 @@ def prepare(predictor: Predictor, scene: str | Path, output: str | Path, options
             "the name of a new GeoTIFF"
         )
     if options.statistics_from is not None and isinstance(
-        predictor.normalisation, (FixedStatistics, Whitened)
+        predictor.normalisation, MeasuredNormalisation
     ):
         raise InputError(
             f"statistics_from: found {options.statistics_from} for a model that has the statistics "

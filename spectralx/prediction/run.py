@@ -18,8 +18,7 @@ import torch
 from tqdm import tqdm
 
 from spectralx.cli import InputError, refresh_seconds, write_text
-from spectralx.data import FixedStatistics, Whitened
-from spectralx.data.normalise import Scaling
+from spectralx.data.normalise import MeasuredNormalisation, Scaling
 from spectralx.data.raster import open_raster
 from spectralx.prediction import output as files
 from spectralx.prediction import quicklook
@@ -106,7 +105,7 @@ def _result(job: Job, tiles: int, seconds: float, shares: dict[str, float]) -> P
 def _scaling(job: Job, store: Store, progress: bool) -> Scaling:
     """The model's scaling, the same for every tile."""
     normalisation = job.predictor.normalisation
-    if isinstance(normalisation, (FixedStatistics, Whitened)):
+    if isinstance(normalisation, MeasuredNormalisation):
         scaling = normalisation.scaling()
         if len(scaling.low) != len(job.reading.bands):
             raise InputError(

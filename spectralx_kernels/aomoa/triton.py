@@ -30,13 +30,14 @@ from spectralx_kernels.aomoa.triton_layer import (
     prepare,
 )
 
-# Columns of the rank that a tile of the down product holds at most: all of it in the paper's sizes,
-# where that does not spill.
-_DOWN_COLUMNS = 512
+# Columns of the rank that a tile of the down product holds at most: on sm_90 all of the paper's,
+# which elsewhere spills.
+_DOWN_COLUMNS, _DOWN_COLUMNS_ON_90 = 256, 512
 
 
 def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) -> None:
-    columns = min(padded(layer.rank), _DOWN_COLUMNS, 512 if architecture() == 90 else 256)
+    most = _DOWN_COLUMNS_ON_90 if architecture() == 90 else _DOWN_COLUMNS
+    columns = min(padded(layer.rank), most)
     tile = 64 if layer.large or INTERPRETED else 16
     launch(
         products.down_norm, layer.grid(tile),

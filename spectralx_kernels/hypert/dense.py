@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spectralx_kernels._checks import check_floating, check_like, check_shape
+from spectralx_kernels._checks import check_floating, check_layer, check_like, check_shape
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.hypert import reference
 
@@ -39,13 +39,6 @@ def _check_rows(x: Tensor, tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
             check_like(name, tensor, "x", x)
-
-
-def _check_layer(name: str, weight: Tensor, bias: Tensor | None, width: int) -> None:
-    """weight [O, width] and bias [O]."""
-    check_shape(f"{name}weight", weight, ("out", width))
-    if bias is not None:
-        check_shape(f"{name}bias", bias, (weight.shape[0],))
 
 
 def norm_linear(
@@ -82,7 +75,7 @@ def norm_linear(
     _check_rows(x, tensors)
     check_shape("norm_weight", norm_weight, (x.shape[-1],))
     check_shape("norm_bias", norm_bias, (x.shape[-1],))
-    _check_layer("", weight, bias, x.shape[-1])
+    check_layer("", weight, bias, x.shape[-1])
     out: Tensor = NORM_LINEAR(x, norm_weight, norm_bias, weight, bias, norm_eps, backend=backend)
     return out
 
@@ -115,7 +108,7 @@ def linear_add(
     Source: the pre-norm block of SpectralX's hyper tokenizer (arXiv 2508.01731).
     """
     _check_rows(x, {"weight": weight, "bias": bias, "addend": addend})
-    _check_layer("", weight, bias, x.shape[-1])
+    check_layer("", weight, bias, x.shape[-1])
     check_shape("addend", addend, (*x.shape[:-1], weight.shape[0]))
     out: Tensor = LINEAR_ADD(x, weight, bias, addend, backend=backend)
     return out
@@ -167,8 +160,8 @@ def feed_forward(
     width = x.shape[-1]
     check_shape("norm_weight", norm_weight, (width,))
     check_shape("norm_bias", norm_bias, (width,))
-    _check_layer("fc1_", fc1_weight, fc1_bias, width)
-    _check_layer("fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
+    check_layer("fc1_", fc1_weight, fc1_bias, width)
+    check_layer("fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
     if residual and fc2_weight.shape[0] != width:
         raise ValueError(
             f"fc2_weight: got {fc2_weight.shape[0]} outputs, expected {width}, the width of x"

@@ -18,10 +18,10 @@ from spectralx_kernels.hypert.attention import attribute_match, window_attention
 from spectralx_kernels.hypert.bands import resampled_convolution
 from spectralx_kernels.hypert.dense import feed_forward, linear_add, norm_linear
 from spectralx_kernels.hypert.positions import position_tables, wavelengths_in_nm
+from spectralx_kernels.hypert.sizes import PATCH, heads_for, patches_of, sides
 from spectralx_kernels.hypert.stem_module import STRIDE, Stem
 
 MAX_BANDS = 512
-PATCH = 16
 DOWN = 4  # stride of the first convolution of the low-rank path; the second makes up a patch
 
 
@@ -112,25 +112,6 @@ class _AttributeMatch(nn.Module):
         )
 
 
-def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if height < 1 or width < 1 or height % STRIDE or width % STRIDE:
-        raise ValueError(
-            f"image_size: got {height} x {width}, expected positive multiples of {STRIDE}"
-        )
-    return height, width
-
-
-def _patches(image_size: tuple[int, int], side: int = PATCH) -> int:
-    """Patches of `side` x `side` pixels that cover an image."""
-    return -(-image_size[0] // side) * -(-image_size[1] // side)
-
-
-def _heads_for(width: int, num_heads: int) -> int:
-    """The largest number of heads up to `num_heads` that divides `width`."""
-    return next(heads for heads in range(num_heads, 0, -1) if width % heads == 0)
-
-
 class SpatialSpectralTokenizer(nn.Module):
     """Images [B, C, H, W] to tokens [B, N, D] that carry a spatial and a spectral attribute.
 
@@ -177,12 +158,12 @@ class SpatialSpectralTokenizer(nn.Module):
         super().__init__()
         check_range("in_channels", in_channels, 1, MAX_BANDS)
         self.in_channels = in_channels
-        self.image_size = _sides(image_size)
+        self.image_size = sides(image_size)
         height, width = (side // STRIDE for side in self.image_size)
         self.map_size = height, width
         positions = height * width
         if tokens is None:
-            tokens = _patches(self.image_size)
+            tokens = patches_of(self.image_size)
         check_range("tokens", tokens, 1, 2**20)
         check_range("num_heads", num_heads, 1, stem_dim)
         if embed_dim < 2 or embed_dim % 2:
@@ -202,7 +183,7 @@ class SpatialSpectralTokenizer(nn.Module):
         self.spa_semantic_module = nn.Sequential(_Block(stem_dim, num_heads, window))
         # The spectral tokens as a map of one row: attention over all channels is one window.
         self.spe_semantic_module = nn.Sequential(
-            _Block(positions, _heads_for(positions, num_heads), (1, stem_dim))
+            _Block(positions, heads_for(positions, num_heads), (1, stem_dim))
         )
         self.spa_match_attn = _AttributeMatch(embed_dim // 2, stem_dim)
         self.spe_match_attn = _AttributeMatch(embed_dim // 2, positions)
@@ -338,7 +319,7 @@ class HyperT(nn.Module):
             )
         per_patch = tokens
         if tokens is None and low_rank is not None:
-            per_patch = _patches(_sides(image_size), patch_size)
+            per_patch = patches_of(sides(image_size), patch_size)
         self.proj = SpatialSpectralTokenizer(
             in_channels,
             wavelengths,
@@ -356,7 +337,7 @@ class HyperT(nn.Module):
         if low_rank is None:
             return
         check_range("low_rank", low_rank, 1, 2**16)
-        patches = _patches(self.proj.image_size, patch_size)
+        patches = patches_of(self.proj.image_size, patch_size)
         if tokens not in (None, patches):
             raise ValueError(
                 f"tokens: got {tokens}, expected {patches}, one for each patch of the low-rank path"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralx_kernels._checks import check_floating, check_like, check_shape
+from spectralx_kernels._checks import check_floating, check_layer, check_like
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.linear import reference
 
@@ -60,10 +60,9 @@ def linear(
     check_floating("x", x)
     if x.dim() < 1:
         raise ValueError(f"x: got shape {list(x.shape)}, expected [..., width]")
-    check_shape("weight", weight, ("out", x.shape[-1]))
+    check_layer("", weight, bias, x.shape[-1])
     check_like("weight", weight, "x", x)
     if bias is not None:
-        check_shape("bias", bias, (weight.shape[0],))
         check_like("bias", bias, "x", x)
     out: Tensor = LINEAR(x, weight, bias, backend=backend)
     return out

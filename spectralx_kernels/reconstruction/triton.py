@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from spectralx_kernels._backends import INTERPRETED
-from spectralx_kernels._operator import Operator, is_channels_last
+from spectralx_kernels._layouts import is_channels_last
+from spectralx_kernels._operator import Operator
 from spectralx_kernels._triton import Compilation, launch, recorded
 from spectralx_kernels.reconstruction import ops
 from spectralx_kernels.reconstruction import triton_errors as kernels

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from spectralx_kernels._backends import INTERPRETED
-from spectralx_kernels._operator import is_channels_last
+from spectralx_kernels._layouts import is_channels_last
 from spectralx_kernels._triton import Compilation, launch, recorded
 from spectralx_kernels.upsample.reference import resize, upsample_conv2d_by_map
 from spectralx_kernels.upsample.triton_axis import Axis, interpolate, spread

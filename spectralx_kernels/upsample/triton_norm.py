@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectralx_kernels._backends import INTERPRETED
-from spectralx_kernels._operator import is_channels_last
+from spectralx_kernels._layouts import is_channels_last
 from spectralx_kernels._triton import Compilation, launch, recorded
 from spectralx_kernels.upsample.triton_axis import moments_of_tile
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectralx_kernels._operator import is_channels_last
+from spectralx_kernels._layouts import is_channels_last
 from spectralx_kernels.reconstruction import reference
 from spectralx_kernels.reconstruction.ops import BAND_RECONSTRUCTION_LOSS, MASKED_PATCH_LOSS
 from tests.cuda_on_cpu.build import ROOT, compile_cuda, compiler, load

@@ -157,10 +157,10 @@ std::vector<Tensor> upsample_conv2d_backward(
       if (x.sizes().slice(2) != size) {
         dlarge = at::upsample_bilinear2d_backward(dlarge, size, x.sizes(), align_corners);
       }
-      found[0] = laid_out(dlarge, x);
+      found[0] = spectralx::laid_out(dlarge, x);
     }
-    if (output_mask[1]) found[1] = laid_out(dweight, weight);
-    if (output_mask[2]) found[2] = laid_out(dbias, *bias);
+    if (output_mask[1]) found[1] = spectralx::laid_out(dweight, weight);
+    if (output_mask[2]) found[2] = spectralx::laid_out(dbias, *bias);
     return wanted();
   }
   SPECTRALX_DISPATCH(type, [&] { grad = channels_last<S, A>(grad.to(type)); });

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include "common/laid_out.h"
 #include "cpu/upsample/lines.h"
 
 // The body with S, what tensors of this type hold, and A, what sums of them are formed in.
@@ -69,13 +70,6 @@ at::Tensor relaid(const at::Tensor& map, bool planes) {
 template <typename S, typename A>
 at::Tensor channels_last(const at::Tensor& map) {
   return map.is_contiguous(kChannelsLast) ? map : relaid<S, A>(map.contiguous(), false);
-}
-
-// `grad` laid out as `torch.empty_like` of the input is; itself where it is that already.
-inline at::Tensor laid_out(const at::Tensor& grad, const at::Tensor& input) {
-  const at::Tensor to = at::empty_like(input, input.options().device(at::kMeta));
-  if (grad.strides() == to.strides() && grad.scalar_type() == input.scalar_type()) return grad;
-  return at::empty_like(input).copy_(grad);
 }
 
 // Mean and biased variance [2, C] from those of parts, [parts, 2, C] of mean and squared deviations

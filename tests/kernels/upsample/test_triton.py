@@ -10,7 +10,7 @@ from spectralx_kernels import _backends
 if "triton" not in _backends.available("upsample_argmax", "cpu"):
     pytest.skip("Triton's interpreter is not on", allow_module_level=True)
 
-from spectralx_kernels._operator import is_channels_last
+from spectralx_kernels._layouts import is_channels_last
 from spectralx_kernels.upsample import confusion_matrix_update, upsample_cross_entropy
 from spectralx_kernels.upsample import triton as kernels
 from spectralx_kernels.upsample import triton_convolution as convolution

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,8 +41,8 @@ def _domain(path: Path, root: Path) -> str:
     return parts[0]
 
 
-def _build(scenes: Scenes, name: str, **options: object) -> Task:
-    return build_task(name, scenes(ROOT_OF_TASK[name]), image_size=24, **options)  # type: ignore
+def _build(scenes: Scenes, name: str, **options: Any) -> Task:
+    return build_task(name, scenes(ROOT_OF_TASK[name]), image_size=24, **options)
 
 
 def test_the_eight_tasks_and_the_splits_without_a_gap_are_there() -> None:
