@@ -77,4 +77,25 @@ inline at::Tensor weight_gradient(const at::Tensor& dout, const at::Tensor& x) {
   return linear_layer(dout.t().contiguous(), x.t());
 }
 
+// [rows, width] of [.., width], and back: a layer's rows as `like` has its dimensions.
+inline at::Tensor rows_of(const at::Tensor& x) {
+  const int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  return x.reshape({rows, x.size(-1)}).contiguous();
+}
+inline at::Tensor with_last(const at::Tensor& rows, const at::Tensor& like) {
+  auto shape = like.sizes().vec();
+  shape.back() = rows.size(1);
+  return rows.view(shape);
+}
+
+// A layer's weight [out, in] and bias [out].
+inline void check_layer(const char* name, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, int64_t in) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == in, name, ": got shape ",
+                    weight.sizes(), ", expected [out, ", in, "]");
+  TORCH_CHECK_VALUE(!bias.has_value() || bias->sizes() == at::IntArrayRef({weight.size(0)}), name,
+                    ": got a bias of shape ", bias.has_value() ? bias->sizes() : at::IntArrayRef(),
+                    ", expected [", weight.size(0), "]");
+}
+
 }  // namespace spectralx::cpu

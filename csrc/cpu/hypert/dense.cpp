@@ -17,29 +17,16 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 using spectralx::cpu::accumulation_type;
+using spectralx::cpu::check_layer;
 using spectralx::cpu::input_gradient;
 using spectralx::cpu::linear_layer;
+using spectralx::cpu::rows_of;
 using spectralx::cpu::turned;
 using spectralx::cpu::weight_gradient;
+using spectralx::cpu::with_last;
 
 // Rows of a hidden layer that exist at a time, and in backward, which holds several of them.
 constexpr int64_t kRows = 1024, kBackwardRows = 1024;
-
-Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
-
-Tensor with_last(const Tensor& rows, const Tensor& like) {
-  auto shape = like.sizes().vec();
-  shape.back() = rows.size(1);
-  return rows.view(shape);
-}
-
-void check_layer(const char* name, const Tensor& weight, const Optional& bias, int64_t in) {
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == in, name, ": got shape ",
-                    weight.sizes(), ", expected [out, ", in, "]");
-  TORCH_CHECK_VALUE(!bias.has_value() || bias->sizes() == at::IntArrayRef({weight.size(0)}), name,
-                    ": got a bias of shape ", bias.has_value() ? bias->sizes() : at::IntArrayRef(),
-                    ", expected [", weight.size(0), "]");
-}
 
 void check_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const at::IntArrayRef expected = x.sizes().slice(x.dim() - 1);

@@ -10,30 +10,18 @@
 
 namespace {
 
+using namespace spectralx::cpu;
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
 void check(const Tensor& x, const Tensor& weight, const Optional& bias) {
-  TORCH_CHECK_VALUE(x.dim() > 0 && weight.dim() == 2 && weight.size(1) == x.size(-1),
-                    "weight: got shape ", weight.sizes(), ", expected [out, width of x]");
-  TORCH_CHECK_VALUE(!bias.has_value() || bias->sizes() == at::IntArrayRef({weight.size(0)}),
-                    "bias: expected [", weight.size(0), "]");
-}
-
-// [rows, width] of [.., width].
-Tensor rows_of(const Tensor& x) {
-  return x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)}).contiguous();
-}
-
-Tensor with_last(const Tensor& rows, const Tensor& like) {
-  auto shape = like.sizes().vec();
-  shape.back() = rows.size(1);
-  return rows.view(shape);
+  TORCH_CHECK_VALUE(x.dim() > 0, "x: got no dimension, expected [.., width]");
+  check_layer("weight", weight, bias, x.size(-1));
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
   check(x, weight, bias);
-  return with_last(spectralx::cpu::linear_layer(rows_of(x), weight, bias), x);
+  return with_last(linear_layer(rows_of(x), weight, bias), x);
 }
 
 std::vector<Tensor> linear_backward(const c10::List<Optional>& output_grads, const Tensor& x,
@@ -52,12 +40,11 @@ std::vector<Tensor> linear_backward(const c10::List<Optional>& output_grads, con
   }
   const Tensor grad = rows_of(*given);
   if (mask[0]) {
-    using spectralx::cpu::turned;
-    wanted.push_back(with_last(spectralx::cpu::input_gradient(grad, turned(weight)), x));
+    wanted.push_back(with_last(input_gradient(grad, turned(weight)), x));
   }
-  if (mask[1]) wanted.push_back(spectralx::cpu::weight_gradient(grad, rows_of(x)));
+  if (mask[1]) wanted.push_back(weight_gradient(grad, rows_of(x)));
   if (mask[2]) {
-    const auto type = spectralx::cpu::accumulation_type(grad.scalar_type());
+    const auto type = accumulation_type(grad.scalar_type());
     wanted.push_back(grad.sum(0, false, type).to(bias->scalar_type()));
   }
   return wanted;
