@@ -31,12 +31,6 @@ bool micro_kernels_work() {
   }
 }
 
-bool float_micro_kernels() {
-  static const bool there =
-      instruction_set() == InstructionSet::kAvx512 && micro_kernels_work<float>();
-  return there;
-}
-
 template <typename T>
 void by_blas(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
              T* c, int64_t ldc, bool accumulate) {
@@ -50,9 +44,15 @@ void by_blas(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* 
 
 }  // namespace
 
+bool multiplies_tiles() {
+  static const bool there =
+      instruction_set() == InstructionSet::kAvx512 && micro_kernels_work<float>();
+  return there;
+}
+
 bool multiplies_bfloat16() {
 #if SPECTRALX_X86_TARGETS
-  static const bool there = float_micro_kernels() && __builtin_cpu_supports("avx512bf16") &&
+  static const bool there = multiplies_tiles() && __builtin_cpu_supports("avx512bf16") &&
                             micro_kernels_work<c10::BFloat16>();
   return there;
 #else
@@ -62,7 +62,7 @@ bool multiplies_bfloat16() {
 
 void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
              int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  if (float_micro_kernels()) {
+  if (multiplies_tiles()) {
     blas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c);
   } else {
     by_blas(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
@@ -80,7 +80,7 @@ void product(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t ld
 }
 
 void end_products() {
-  if (float_micro_kernels()) blas::brgemm_release(multiplies_bfloat16());
+  if (multiplies_tiles()) blas::brgemm_release(multiplies_bfloat16());
 }
 
 }  // namespace spectralx::cpu

@@ -18,6 +18,9 @@ constexpr int64_t kPanel = 32;
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Whether float tiles are multiplied by micro-kernels rather than by a BLAS, call by call.
+bool multiplies_tiles();
+
 // Whether this processor multiplies bfloat16 itself; elsewhere float products are faster.
 bool multiplies_bfloat16();
 

@@ -7,6 +7,7 @@
 #include "cpu/torch.h"
 
 #include "cpu/reconstruction/channel_norm.h"
+#include "cpu/reconstruction/line_convolution.h"
 
 #include <algorithm>
 #include <array>
@@ -45,22 +46,6 @@ int64_t for_tasks(const Tensor& x, const Use& use) {
   return tasks;
 }
 
-// The parameters in the type of sums.
-template <typename A>
-struct Parameters {
-  Tensor weight, bias;
-  RowNorm<A> norm;
-
-  Parameters(const ChannelNorm& given, int64_t channels) {
-    norm = {nullptr, nullptr, static_cast<A>(given.eps), given.before, given.after, channels};
-    if (!given.weight.has_value()) return;
-    weight = given.weight->to(c10::CppTypeToScalarType<A>::value).contiguous();
-    bias = given.bias->to(c10::CppTypeToScalarType<A>::value).contiguous();
-    norm.weight = weight.const_data_ptr<A>();
-    norm.bias = bias.const_data_ptr<A>();
-  }
-};
-
 }  // namespace
 
 ChannelNorm::ChannelNorm(const OptionalTensor& weight, const OptionalTensor& bias, double eps,
@@ -79,7 +64,7 @@ void ChannelNorm::apply(const Tensor& x, const OptionalTensor& addend, double sc
                         const Tensor& out) const {
   const int64_t channels = x.size(1);
   SPECTRALX_DISPATCH(x.scalar_type(), [&] {
-    const Parameters<A> by(*this, channels);
+    const NormParameters<A> by(*this, channels);
     const S* more = addend.has_value() ? addend->const_data_ptr<S>() : nullptr;
     for_tasks(x, [&](int64_t, int64_t row, int64_t rows) {
       std::vector<A> scratch(channels);
@@ -95,7 +80,7 @@ void ChannelNorm::gradient(const Tensor& grad, const Tensor& x, const Tensor& x_
                            const Tensor& sums) const {
   const int64_t channels = x.size(1);
   SPECTRALX_DISPATCH(x.scalar_type(), [&] {
-    const Parameters<A> by(*this, channels);
+    const NormParameters<A> by(*this, channels);
     const int64_t most = std::max<int64_t>(kElements / channels, 1);
     const int64_t tasks = (x.numel() / channels + most - 1) / most;
     std::vector<A> parts(sums.defined() ? tasks * 2 * channels : 0, A(0));
@@ -192,6 +177,10 @@ Tensor channel_norm_conv2d(const Tensor& x, const OptionalTensor& norm_weight,
   check_convolution(x, weight, bias, transposed, stride, padding);
   const Tensor map = as_map(x), kernel = weight.to(map.scalar_type());
   const OptionalTensor offset = converted(bias, map.scalar_type());
+  if (LineConvolution::takes(map, kernel, transposed, stride, padding)) {
+    const LineConvolution lines(map, kernel, transposed, stride, padding);
+    return lines.forward(map, norm, offset).to(x.scalar_type());
+  }
   const int64_t batch = x.size(0), bytes = x.numel() / std::max<int64_t>(batch, 1) * map.itemsize();
   const int64_t most = std::max<int64_t>(kMapBytes / std::max<int64_t>(bytes, 1), 1);
   Tensor out;
@@ -215,6 +204,45 @@ Tensor channel_norm_conv2d(const Tensor& x, const OptionalTensor& norm_weight,
   return out.to(x.scalar_type());
 }
 
+// The gradients of channel_norm_conv2d by the vendor's convolution: of the weight, of the bias, and
+// those of `norm`, which go to `x_grad` and `sums`. An image at a time, and first the parameters of
+// all: no more than one normed map exists, and none beside its gradient.
+std::tuple<Tensor, Tensor> vendor_backward(const Tensor& grad, const Tensor& map,
+                                           const ChannelNorm& norm, const Tensor& kernel,
+                                           bool transposed, at::IntArrayRef stride,
+                                           at::IntArrayRef padding, bool wants_x, bool wants_weight,
+                                           bool wants_bias, Tensor& x_grad, const Tensor& sums) {
+  Tensor weight_grad, bias_grad;
+  const auto sum_options = map.options().dtype(sum_type(map.scalar_type()));
+  const auto convolve_back = [&](int64_t image, const Tensor& normed, std::array<bool, 3> want) {
+    return at::convolution_backward(grad.narrow(0, image, 1), normed, kernel,
+                                    at::IntArrayRef({kernel.size(transposed ? 1 : 0)}), stride,
+                                    padding, {1, 1}, transposed, {0, 0}, 1, want);
+  };
+  const auto add = [&](const Tensor& from, Tensor& to) {
+    if (!to.defined()) to = at::zeros(from.sizes(), sum_options);
+    to.add_(from);
+  };
+  Tensor normed = wants_weight ? like(map.narrow(0, 0, 1)) : Tensor();
+  for (int64_t image = 0; image < map.size(0) && (wants_weight || wants_bias); ++image) {
+    const Tensor part = map.narrow(0, image, 1);
+    if (wants_weight) norm.apply(part, std::nullopt, 1, normed);
+    const auto found =
+        convolve_back(image, wants_weight ? normed : part, {false, wants_weight, wants_bias});
+    if (wants_weight) add(std::get<1>(found), weight_grad);
+    if (wants_bias) add(std::get<2>(found), bias_grad);
+  }
+  normed.reset();
+  if (wants_x) x_grad = like(map);
+  for (int64_t image = 0; image < map.size(0) && (wants_x || sums.defined()); ++image) {
+    const Tensor part = map.narrow(0, image, 1);  // its shape alone tells the convolution something
+    const Tensor back = std::get<0>(convolve_back(image, part, {true, false, false}));
+    const Tensor to = wants_x ? x_grad.narrow(0, image, 1) : Tensor();
+    norm.gradient(back.contiguous(kChannelsLast), part, to, sums);
+  }
+  return {weight_grad, bias_grad};
+}
+
 std::vector<Tensor> channel_norm_conv2d_backward(
     const c10::List<OptionalTensor>& output_grads, const Tensor& x, const OptionalTensor& norm_weight,
     const OptionalTensor& norm_bias, double eps, std::string_view before, std::string_view after,
@@ -225,38 +253,22 @@ std::vector<Tensor> channel_norm_conv2d_backward(
   const ChannelNorm norm(norm_weight, norm_bias, eps, before, after, x);
   check_convolution(x, weight, bias, transposed, stride, padding);
   const OptionalTensor given = output_grads[0];
-  const bool parameters = mask[1] || mask[2], inside = mask[0] || parameters;
+  const bool parameters = mask[1] || mask[2];
   const Tensor sums = sums_for(x, parameters);
   Tensor x_grad, weight_grad, bias_grad;
   if (given.has_value() && x.size(0) > 0) {
     const Tensor map = as_map(x), grad = as_map(*given), kernel = weight.to(map.scalar_type());
-    const auto sum_options = map.options().dtype(sum_type(map.scalar_type()));
-    const auto convolve_back = [&](int64_t image, const Tensor& normed, std::array<bool, 3> want) {
-      return at::convolution_backward(grad.narrow(0, image, 1), normed, kernel,
-                                      at::IntArrayRef({weight.size(transposed ? 1 : 0)}), stride,
-                                      padding, {1, 1}, transposed, {0, 0}, 1, want);
-    };
-    const auto add = [&](const Tensor& from, Tensor& to) {
-      if (!to.defined()) to = at::zeros(from.sizes(), sum_options);
-      to.add_(from);
-    };
-    // An image at a time, and first the parameters of all: no more than one normed map exists, and
-    // none beside its gradient.
-    Tensor normed = mask[6] ? like(map.narrow(0, 0, 1)) : Tensor();
-    for (int64_t image = 0; image < x.size(0) && (mask[6] || mask[7]); ++image) {
-      const Tensor part = map.narrow(0, image, 1);
-      if (mask[6]) norm.apply(part, std::nullopt, 1, normed);
-      const auto found = convolve_back(image, mask[6] ? normed : part, {false, mask[6], mask[7]});
-      if (mask[6]) add(std::get<1>(found), weight_grad);
-      if (mask[7]) add(std::get<2>(found), bias_grad);
-    }
-    normed.reset();
-    if (mask[0]) x_grad = like(map);
-    for (int64_t image = 0; image < x.size(0) && inside; ++image) {
-      const Tensor part = map.narrow(0, image, 1);  // its shape alone tells the convolution something
-      const Tensor back = std::get<0>(convolve_back(image, part, {true, false, false}));
-      const Tensor to = mask[0] ? x_grad.narrow(0, image, 1) : Tensor();
-      norm.gradient(back.contiguous(kChannelsLast), part, to, sums);
+    if (LineConvolution::takes(map, kernel, transposed, stride, padding)) {
+      if (mask[0]) x_grad = like(map);
+      if (mask[0] || parameters || mask[6]) {
+        weight_grad = LineConvolution(map, kernel, transposed, stride, padding)
+                          .backward(grad, map, norm, x_grad, sums, mask[6]);
+      }
+      if (mask[7]) bias_grad = rows_of_map(grad).sum(0);
+    } else {
+      std::tie(weight_grad, bias_grad) =
+          vendor_backward(grad, map, norm, kernel, transposed, stride, padding, mask[0], mask[6],
+                          mask[7], x_grad, sums);
     }
   }
   std::vector<Tensor> found;

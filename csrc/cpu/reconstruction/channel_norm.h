@@ -28,8 +28,29 @@ struct ChannelNorm {
                 const at::Tensor& sums) const;
 };
 
+// Its parameters in the type of sums.
+template <typename A>
+struct NormParameters {
+  at::Tensor weight, bias;
+  RowNorm<A> norm;
+
+  NormParameters(const ChannelNorm& given, int64_t channels) {
+    norm = {nullptr, nullptr, static_cast<A>(given.eps), given.before, given.after, channels};
+    if (!given.weight.has_value()) return;
+    weight = given.weight->to(c10::CppTypeToScalarType<A>::value).contiguous();
+    bias = given.bias->to(c10::CppTypeToScalarType<A>::value).contiguous();
+    norm.weight = weight.const_data_ptr<A>();
+    norm.bias = bias.const_data_ptr<A>();
+  }
+};
+
 // What maps of this type are computed in: float16 in float32.
 inline at::ScalarType map_type(at::ScalarType type) { return type == at::kHalf ? at::kFloat : type; }
+
+// [pixels, channels] of a map.
+inline at::Tensor rows_of_map(const at::Tensor& map) {
+  return map.permute({0, 2, 3, 1}).reshape({-1, map.size(1)});
+}
 
 // x in the type that is computed with, channels last.
 at::Tensor as_map(const at::Tensor& x);

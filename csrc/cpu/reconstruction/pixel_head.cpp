@@ -271,9 +271,6 @@ class PixelHead {
   at::TensorOptions options_;
 };
 
-// [pixels, channels] of a map.
-Tensor rows_of(const Tensor& map) { return map.permute({0, 2, 3, 1}).reshape({-1, map.size(1)}); }
-
 using Given = std::array<Tensor, 8>;
 
 template <typename Run>
@@ -282,7 +279,7 @@ void with_head(const Tensor& x, const Given& weights, const Run& run) {
   const Sizes sizes(x, weights[0], weights[2], weights[4], weights[6], at::elementSize(type));
   const Weights made(sizes, type, weights);
   SPECTRALX_DISPATCH(type, [&] {
-    run(PixelHead<S, A>(sizes, made, x.options().dtype(type)), sizes, rows_of(x.to(type)));
+    run(PixelHead<S, A>(sizes, made, x.options().dtype(type)), sizes, rows_of_map(x.to(type)));
   });
 }
 
