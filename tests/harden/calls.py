@@ -195,9 +195,11 @@ def channel_norm_conv2d(draw: Draw) -> Sequence[Any]:
     kernel = draw.size(high=3)
     pair = draw.flag()
     weight = (channels, outs, kernel, kernel) if transposed else (outs, channels, kernel, kernel)
-    stride = kernel if transposed else draw.choice([1, 2])
+    stride = draw.size(high=kernel) if transposed else draw.choice([1, 2])
     padding = 0 if transposed else kernel // 2
-    sides = draw.size(low=kernel, high=6), draw.size(low=kernel, high=6)
+    # Lines from 32 pixels on are another path of the C++ kernels.
+    width = 32 + draw.size(high=6) if draw.choice([False, False, True]) else draw.size(kernel, 6)
+    sides = draw.size(low=kernel, high=6), width
     return (
         draw.normal(draw.batch(), channels, *sides),
         draw.normal(channels, scale=0.1, offset=1) if pair else None,

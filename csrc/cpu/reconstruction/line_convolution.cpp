@@ -1,12 +1,13 @@
 // The convolution of channel_norm_conv2d without a map of what is convolved.
 //
-// Channels last, the pixels under the taps of one row of a kernel lie side by side: they are a row of
-// a matrix whose next row starts a pixel on. So a line out is the sum of one product for each row of
-// the kernel, [pixels, taps in] by [taps in, out], of lines that have just been normed and are in the
-// cache; no pixel is copied but to norm it. Of a transposed convolution, whose pixels out meet
-// different taps by their remainder by the stride, it is such a sum for each remainder. Backward, with
-// the lines of the gradient in place of x's, is the same for the gradient of a line, and one product
-// [in, pixels] by [pixels, taps out] for each row of the weight's gradient.
+// Lines that have just been normed are turned to planes, [in][pixels] between margins of zeros, and stay
+// in the cache. There a tap is a product [out, in] by [in, pixels] that begins as many pixels on as the
+// tap lies aside, so that pixels fill the vectors whatever the number of channels; a line out is their
+// sum. Of a transposed convolution, whose pixels out meet different taps by their remainder by the
+// stride, it is such a sum for each remainder. Backward, with lines of the gradient in place of x's, is
+// the same for the gradient of a line. Gradients of weights take the gradient's lines channels last,
+// where the pixels under the taps of one row lie side by side: one product [in, pixels] by
+// [pixels, taps out] for each row of the kernel.
 //
 // Tasks go down fixed runs of lines, and their sums are joined in order: the bits do not depend on the
 // number of threads.
@@ -31,14 +32,12 @@ constexpr int64_t kWidth = 32;          // pixels of a line from which on produc
 constexpr int64_t kSums = 1 << 24;      // values of weights' gradients that tasks hold together
 constexpr int64_t kWeights = 1 << 18;   // values of a weight that stays in the cache
 
-// Lines of a map at hand, each between margins of zeros, in a ring.
+// Lines of a map at hand, in a ring; what is not written of a line is 0.
 class Lines {
  public:
-  Lines(int64_t held, int64_t left, int64_t width, int64_t right, int64_t channels)
-      : held_(held), left_(left * channels), length_((left + width + right) * channels),
-        store_(held * length_, 0.0f) {}
+  Lines(int64_t held, int64_t length) : held_(held), length_(length), store_(held * length, 0.0f) {}
 
-  float* at(int64_t line) { return store_.data() + line % held_ * length_ + left_; }
+  float* at(int64_t line) { return store_.data() + line % held_ * length_; }
 
   // Nothing is at hand any more.
   void restart() { next_ = 0; }
@@ -50,7 +49,7 @@ class Lines {
   }
 
  private:
-  int64_t held_, left_, length_, next_ = 0;
+  int64_t held_, length_, next_ = 0;
   std::vector<float> store_;
 };
 
@@ -112,58 +111,58 @@ Tensor LineConvolution::forward(const Tensor& x, const ChannelNorm& norm,
                                 const std::optional<Tensor>& bias) const {
   const NormParameters<float> by(norm, ins_);
   const Tensor out = at::empty({batch_, outs_, down_.out, along_.out}, x.options(), kChannelsLast);
-  // Taps of the same remainder side by side.
-  std::vector<int64_t> order;
-  int64_t left = 0, right = 0, above = 0, below = 0;
-  for (const auto& phase : along_.phases) {
-    const int64_t remainder = &phase - along_.phases.data(), taps = phase.taps.size();
-    order.insert(order.end(), phase.taps.begin(), phase.taps.end());
-    const int64_t pixels = (along_.out - remainder + along_.stride - 1) / along_.stride;
-    left = std::max(left, -phase.first);
-    right = std::max(right, pixels + phase.first + taps - 1 - along_.in);
-  }
-  for (const auto& phase : down_.phases) {
-    above = std::min(above, phase.first);
-    below = std::max<int64_t>(below, phase.first + phase.taps.size());
-  }
-  const Tensor weight = taps_.index_select(1, at::tensor(order, at::kLong)).contiguous();
+  const Tensor turned = taps_.transpose(2, 3).contiguous();  // [kernel, kernel, out, in]
   const Tensor offset = bias.has_value() ? bias->contiguous() : at::zeros({outs_}, x.options());
-  const float *from = x.const_data_ptr<float>(), *taps = weight.const_data_ptr<float>(),
+  const float *from = x.const_data_ptr<float>(), *taps = turned.const_data_ptr<float>(),
               *constant = offset.const_data_ptr<float>();
   float* to = data<float>(out);
-  const int64_t bases = (down_.out + down_.stride - 1) / down_.stride, rows = batch_ * bases;
+  int64_t left = 0, right = 0, above = 0, below = 0;
+  for (int64_t remainder = 0; remainder < along_.stride; ++remainder) {
+    const Axis::Phase& phase = along_.phases[remainder];
+    left = std::max(left, -phase.first);
+    right = std::max(right, along_.places(remainder) + phase.last() - along_.in);
+  }
+  for (const Axis::Phase& phase : down_.phases) {
+    above = std::min(above, phase.first);
+    below = std::max(below, phase.last() + 1);
+  }
+  const int64_t plane = left + along_.in + right;
+  const int64_t bases = down_.places(0), rows = batch_ * bases;
   for_runs(rows, (rows + kLines - 1) / kLines, [&](int64_t, int64_t first, int64_t last) {
-    Lines lines(below - above, left, along_.in, right, ins_);
-    std::vector<float> scratch(ins_);
+    Lines lines(below - above, ins_ * plane);
+    std::vector<float> normed(along_.in * ins_), sums(along_.places(0) * outs_), scratch(ins_);
     for (int64_t row = first; row < last; ++row) {
       const int64_t image = row / bases, base = row % bases;
       if (base == 0) lines.restart();
       lines.reach(std::max<int64_t>(base + above, 0), std::min(base + below, down_.in),
-                  [&](int64_t line, float* values) {
+                  [&](int64_t line, float* planes) {
                     head_kernels<float, float>().norm(
                         from + (image * down_.in + line) * along_.in * ins_, nullptr, along_.in,
-                        by.norm, 1.0f, scratch.data(), values);
+                        by.norm, 1.0f, scratch.data(), normed.data());
+                    line_kernels<float, float>().transpose(normed.data(), along_.in, ins_, ins_,
+                                                           plane, planes + left);
                   });
       for (int64_t y = base * down_.stride; y < std::min((base + 1) * down_.stride, down_.out); ++y) {
-        float* line_out = to + (image * down_.out + y) * along_.out * outs_;
-        for (int64_t pixel = 0; pixel < along_.out; ++pixel) {
-          std::memcpy(line_out + pixel * outs_, constant, outs_ * sizeof(float));
-        }
         const Axis::Phase& vertical = down_.phases[y % down_.stride];
-        for (size_t v = 0; v < vertical.taps.size(); ++v) {
-          const int64_t line = base + vertical.first + v;
-          if (line < 0 || line >= down_.in) continue;
-          const float* of_row = taps + vertical.taps[v] * along_.kernel * ins_ * outs_;
-          for (int64_t remainder = 0; remainder < along_.stride; ++remainder) {
-            const Axis::Phase& phase = along_.phases[remainder];
-            const int64_t pixels = (along_.out - remainder + along_.stride - 1) / along_.stride;
-            const int64_t depth = phase.taps.size() * ins_;
-            if (pixels > 0 && depth > 0) {
-              product(pixels, outs_, depth, lines.at(line) + phase.first * ins_, ins_, of_row,
-                      outs_, line_out + remainder * outs_, along_.stride * outs_, true);
-            }
-            of_row += depth * outs_;
+        for (int64_t remainder = 0; remainder < along_.stride; ++remainder) {
+          const Axis::Phase& phase = along_.phases[remainder];
+          const int64_t pixels = along_.places(remainder);
+          if (pixels == 0) continue;
+          for (int64_t channel = 0; channel < outs_; ++channel) {
+            std::fill_n(sums.data() + channel * pixels, pixels, constant[channel]);
           }
+          for (size_t v = 0; v < vertical.taps.size(); ++v) {
+            const int64_t line = base + vertical.first + v;
+            if (line < 0 || line >= down_.in) continue;
+            for (size_t t = 0; t < phase.taps.size(); ++t) {
+              const int64_t tap = vertical.taps[v] * along_.kernel + phase.taps[t];
+              product(outs_, pixels, ins_, taps + tap * outs_ * ins_, ins_,
+                      lines.at(line) + left + phase.first + t, plane, sums.data(), pixels, true);
+            }
+          }
+          line_kernels<float, float>().transpose(
+              sums.data(), outs_, pixels, pixels, along_.stride * outs_,
+              to + ((image * down_.out + y) * along_.out + remainder) * outs_);
         }
       }
     }
@@ -175,8 +174,7 @@ Tensor LineConvolution::backward(const Tensor& grad, const Tensor& x, const Chan
                                  const Tensor& x_grad, const Tensor& sums, bool wants_weight) const {
   const NormParameters<float> by(norm, ins_);
   const bool inside = x_grad.defined() || sums.defined();
-  const Tensor ordered = transposed_ ? taps_ : taps_.flip({0, 1});
-  const Tensor turned = ordered.transpose(2, 3).contiguous();  // [kernel, kernel, out, in]
+  const Tensor ordered = (transposed_ ? taps_ : taps_.flip({0, 1})).contiguous();
   const int64_t rows = batch_ * down_.in, depth = along_.kernel * outs_, values = ins_ * depth;
   const int64_t most = std::max<int64_t>(kSums / (down_.kernel * values), 1);
   const int64_t tasks = std::min((rows + kLines - 1) / kLines, most);
@@ -184,15 +182,20 @@ Tensor LineConvolution::backward(const Tensor& grad, const Tensor& x, const Chan
   if (wants_weight) parts = at::zeros({tasks, down_.kernel, ins_, along_.kernel, outs_}, x.options());
   std::vector<double> norm_parts(sums.defined() ? tasks * 2 * ins_ : 0, 0.0);
   const float *from = x.const_data_ptr<float>(), *from_grad = grad.const_data_ptr<float>(),
-              *taps = turned.const_data_ptr<float>();
-  const int64_t left = std::max<int64_t>(along_.reach, 0);
-  const int64_t right = std::max<int64_t>(
-      along_.stride * (along_.in - 1) - along_.reach + along_.kernel - along_.out, 0);
+              *taps = ordered.const_data_ptr<float>();
+  // A line of the gradient is kept channels last, for the weight, and in planes by remainder.
+  const int64_t stride = along_.stride, places = along_.places(0);
+  const int64_t before = std::max<int64_t>(along_.reach, 0);
+  const int64_t behind = std::max<int64_t>(
+      stride * (along_.in - 1) - along_.reach + along_.kernel - along_.out, 0);
+  const int64_t window = wants_weight ? (before + along_.out + behind) * outs_ : 0;
+  const int64_t left = (before + stride - 1) / stride;
+  const int64_t right = std::max<int64_t>(along_.in + along_.place(along_.kernel - 1) - places, 0);
+  const int64_t plane = left + places + right, planes = inside ? stride * outs_ * plane : 0;
   for_runs(rows, tasks, [&](int64_t task, int64_t first, int64_t last) {
-    Lines lines(down_.kernel, left, along_.out, right, outs_);
+    Lines lines(down_.kernel, window + planes);
     const int64_t length = along_.in * ins_;
-    std::vector<float> normed(wants_weight ? 2 * length : 0), back(inside ? length : 0);
-    std::vector<float> scratch(3 * ins_), line_sums(2 * ins_);
+    std::vector<float> straight(length), turned(length), scratch(3 * ins_), line_sums(2 * ins_);
     for (int64_t row = first; row < last; ++row) {
       const int64_t image = row / down_.in, place = row % down_.in;
       if (place == 0) lines.restart();
@@ -200,36 +203,50 @@ Tensor LineConvolution::backward(const Tensor& grad, const Tensor& x, const Chan
       lines.reach(std::max<int64_t>(under, 0), std::min(under + down_.kernel, down_.out),
                   [&](int64_t line, float* to) {
                     const int64_t count = along_.out * outs_;
-                    std::memcpy(to, from_grad + (image * down_.out + line) * count,
-                                count * sizeof(float));
+                    const float* of_line = from_grad + (image * down_.out + line) * count;
+                    if (wants_weight) {
+                      std::memcpy(to + before * outs_, of_line, count * sizeof(float));
+                    }
+                    for (int64_t remainder = 0; inside && remainder < stride; ++remainder) {
+                      line_kernels<float, float>().transpose(
+                          of_line + remainder * outs_, along_.places(remainder), outs_,
+                          stride * outs_, plane, to + window + remainder * outs_ * plane + left);
+                    }
                   });
-      const float* values_in = from + row * length;
-      float* planes = normed.data() + length;
+      const float* line_in = from + row * length;
+      const auto for_rows = [&](const auto& use) {
+        for (int64_t v = 0; v < down_.kernel; ++v) {
+          if (under + v >= 0 && under + v < down_.out) use(v, lines.at(under + v));
+        }
+      };
       if (wants_weight) {
-        head_kernels<float, float>().norm(values_in, nullptr, along_.in, by.norm, 1.0f,
-                                          scratch.data(), normed.data());
-        line_kernels<float, float>().transpose(normed.data(), along_.in, ins_, ins_, along_.in,
-                                               planes);
-      }
-      if (inside) std::fill(back.begin(), back.end(), 0.0f);
-      for (int64_t v = 0; v < down_.kernel; ++v) {
-        if (under + v < 0 || under + v >= down_.out) continue;
-        const float* window = lines.at(under + v) - along_.reach * outs_;
-        const int64_t step = along_.stride * outs_;
-        if (inside) {
-          product(along_.in, ins_, depth, window, step, taps + v * values, ins_, back.data(), ins_,
-                  true);
-        }
-        if (wants_weight) {
-          product(ins_, depth, along_.in, planes, along_.in, window, step,
+        head_kernels<float, float>().norm(line_in, nullptr, along_.in, by.norm, 1.0f, scratch.data(),
+                                          straight.data());
+        line_kernels<float, float>().transpose(straight.data(), along_.in, ins_, ins_, along_.in,
+                                               turned.data());
+        for_rows([&](int64_t v, const float* line) {
+          product(ins_, depth, along_.in, turned.data(), along_.in,
+                  line + (before - along_.reach) * outs_, stride * outs_,
                   data<float>(parts) + (task * down_.kernel + v) * values, depth, true);
-        }
+        });
       }
       if (!inside) continue;
+      std::fill(turned.begin(), turned.end(), 0.0f);
+      for_rows([&](int64_t v, const float* line) {
+        for (int64_t tap = 0; tap < along_.kernel; ++tap) {
+          const int64_t shift = along_.place(tap);
+          const int64_t remainder = tap - along_.reach - stride * shift;
+          product(ins_, along_.in, outs_, taps + (v * along_.kernel + tap) * ins_ * outs_, outs_,
+                  line + window + remainder * outs_ * plane + left + shift, plane, turned.data(),
+                  along_.in, true);
+        }
+      });
+      line_kernels<float, float>().transpose(turned.data(), ins_, along_.in, along_.in, ins_,
+                                             straight.data());
       std::fill(line_sums.begin(), line_sums.end(), 0.0f);
       float* to = sums.defined() ? line_sums.data() : nullptr;
       head_kernels<float, float>().norm_gradient(
-          back.data(), values_in, along_.in, by.norm, scratch.data(),
+          straight.data(), line_in, along_.in, by.norm, scratch.data(),
           x_grad.defined() ? data<float>(x_grad) + row * length : nullptr, to,
           to == nullptr ? nullptr : to + ins_);
       for (size_t i = 0; sums.defined() && i < line_sums.size(); ++i) {

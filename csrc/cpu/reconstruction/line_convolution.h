@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "cpu/reconstruction/channel_norm.h"
 
@@ -34,12 +35,24 @@ class LineConvolution {
     struct Phase {
       int64_t first;
       std::vector<int64_t> taps;
+
+      int64_t last() const { return first + static_cast<int64_t>(taps.size()) - 1; }
     };
     int64_t in, out, kernel, stride;
     // Place in i lies under places out stride * i - reach + t, t < kernel, by taps in order, or in
     // reverse where not transposed.
     int64_t reach;
     std::vector<Phase> phases;
+
+    // How many places out have this remainder by the stride.
+    int64_t places(int64_t remainder) const {
+      return remainder < out ? (out - remainder - 1) / stride + 1 : 0;
+    }
+    // How many strides from i on the place out lies that `tap` of place in i is under, rounded down.
+    int64_t place(int64_t tap) const {
+      const int64_t from = tap - reach;
+      return from < 0 ? -((stride - 1 - from) / stride) : from / stride;
+    }
 
     Axis(int64_t in, int64_t kernel, int64_t stride, int64_t padding, bool transposed);
     static int64_t size_out(int64_t in, int64_t kernel, int64_t stride, int64_t padding,
