@@ -53,7 +53,7 @@ class Lines {
   std::vector<float> store_;
 };
 
-// run(task, first, last) for runs of `count` lines.
+// run(task, first, last): each task a run of the lines [0, count).
 template <typename Run>
 void for_runs(int64_t count, int64_t tasks, const Run& run) {
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {

@@ -16,7 +16,8 @@ class LineConvolution {
   LineConvolution(const at::Tensor& x, const at::Tensor& weight, bool transposed,
                   at::IntArrayRef stride, at::IntArrayRef padding);
 
-  // Whether it is faster than the vendor's convolution of the whole normed map.
+  // Whether a convolution is of the kind, and its lines long enough and its weight small enough, that
+  // this is faster than the vendor's of a whole normed map.
   static bool takes(const at::Tensor& x, const at::Tensor& weight, bool transposed,
                     at::IntArrayRef stride, at::IntArrayRef padding);
 
