@@ -102,7 +102,7 @@ class _Canvas:
         angle = self.rng.uniform(0.0, np.pi)
         row, column = self.row[where], self.column[where]
         along = column * np.cos(angle) + row * np.sin(angle) + 0.25 * self.warp[0][where]
-        across = row * np.cos(angle) - column * np.sin(angle) + 0.25 * self.warp[1][where]
+        across: Field = row * np.cos(angle) - column * np.sin(angle) + 0.25 * self.warp[1][where]
         lane = np.floor(across / cell[1])
         offset = self.rng.uniform(0.0, cell[0], 4096)[lane.astype(np.int64) % 4096]
         slot = np.floor((along + offset) / cell[0])
