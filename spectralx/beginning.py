@@ -48,14 +48,18 @@ def stage_data(
         own = getattr(settings, stage)
         return TaskData(settings.data, own.run, seed=settings.seed, skip=skip)
 
+    data: TaskData | None = None
     known: Skipped | None = None if state is None else state.values["skipped"]
-    if not settings.data.skip_damaged:
-        data = made(None)
-    elif group.rank == 0:
+    if settings.data.skip_damaged:
+
+        def looked() -> Skipped:
+            nonlocal data
+            data = made(known)
+            return data.task.skipped
+
+        known = share(group, looked)
+    if data is None:
         data = made(known)
-        share(group, data.task.skipped)
-    else:
-        data = made(share(group, None))
     if state is not None and state.values["images"] != data.images_digest():
         raise InputError(
             f"{Path(settings.out) / stage}: found other images of training and validation than the "

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from spectralx.cli import InputError
+from spectralx.cli import InputError, one_line
 from spectralx.run_settings import TrainerSettings
 
 T = TypeVar("T")
@@ -197,13 +197,30 @@ def meet(group: Processes) -> None:
         distributed.barrier()
 
 
-def share(group: Processes, value: T) -> T:
-    """What the first process called this with, in all of them; plain values alone."""
+def share(group: Processes, make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, which alone calls it, in all; plain values alone.
+
+    Raises
+    ------
+    ValueError, OSError : of `make`; an InputError of one line in the other processes.
+    """
     if group.count == 1:
-        return value
-    shared: list[T] = [value]
+        return make()
+    shared: list[Any] = [None, None]
+    failed: Exception | None = None
+    if group.rank == 0:
+        try:
+            shared[0] = make()
+        except (ValueError, OSError) as error:
+            failed, shared[1] = error, one_line(error)
     distributed.broadcast_object_list(shared, src=0)
-    return shared[0]
+    value, said = shared
+    if failed is not None:
+        raise failed
+    if said is not None:
+        raise InputError(said)
+    found: T = value
+    return found
 
 
 def leave_processes() -> None:

@@ -51,7 +51,9 @@ class AxialRope(nn.Module):
         device, dtype = self.periods.device, self.dtype
         down = torch.arange(0.5, rows, device=device, dtype=dtype) / rows
         right = torch.arange(0.5, columns, device=device, dtype=dtype) / columns
-        grid = torch.stack(torch.meshgrid(down, right, indexing="ij"), dim=-1).flatten(0, 1)
+        # Autocast to float16 takes no bfloat16 where it looks for the wider of two dtypes.
+        with torch.autocast(device.type, enabled=False):
+            grid = torch.stack(torch.meshgrid(down, right, indexing="ij"), dim=-1).flatten(0, 1)
         coordinates = 2.0 * grid - 1.0  # [N, 2]
         angles = 2 * math.pi * coordinates[:, :, None] / self.periods.to(dtype)
         angles = angles.flatten(1).tile(2)  # [N, 2, head_dim/4] -> [N, head_dim]
@@ -66,8 +68,9 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     sin, cos = rotation
     prefix, patches = x.to(sin.dtype).split([x.shape[-2] - sin.shape[0], sin.shape[0]], dim=-2)
     first, second = patches.chunk(2, dim=-1)
-    turned = patches * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([prefix, turned], dim=-2).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # as in `AxialRope`
+        turned = patches * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([prefix, turned], dim=-2).to(x.dtype)
 
 
 class KeyMaskedLinear(Linear):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spectralx.checkpoints.errors import CheckpointError, check_names
 from spectralx.checkpoints.folder import (
@@ -26,6 +27,25 @@ from spectralx.cli import one_line
 _PRODUCTS = (nn.Linear, nn.Conv2d)
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """No numbers are drawn for tensors on the meta device, which have none.
+
+    torch does it in Python, and imports its compiler and Triton for that: seconds, and memory.
+    """
+
+    DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func in self.DRAWS:
+            drawn: Tensor = args[0] if args else named["tensor"]
+            if drawn.is_meta:
+                return drawn
+        return func(*args, **named)
+
+
 @contextmanager
 def products_without_memory() -> Iterator[None]:
     """Linear layers and convolutions made in this block have parameters on the meta device."""
@@ -38,7 +58,8 @@ def products_without_memory() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
-        yield
+        with _NothingDrawn():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 

@@ -183,6 +183,7 @@ def pairs_of_csv(root: Path, table: Path) -> list[Pair]:
 
 
 def stated_wavelengths(image: Path) -> tuple[float, ...]:
+    """Of each band of a file, in µm. Raises DataError unless it states all of them."""
     info = raster_info(image)
     if info.wavelengths is None:
         raise data_error(

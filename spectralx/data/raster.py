@@ -67,7 +67,7 @@ def read_raster(
     path: str | Path,
     *,
     bands: Sequence[int] | None = None,
-    window: tuple[int, int, int, int] | None = None,
+    window: PixelWindow | None = None,
 ) -> Array:
     """Pixels of a GeoTIFF.
 
@@ -97,7 +97,7 @@ def read_image(
     *,
     bands: Sequence[int] | None = None,
     nodata: float | None = None,
-    window: tuple[int, int, int, int] | None = None,
+    window: PixelWindow | None = None,
     count: int | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], RasterInfo]:
     """An image as float32, with the map of its valid values and its header.
@@ -176,7 +176,7 @@ class OpenRaster:
         self,
         *,
         bands: Sequence[int] | None = None,
-        window: tuple[int, int, int, int] | None = None,
+        window: PixelWindow | None = None,
         shape: tuple[int, int] | None = None,
     ) -> Array:
         """As :func:`read_raster`; with `shape` as many rows and columns, the nearest pixels."""
@@ -212,19 +212,20 @@ def read_label(path: str | Path, window: PixelWindow | None = None) -> npt.NDArr
 
     Raises DataError for more than one band or values that are not whole numbers.
     """
-    values, valid, info = read_image(path, window=window)
+    values, _, info = read_image(path, window=window)
     if info.bands != 1:
         raise data_error(path, f"{info.bands} bands", "a label map of 1 band")
-    return whole_numbers(path, values[0] * valid[0])
+    return whole_numbers(path, values[0])
 
 
 def whole_numbers(path: str | Path, values: Array) -> npt.NDArray[np.int64]:
     """`values` as int64. Raises DataError, naming `path`, where one is not a whole number."""
     if values.dtype.kind not in "biuf":
         raise data_error(path, f"label values of type {values.dtype}", "whole numbers")
-    broken = values != np.round(values) if values.dtype.kind == "f" else np.zeros(1, dtype=bool)
-    if broken.any():
-        raise data_error(path, f"label value {values[broken][0]:g}", "whole numbers")
+    if values.dtype.kind == "f":
+        broken = ~np.isfinite(values) | (values != np.round(values))
+        if broken.any():
+            raise data_error(path, f"label value {values[broken][0]:g}", "whole numbers")
     return values.astype(np.int64)
 
 
@@ -317,7 +318,7 @@ def _read(
     path: Path,
     source: Any,
     bands: Sequence[int] | None,
-    window: tuple[int, int, int, int] | None,
+    window: PixelWindow | None,
     shape: tuple[int, int] | None = None,
 ) -> Array:
     area = None
@@ -345,9 +346,7 @@ def _read(
         if any(not 0 <= band < source.count for band in bands):
             raise data_error(path, f"{source.count} bands", f"bands {list(bands)}, counted from 0")
         indexes = [band + 1 for band in bands]
-    out_shape = None
-    if shape is not None:
-        out_shape = (source.count if indexes is None else len(indexes), *shape)
+    out_shape = None if shape is None else (count, *shape)
     try:
         pixels: Array = source.read(indexes, window=area, out_shape=out_shape)
     except RasterioError as error:

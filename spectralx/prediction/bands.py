@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from spectralx.cli import InputError
-from spectralx.data import FixedStatistics, Whitened
-from spectralx.data.normalise import AnyNormalisation, ImageMinMax
+from spectralx.data.normalise import AnyNormalisation, FixedStatistics, ImageMinMax, Whitened
 from spectralx.segmentation import Segmentation
 from spectralx_kernels import HyperT
 

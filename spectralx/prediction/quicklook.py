@@ -14,7 +14,7 @@ from spectralx.prediction.store import Store
 
 # Longer side of each of the two panels, in pixels of the scene that are shown.
 _SIDE = 900
-_ROWS = 512
+_ROWS = 64  # counted at a time
 
 
 def class_counts(store: Store, layer: str, classes: int) -> npt.NDArray[np.int64]:

@@ -53,6 +53,19 @@ def test_rope_runs_in_bfloat16():
     assert torch.equal(turned, turned.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rope_runs_in_its_own_dtype_under_autocast(dtype: torch.dtype) -> None:
+    model, image = encoder(), torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype):
+        (tokens,) = model.features(image, (2, 3), (2,))
+    (exact,) = model.features(image, (2, 3), (2,))
+    torch.testing.assert_close(tokens.float(), exact, atol=0.05, rtol=0.05)
+    x = torch.full((1, 1, 6, 8), 1.001)
+    plain = rotate(x, AxialRope(8)(2, 2))
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(rotate(x, AxialRope(8)(2, 2)), plain)
+
+
 def test_scores_depend_on_relative_position_only():
     """Shifting both positions along a row leaves the product of query and key."""
     sin, cos = AxialRope(8, dtype=torch.float64)(4, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from spectralx import checkpoints
 from spectralx.cli import InputError
+from spectralx.data import TileDataset, build_task
 from spectralx.data.scenes import write_scenes
 from spectralx.logs import METRICS
 from spectralx.machine import join_processes, shard, trainer_options
@@ -34,8 +36,10 @@ def _curves(folder: Path, stage: str) -> dict[str, Curve]:
     return read_curves(folder / "run" / stage / METRICS)
 
 
-def _alone(stage: str, scenes: Path, folder: Path) -> dict[str, Curve]:
-    case = runs.Case(stage, 0, scenes, options=(BATCHES, STEADY))
+def _alone(
+    stage: str, scenes: Path, folder: Path, options: tuple[str, ...] = (STEADY,)
+) -> dict[str, Curve]:
+    case = runs.Case(stage, 0, scenes, options=(BATCHES, *options))
     assert runs.finish(case, folder) == 0, (folder / "output.txt").read_text()
     return _curves(folder, stage)
 
@@ -95,6 +99,42 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(scenes: Path, tmp_p
     text = (tmp_path / "output.txt").read_text()
     assert text.count("spectralx.train: error: loss: found") == 2
     assert str(scenes) in text
+
+
+SKIPPED = ("--data.skip_damaged=true", "--data.cache=false", "--stage2.run.steps=2", STEADY)
+
+
+def _damaged(scenes: Path, folder: Path, count: int | None) -> tuple[Path, list[Path]]:
+    """A copy of `scenes` with so many training images cut, or all; those."""
+    copy = Path(shutil.copytree(scenes, folder / "scenes"))
+    train = build_task("WS-WD", copy).train
+    assert isinstance(train, TileDataset)
+    cut = [pair.image for pair in train.pairs[:count]]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:1000])
+    return copy, cut
+
+
+def test_two_processes_go_without_the_same_damaged_files(scenes: Path, tmp_path: Path) -> None:
+    copy, cut = _damaged(scenes, tmp_path, 3)
+    one = _alone("stage2", copy, tmp_path / "one", SKIPPED)
+    case = runs.Case("stage2", 0, copy, options=SKIPPED)
+    output = tmp_path / "two" / "output.txt"
+    assert runs.finish_together(case, tmp_path / "two", 2) == [0, 0], output.read_text()
+    two = _curves(tmp_path / "two", "stage2")
+    assert two["train/loss"][0] == one["train/loss"][0] == list(range(2))
+    assert two["train/loss"][1] == pytest.approx(one["train/loss"][1], rel=1e-4)
+    text = output.read_text()
+    assert [text.count(f"left out of train: {path}") for path in cut] == [1, 1, 1]
+
+
+def test_two_processes_end_alike_where_no_file_can_be_read(scenes: Path, tmp_path: Path) -> None:
+    copy, cut = _damaged(scenes, tmp_path, None)
+    case = runs.Case("stage2", 0, copy, options=SKIPPED)
+    assert runs.finish_together(case, tmp_path, 2) == [2, 2]
+    lines = (tmp_path / "output.txt").read_text().splitlines()
+    assert len(lines) == 2
+    assert all(str(cut[0]) in line for line in lines)
 
 
 def test_a_single_number_is_not_sharded() -> None:

@@ -94,22 +94,26 @@ class _Canvas:
 
     def grid(
         self, where: npt.NDArray[np.bool_], cover: str, cell: tuple[float, float], gap: int
-    ) -> tuple[Field, Field]:
-        """Cells of `cell` pixels, turned at random; borders get ground `gap`. Grid coordinates."""
+    ) -> Field:
+        """Cells of `cell` pixels, turned at random; borders get ground `gap`.
+
+        Returns the coordinate across the lanes of cells, of the pixels in `where`.
+        """
         angle = self.rng.uniform(0.0, np.pi)
-        along = self.column * np.cos(angle) + self.row * np.sin(angle) + 0.25 * self.warp[0]
-        across = self.row * np.cos(angle) - self.column * np.sin(angle) + 0.25 * self.warp[1]
+        row, column = self.row[where], self.column[where]
+        along = column * np.cos(angle) + row * np.sin(angle) + 0.25 * self.warp[0][where]
+        across: Field = row * np.cos(angle) - column * np.sin(angle) + 0.25 * self.warp[1][where]
         lane = np.floor(across / cell[1])
         offset = self.rng.uniform(0.0, cell[0], 4096)[lane.astype(np.int64) % 4096]
         slot = np.floor((along + offset) / cell[0])
-        keys = (lane * 100003 + slot)[where].astype(np.int64)
+        keys = (lane * 100003 + slot).astype(np.int64)
         _, numbers = np.unique(keys, return_inverse=True)
         self.cover[where] = COVER[cover]
         self.unit[where] = numbers + self.units + 1
         self.units += int(numbers.max(initial=0)) + 1
         border = ((across % cell[1]) < 1.0) | (((along + offset) % cell[0]) < 1.0)
-        self.ground[where] = np.where(border, gap, 0)[where]
-        return along, across
+        self.ground[where] = np.where(border, gap, 0)
+        return across
 
     def by_level(
         self, where: npt.NDArray[np.bool_], field: Field, shares: Mapping[str, float]
@@ -173,8 +177,8 @@ def _kinds(cells: int, zones: Mapping[str, float], rng: Rng) -> list[str]:
 def _fields(cover: str, cell: tuple[float, float], villages: float) -> Callable[..., None]:
     def paint(canvas: _Canvas, where: npt.NDArray[np.bool_]) -> None:
         stretch = canvas.rng.uniform(0.85, 1.2)
-        _, across = canvas.grid(where, cover, (cell[0] * stretch, cell[1] * stretch), TRACK)
-        canvas.rows[where] = np.sin(2 * np.pi * across / 2.6)[where]
+        across = canvas.grid(where, cover, (cell[0] * stretch, cell[1] * stretch), TRACK)
+        canvas.rows[where] = np.sin(2 * np.pi * across / 2.6)
         for _ in range(canvas.rng.poisson(villages)):
             _village(canvas, where)
 
@@ -182,8 +186,8 @@ def _fields(cover: str, cell: tuple[float, float], villages: float) -> Callable[
 
 
 def _orchards(canvas: _Canvas, where: npt.NDArray[np.bool_]) -> None:
-    _, across = canvas.grid(where, "orchard", (15.0, 15.0), TRACK)
-    canvas.rows[where] = np.sin(2 * np.pi * across / 4.0)[where]
+    across = canvas.grid(where, "orchard", (15.0, 15.0), TRACK)
+    canvas.rows[where] = np.sin(2 * np.pi * across / 4.0)
 
 
 def _patches(shares: Mapping[str, float], *, wet: bool = False) -> Callable[..., None]:

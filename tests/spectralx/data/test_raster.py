@@ -8,7 +8,7 @@ import rasterio
 from rasterio import Affine
 
 from spectralx.data import DataError, raster_info, read_image, read_raster, write_raster
-from spectralx.data.raster import list_rasters, read_label
+from spectralx.data.raster import list_rasters, read_label, whole_numbers
 from spectralx.data.wavelengths import parse_wavelength
 
 RNG = np.random.default_rng(0)
@@ -168,6 +168,12 @@ def test_labels(tmp_path: Path) -> None:
     write_raster(path, _pixels("uint8", (2, 3, 3)))
     with pytest.raises(DataError, match="found 2 bands; expected a label map of 1 band"):
         read_label(path)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_labels_that_are_not_finite_are_refused(value: float) -> None:
+    with pytest.raises(DataError, match=rf"mine: found label value {value:g}; expected whole"):
+        whole_numbers("mine", np.array([[1.0, value]]))
 
 
 def test_empty_folders_are_named(tmp_path: Path) -> None:
