@@ -5,10 +5,11 @@ An error may be 2 (forward) or 3 (backward) times the reference's own plus a rou
 of the round-off, so that the bound is 2 or 3. What the reference errs in one draw is small by
 chance in some: where a first look exceeds the bound, its error is the largest of several draws of
 the same sizes. It then counts as no less than what the float64 truth itself moves by where every
-number given is changed by up to one rounding (of float32 for the half types, whose sums are formed
-in it), up to `CONDITION` such: no implementation can know a sum of terms that cancel better. Beyond
-it a call says nothing, as with a ReLU whose argument is zero but for round-off: where such changes
-explain the error it is drawn again, and counted. An error that they do not explain fails.
+number given is changed by up to `ROUNDINGS` roundings (of float32 for the half types, whose sums
+are formed in it), up to `CONDITION` roundings: no implementation can know a sum of terms that
+cancel better, of which it rounds terms and partial sums. Beyond that a call says nothing, as with a
+ReLU whose argument is zero but for round-off: where such changes explain the error it is drawn
+again, and counted. An error that they do not explain fails.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ Results = dict[str, Tensor]
 ATTEMPTS = 50  # to draw a call whose choices round-off cannot overturn
 REDRAWS = 8  # draws that the reference's own error is the largest of
 CHANGES = 8  # of the numbers given, that the truth's move is the largest of
-CONDITION = 200  # roundings that one rounding of the numbers given may move a result by
-ROUNDINGS = 4  # of a number that is compared, or that a ReLU is taken of
+ROUNDINGS = 4  # that a number may have gone through when it is compared or added
+CONDITION = 200  # roundings of a result that those may come to
 # Operators that compare numbers and compute none.
 EXACT = (RANDOM_MASKING.name, CONFUSION_MATRIX_UPDATE.name)
 ZERO = 1e-10  # of the largest gradient: below it one is zero but for round-off of float64
@@ -182,37 +183,36 @@ class Call:
             if value.is_floating_point()
         }
 
-    def moved(self, roundings: int) -> dict[str, float]:
-        """How far the truth moves where every number given changes by up to so many roundings."""
+    @cached_property
+    def moved(self) -> dict[str, float]:
+        """How far the truth moves where every number given changes by up to `ROUNDINGS`."""
         moved = dict.fromkeys(self.own, 0.0)
         for seed in range(CHANGES):
-            other = self.truth(roundings * rounding(self.dtype), seed)
+            other = self.truth(ROUNDINGS * rounding(self.dtype), seed)
             for name in moved:
                 moved[name] = max(moved[name], error_of(other[name], self.exact[name], self.exact))
         return moved
 
+    @property
+    def most(self) -> float:
+        """That `moved` counts for."""
+        return CONDITION * rounding(self.dtype)
+
     @cached_property
     def typical(self) -> dict[str, float]:
-        """The reference's errors, as the largest of several draws and of what a rounding moves."""
+        """The reference's errors, as the largest of several draws and of what round-off moves."""
         others = [
             Call(self.entry, args, self.layouts, self.dtype).own
             for args in redraws(self.entry, self.args, self.dtype)
         ]
-        limit = CONDITION * rounding(self.dtype)
         return {
-            name: max(own, min(self.moved_by_one[name], limit), *(other[name] for other in others))
+            name: max(own, min(self.moved[name], self.most), *(other[name] for other in others))
             for name, own in self.own.items()
         }
 
-    @cached_property
-    def moved_by_one(self) -> dict[str, float]:
-        return self.moved(1)
-
     def says_nothing(self, name: str, error: float, factor: float) -> bool:
-        """Whether a result is beyond `CONDITION`, and that explains the error."""
-        moved = self.moved(ROUNDINGS)[name]
-        beyond = moved > ROUNDINGS * CONDITION * rounding(self.dtype)
-        return beyond and error <= factor * moved
+        """Whether round-off moves a result by more than counts, and explains the error."""
+        return self.moved[name] > self.most and error <= factor * self.moved[name]
 
 
 def error_of(found: Tensor, truth: Tensor, exact: Results) -> float:

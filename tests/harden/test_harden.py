@@ -79,6 +79,7 @@ def test_a_sum_that_cancels_is_judged_by_its_condition(monkeypatch: pytest.Monke
         return right(self, x, moments, weight * 1.0001, *rest, backend=backend)
 
     assert not accuracy.sample(4240)[1]
+    assert not accuracy.sample(30760)[1]  # so ill-conditioned that it says nothing
     monkeypatch.setattr(type(operator), "__call__", off)
     assert any("gradient of weight: error" in each for each in accuracy.sample(4240)[1])
 
@@ -99,7 +100,7 @@ def test_a_call_at_the_kink_of_a_relu_says_nothing() -> None:
         REGISTRY["batch_norm_relu"], args, ["contiguous"] * len(args), torch.float32
     )
     name = "gradient of x"
-    moved = call.moved(accuracy.ROUNDINGS)[name]
+    moved = call.moved[name]
     assert moved > 0.1
     assert call.says_nothing(name, moved, 3.0)
     assert not call.says_nothing(name, 4 * moved, 3.0)
