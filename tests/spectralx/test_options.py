@@ -83,6 +83,7 @@ def test_a_file_goes_before_a_packaged_name(
         ("data: 3", "found 3 as data; expected keys"),
         ("model: {embed_dim: 10, num_heads: 3}", "model.embed_dim: found 10; expected a multiple"),
         ("model: {depth: 4, feature_blocks: [1, 2, 3, 4]}", "model.feature_blocks: found"),
+        ("stage2: {decoder: linear, neck_channels: 8}", "stage2.neck_channels: found 8; expected"),
     ],
 )
 def test_mistakes_in_a_file_name_it(tmp_path: Path, text: str, message: str) -> None:
