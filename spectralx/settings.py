@@ -267,6 +267,9 @@ class Stage2Settings:
         Channel dropout before the classes.
     label_smoothing
         Share of the target spread over all classes.
+    cutmix
+        Probability of a training image to have a random rectangle replaced, labels with it, by
+        that of another image of its batch: against learning few scenes by heart.
     class_weights
         "balanced" weights each class by the inverse square root of its share of the training
         pixels.
@@ -281,9 +284,11 @@ class Stage2Settings:
     neck_scales: list[float] | None = None
     dropout: float = 0.1
     label_smoothing: float = 0.0
+    cutmix: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
 
     def __post_init__(self) -> None:
+        _require(0 <= self.cutmix <= 1, "stage2.cutmix", self.cutmix, "0 to 1")
         for name in ("neck_channels", "neck_scales"):
             found = getattr(self, name)
             _require(
