@@ -17,7 +17,8 @@ def cutmix(images: Tensor, masks: Tensor, probability: float) -> tuple[Tensor, T
     ----------
     images : [B, C, H, W].
     masks : [B, H, W].
-    probability : of each image to be given such a part; the next of the last is the first.
+    probability : of each image to be given such a part; the next of the last is the first, and a
+        batch of one stays as it is.
 
     Returns
     -------

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from spectralx.lightning_modules import SegmentationStage
 from spectralx.mixing import cutmix
+from spectralx.segmentation import Segmentation
+from spectralx.settings import OptimizerSettings
 
 
 def test_a_rectangle_of_image_and_mask_comes_from_the_next_image() -> None:
@@ -39,3 +43,20 @@ def test_none_or_all_are_mixed() -> None:
     images, masks = torch.rand(6, 3, 4, 4), torch.arange(6)[:, None, None].expand(6, 4, 4)
     assert torch.equal(cutmix(images, masks, 0.0)[0], images)
     assert all((a != b).any() for a, b in zip(cutmix(images, masks, 1.0)[1], masks, strict=True))
+
+
+def test_stage_2_trains_on_what_is_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Segmentation(
+        "satmae++", 3, 3, adapter=None, image_size=8, patch_size=2, embed_dim=8, depth=1,
+        num_heads=1, trainable="all", decoder="linear", dropout=0.0,
+    )  # fmt: skip
+    names = ["unlabelled", "a", "b"]
+    stage = SegmentationStage(model, OptimizerSettings(), 1, class_names=names, cutmix=1.0)
+    monkeypatch.setattr(stage, "log_training_loss", lambda loss, batch: loss)
+    images, masks = torch.rand(4, 3, 8, 8), torch.randint(3, (4, 8, 8))
+    torch.manual_seed(1)
+    loss = stage.training_step({"image": images, "mask": masks, "path": [""] * 4}, 0)
+    torch.manual_seed(1)
+    torch.testing.assert_close(loss, model.loss(*cutmix(images, masks, 1.0)))
+    assert not torch.isclose(loss, model.loss(images, masks))
