@@ -15,6 +15,7 @@ from benchmarks.shapes import RECONSTRUCTION_STEPS, STEPS, WAVELENGTHS, StepShap
 from benchmarks.variants import use_running_statistics, with_plain_decoder, with_plain_head
 from benchmarks.watch import Watch
 from spectralx.backbones.encoder import Embedded
+from spectralx.decoder import UPerHead
 from spectralx.reconstruction import MaskedReconstruction
 from spectralx.segmentation import Segmentation
 
@@ -107,6 +108,7 @@ def segmentation_of(shape: StepShape, draw: Draw) -> Segmentation:
         dropout=0.0,
     )
     draw.fill(model).train()
+    assert isinstance(model.head, UPerHead)
     use_running_statistics(model.head)
     return model
 

@@ -91,6 +91,7 @@ def stage_module(
         class_names=list(task.class_names),
         class_weights=data.class_weights() if own.class_weights == "balanced" else None,
         label_smoothing=own.label_smoothing,
+        cutmix=own.cutmix,
         official=settings.data.official,
         seed=settings.seed,
     )

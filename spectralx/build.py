@@ -72,6 +72,7 @@ def segmentation_model(
         stem_dim=model.stem_dim,
         tokenizer_heads=model.tokenizer_heads,
         low_rank=model.low_rank,
+        decoder=stage.decoder,
         neck_channels=stage.neck_channels,
         neck_scales=stage.neck_scales,
         head_channels=stage.head_channels,

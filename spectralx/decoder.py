@@ -28,6 +28,10 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+def _scaled(rows: int, columns: int, scale: float) -> tuple[int, int]:
+    return max(int(rows * scale), 1), max(int(columns * scale), 1)
+
+
 class Unformed(NamedTuple):
     """A map of the neck before its 3x3 convolution: [B, C, h, w] that is to get the size `size`."""
 
@@ -188,6 +192,10 @@ class MultiLevelNeck(nn.Module):
             ConvUnit(out_channels, out_channels, 3, norm=False) for _ in in_channels
         )
 
+    def finest_size(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of the pyramid's finest map, of feature maps of `rows` x `columns`."""
+        return _scaled(rows, columns, self.scales[0])
+
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps [B, C_i, H, W] to maps [B, out_channels, H·scale_i, W·scale_i], at least 1x1."""
         return [level.formed() for level in self.unformed(features)]
@@ -198,7 +206,7 @@ class MultiLevelNeck(nn.Module):
         for x, scale, lateral, conv in zip(
             features, self.scales, self.lateral_convs, self.convs, strict=True
         ):
-            size = (max(int(x.shape[-2] * scale), 1), max(int(x.shape[-1] * scale), 1))
+            size = _scaled(x.shape[-2], x.shape[-1], scale)
             if not self.plain:  # channels last from here on: what every kernel behind wants
                 x = x.contiguous(memory_format=torch.channels_last)
             assert isinstance(conv, ConvUnit)

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from spectralx.datamodule import Batch
 from spectralx.machine import shard
 from spectralx.metrics import SegmentationScores
+from spectralx.mixing import cutmix
 from spectralx.reconstruction import MaskedReconstruction, Reconstruction
 from spectralx.sampling import derive_seed
 from spectralx.segmentation import Segmentation
@@ -251,6 +252,7 @@ class SegmentationStage(Stage):
     class_names : index 0 first, the unlabelled class.
     class_weights : float [K] or None.
     label_smoothing : of the training loss.
+    cutmix : probability of a training image to be given a part of another of its batch.
     official : score as the published protocol does.
     """
 
@@ -278,12 +280,14 @@ class SegmentationStage(Stage):
         class_names: list[str],
         class_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
+        cutmix: float = 0.0,
         official: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, total_steps, seed)
         self.model = model
         self.label_smoothing = label_smoothing
+        self.cutmix = cutmix
         self.official = official
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.scores = SegmentationScores(
@@ -291,9 +295,11 @@ class SegmentationStage(Stage):
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        mask = batch["mask"]
+        images, mask = batch["image"], batch["mask"]
         assert isinstance(mask, Tensor)  # training images are resized with their masks
-        logits = self.model(batch["image"])
+        if self.cutmix > 0:
+            images, mask = cutmix(images, mask, self.cutmix)
+        logits = self.model(images)
         loss = upsample_cross_entropy(
             logits,
             mask,

@@ -12,7 +12,8 @@ from spectralx.adapt import Method, adapt, adapter_blocks, freeze
 from spectralx.backbones.dinov3 import DINOv3
 from spectralx.backbones.encoder import PatchEmbed, PositionedEncoder
 from spectralx.backbones.positions import sincos_positions
-from spectralx.decoder import NECK_SCALES, UPerNet, decode
+from spectralx.decoder import NECK_SCALES, MultiLevelNeck, UPerHead, UPerNet, decode
+from spectralx.linear_decoder import LinearDecoder
 from spectralx_kernels import (
     AreAdapter,
     HyperT,
@@ -23,6 +24,7 @@ from spectralx_kernels import (
 
 Family = Literal["scalemae", "satmae++", "dinov3"]
 Tokenizer = Literal["hypert", "conv"]
+Decoder = Literal["upernet", "linear"]
 Trainable = Literal["adapters", "decoder", "all"]
 
 
@@ -47,8 +49,8 @@ class Segmentation(OfficialNames):
     image_size : side, or height and width, of the images in pixels; multiples of `patch_size`.
     patch_size : side of a patch in pixels.
     embed_dim, depth, num_heads, mlp_ratio : of the transformer. ViT-L is 1024, 24, 16, 4.
-    feature_blocks : ascending indices of one to four blocks whose tokens UPerNet sees; by default
-        the last of each quarter (5, 11, 17, 23 of 24).
+    feature_blocks : ascending indices of one to four blocks whose tokens the decoder sees; by
+        default the last of each quarter (5, 11, 17, 23 of 24).
     adapter : "aomoa" (SpectralX), "lora", "slr" or "ia3" (baselines), or None.
     adapted_blocks : indices of the blocks that get the adapter; by default every sixth (5, 11, 17,
         23 of 24).
@@ -63,7 +65,9 @@ class Segmentation(OfficialNames):
     resolution : metres on the ground a pixel covers.
     stem_dim, tokenizer_heads, low_rank : of `HyperT`.
     storage_tokens : of DINOv3.
-    neck_channels, head_channels, dropout : of `UPerNet`.
+    decoder : "upernet" (SpectralX), or "linear", a `LinearDecoder` on the same feature maps.
+    neck_channels, head_channels : of `UPerNet`.
+    dropout : of either decoder.
     neck_scales : size of each map of UPerNet's pyramid over the map of tokens, finest first, one a
         feature block; by default the first of 4, 2, 1, 1/2. Logits have the finest one's size.
 
@@ -103,6 +107,7 @@ class Segmentation(OfficialNames):
         tokenizer_heads: int = 8,
         low_rank: int | None = 16,
         storage_tokens: int = 4,
+        decoder: Decoder = "upernet",
         neck_channels: int | None = None,
         head_channels: int = 512,
         neck_scales: Sequence[float] | None = None,
@@ -117,6 +122,7 @@ class Segmentation(OfficialNames):
         }
         _check_one_of("family", family, Family)
         _check_one_of("trainable", trainable, Trainable)
+        _check_one_of("decoder", decoder, Decoder)
         tokenizer = tokenizer or ("hypert" if adapter == "aomoa" else "conv")
         _check_one_of("tokenizer", tokenizer, Tokenizer)
         with_hypert = tokenizer == "hypert"
@@ -181,15 +187,21 @@ class Segmentation(OfficialNames):
             if refine and isinstance(proj, HyperT)
             else None
         )
-        decoder = UPerNet(
-            [embed_dim] * len(self.feature_blocks),
-            num_classes,
-            neck_channels=neck_channels,
-            head_channels=head_channels,
-            scales=neck_scales or NECK_SCALES[: len(self.feature_blocks)],
-            dropout=dropout,
-        )
-        self.neck, self.head = decoder.neck, decoder.head
+        widths = [embed_dim] * len(self.feature_blocks)
+        self.neck: MultiLevelNeck | None = None
+        self.head: UPerHead | LinearDecoder
+        if decoder == "linear":
+            self.head = LinearDecoder(widths, num_classes, dropout=dropout)
+        else:
+            upernet = UPerNet(
+                widths,
+                num_classes,
+                neck_channels=neck_channels,
+                head_channels=head_channels,
+                scales=neck_scales or NECK_SCALES[: len(self.feature_blocks)],
+                dropout=dropout,
+            )
+            self.neck, self.head = upernet.neck, upernet.head
         if trainable == "adapters":
             freeze(self.vit_backbone, norms=adapter is not None)
         else:
@@ -200,6 +212,17 @@ class Segmentation(OfficialNames):
         """A norm of the published model that nothing passes through."""
         width = self.config["embed_dim"]
         return {"norm.weight": (width,), "norm.bias": (width,)}
+
+    @property
+    def logits_size(self) -> tuple[int, int]:
+        """Rows and columns of the logits: the patch grid's times ``neck_scales[0]``, 4 by default.
+
+        With the linear decoder, the patch grid's.
+        """
+        rows, columns = self.grid
+        if self.neck is None:
+            return rows, columns
+        return self.neck.finest_size(rows, columns)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature maps of images [B, C, H, W], each [B, D, rows, columns], one a feature block.
@@ -227,11 +250,13 @@ class Segmentation(OfficialNames):
         return [x.transpose(1, 2).unflatten(2, self.grid) for x in features]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] to logits [B, classes, 4 · rows, 4 · columns] of the patch grid.
-
-        In general ``neck_scales[0]`` times rows and columns.
-        """
-        return decode(self.neck, self.head, self.features(images))
+        """Images [B, C, H, W] to logits [B, classes, *logits_size]."""
+        features = self.features(images)
+        if isinstance(self.head, LinearDecoder):
+            logits: Tensor = self.head(features)
+            return logits
+        assert self.neck is not None
+        return decode(self.neck, self.head, features)
 
     def loss(
         self,

@@ -253,6 +253,9 @@ class Stage2Settings:
     init_from
         Checkpoint of stage 1 to start from: a folder, "stage1" for the best of this experiment,
         or null to start without.
+    decoder
+        What makes logits of the feature maps: "upernet" (the paper's), or "linear", one linear
+        layer for each token, for few labels that change from patch to patch; it has no neck.
     head_channels
         Width of the UPerNet head.
     neck_channels
@@ -264,6 +267,9 @@ class Stage2Settings:
         Channel dropout before the classes.
     label_smoothing
         Share of the target spread over all classes.
+    cutmix
+        Probability of a training image to have a random rectangle replaced, labels with it, by
+        that of another image of its batch: against learning few scenes by heart.
     class_weights
         "balanced" weights each class by the inverse square root of its share of the training
         pixels.
@@ -272,12 +278,25 @@ class Stage2Settings:
     run: RunSettings = field(default_factory=lambda: RunSettings(steps=30_000))
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     init_from: str | None = FROM_STAGE1
+    decoder: Literal["upernet", "linear"] = "upernet"
     head_channels: int = 512
     neck_channels: int | None = None
     neck_scales: list[float] | None = None
     dropout: float = 0.1
     label_smoothing: float = 0.0
+    cutmix: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.cutmix <= 1, "stage2.cutmix", self.cutmix, "0 to 1")
+        for name in ("neck_channels", "neck_scales"):
+            found = getattr(self, name)
+            _require(
+                self.decoder == "upernet" or found is None,
+                f"stage2.{name}",
+                found,
+                "null with the linear decoder",
+            )
 
 
 @dataclass

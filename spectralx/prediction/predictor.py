@@ -62,8 +62,7 @@ class Predictor:
     @property
     def cells(self) -> tuple[int, int]:
         """Rows and columns of the model's logits."""
-        rows, columns = (int(side * self.model.neck.scales[0]) for side in self.model.grid)
-        return rows, columns
+        return self.model.logits_size
 
     @property
     def window(self) -> tuple[int, int]:

@@ -103,6 +103,11 @@ def test_mistakes_in_a_file_name_it(tmp_path: Path, text: str, message: str) -> 
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration; expected a YAML"),
         (["--config"], "--config: found nothing; expected a file"),
         (["--stage1.run.steps=0"], "run.steps: found 0; expected at least 1"),
+        (["--stage2.cutmix=2"], "stage2.cutmix: found 2.0; expected 0 to 1"),
+        (
+            ["--stage2.decoder=linear", "--stage2.neck_channels=8"],
+            "stage2.neck_channels: found 8; expected null",
+        ),
         (["--stage1.optimizer.warmup=3"], "optimizer.warmup: found 3; expected 0 with"),
     ],
 )

@@ -157,9 +157,28 @@ def test_logits_have_the_size_of_the_finest_map() -> None:
     model = small(patch_size=2, image_size=16, depth=2, neck_scales=[1.0, 0.5]).eval()
     images, _ = batch(16, 16)
     assert model(images).shape == (2, 4, 8, 8)
+    assert model.logits_size == (8, 8)
     assert Segmentation(**model.config)(images).shape == (2, 4, 8, 8)
     with pytest.raises(ValueError, match="one for each feature map, the largest first"):
         small(depth=2, neck_scales=[0.5, 1.0])
+
+
+def test_the_linear_decoder_is_one_linear_layer_a_token() -> None:
+    model = small(depth=4, decoder="linear", neck_channels=None).eval()
+    images, labels = batch()
+    features = torch.cat(model.features(images), dim=1)  # [2, 4 * 32, rows, columns]
+    layer = model.head.conv_seg
+    expected = torch.einsum("kd,bdhw->bkhw", layer.weight[:, :, 0, 0], features)
+    expected = expected + layer.bias[:, None, None]  # type: ignore[index]
+    torch.testing.assert_close(model(images), expected)
+    assert model.logits_size == model.grid == tuple(expected.shape[2:])
+    again = Segmentation(**model.config).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images), model(images))
+    model.train().loss(images, labels).backward()
+    assert layer.weight.grad is not None
+    with pytest.raises(ValueError, match="decoder: got 'mlp', expected one of upernet, linear"):
+        small(decoder="mlp")
 
 
 def test_are_adapter_refines_what_the_next_block_sees():
