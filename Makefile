@@ -37,7 +37,7 @@ build/.extension: $(SOURCES)
 train: $(READY)
 	$(RUN) -m spectralx.quickstart --out $(RUNS)/quickstart
 
-# Both stages on a folder of real tiles, and a report: make real DATA=/path/to/enmap_potsdam [SEEDS="0 1 2"]
+# Both stages on a folder of real tiles, and a report: make real DATA=/path/to/enmap_potsdam [SEEDS="1 2 3"]
 SEEDS ?= 0
 real: $(READY)
 	for seed in $(SEEDS); do $(RUN) -m spectralx.train both --config enmap.yaml --data.root $(DATA) \
