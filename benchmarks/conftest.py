@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import spectralx_kernels
+from benchmarks import ceilings
 from benchmarks.case import Setting
 from benchmarks.clock import Replay
 from benchmarks.harness import Budget, Build, GroupKey, Row, measure
@@ -47,6 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--backend", choices=BACKENDS, help="of the fused rows (default: each operator's own)"
+    )
+    group.addoption(
+        "--seconds",
+        type=float,
+        help="to measure a group for, checks aside (default: 1.5; with --full 10)",
     )
     group.addoption(
         "--graphs",
@@ -132,7 +138,8 @@ class Groups:
         if not self._config.getoption("benchmark_enable"):
             budget = Budget(seconds=0.0, rounds=(1, 1))
         else:
-            budget = Budget(seconds=10.0 if full else 1.5)
+            given = self._config.getoption("--seconds")
+            budget = Budget(seconds=given or (10.0 if full else 1.5))
         torch._dynamo.reset()
         try:
             setting = Setting(device, DTYPES[key.dtype])
@@ -165,6 +172,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     facts = machine_facts(session.config.getoption("--device"))
     if session.config.getoption("--graphs"):
         facts["timed"] = "graphs"
+    if session.config.getoption("--device") == "cuda" and session.items:
+        facts["ceilings"] = ceilings.measure("cuda")
     if session.config.getoption("--backend"):
         facts["backend"] = session.config.getoption("--backend")
     session.config.stash[_FACTS] = facts

@@ -55,6 +55,21 @@ class Budget:
     rounds: tuple[int, int] = (3, 100)
 
 
+@dataclass
+class Checked:
+    """A group whose implementations have been held against the reference.
+
+    Attributes
+    ----------
+    rows : of every wanted implementation; those that were refused say why.
+    runs : name -> function of the turn, of those that agreed, and of the floor's candidates.
+    """
+
+    case: Case
+    rows: dict[str, Row]
+    runs: dict[str, Callable[[int], object]]
+
+
 class InaccurateError(AssertionError):
     """An implementation disagrees with the reference: it gets no number."""
 
@@ -76,6 +91,30 @@ def measure(
     graph of the first input set are timed, but for what waits for the host (`dispatch`) and for
     steps; L2 is flushed all the same.
     """
+    found = checked(build, shape, mode, setting, names)
+    runs, rows = found.runs, found.rows
+    if "floor" in names:
+        floor = found.case.floor()
+        runs.update({f"floor {part}": _ignore_turn(run) for part, run in floor.items()})
+        if found.case.linear is not None:
+            runs["linear"] = _ignore_turn(found.case.linear())
+    if graphs and mode != STEP:
+        runs = {name: run if name in UNCAPTURED else captured(run) for name, run in runs.items()}
+    samples = timed(runs, setting, budget, stopwatch)
+    for name, row in rows.items():
+        row.samples = samples.get(name, [])
+    if "floor" in names:
+        rows["floor"] = _floor_row(samples)
+        rows["floor"].facts |= {
+            name: getattr(floor, name) for name in ("operations", "nbytes") if hasattr(floor, name)
+        }
+    return rows
+
+
+def checked(
+    build: Build, shape: Any, mode: str, setting: Setting, names: Sequence[str]
+) -> Checked:
+    """The implementations `names` of one group, held against the reference, with their memory."""
     case = build(shape, mode, setting)
     runner = Runner(case, mode, setting)
     rows = {name: Row() for name in names}
@@ -84,27 +123,25 @@ def measure(
         functions["compile"] = torch.compile(case.functions["eager"], fullgraph=True, dynamic=False)
     _check(rows, functions, runner, build, shape, setting)
     gc.collect()
-
     runs: dict[str, Callable[[int], object]] = {
         name: partial(runner, function)
         for name, function in functions.items()
         if not rows[name].refused
     }
-    if "floor" in names:
-        runs.update({f"floor {part}": _ignore_turn(run) for part, run in case.floor().items()})
-        if case.linear is not None:
-            runs["linear"] = _ignore_turn(case.linear())
-    if graphs and mode != STEP:
-        runs = {name: run if name in UNCAPTURED else captured(run) for name, run in runs.items()}
+    return Checked(case, rows, runs)
+
+
+def timed(
+    runs: dict[str, Callable[[int], object]],
+    setting: Setting,
+    budget: Budget,
+    stopwatch: Stopwatch | None = None,
+) -> dict[str, list[float]]:
+    """Samples of `runs`, taken in turns."""
     watch = stopwatch or stopwatch_for(setting.device)
-    samples = interleave(
+    return interleave(
         runs, watch, seconds=budget.seconds, rounds=budget.rounds, warm_up=watch.warm_up
     )
-    for name in functions:
-        rows[name].samples = samples.get(name, [])
-    if "floor" in names:
-        rows["floor"] = _floor_row(samples)
-    return rows
 
 
 def captured(run: Callable[[int], object]) -> Callable[[int], object]:
