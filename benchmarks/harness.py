@@ -111,9 +111,7 @@ def measure(
     return rows
 
 
-def checked(
-    build: Build, shape: Any, mode: str, setting: Setting, names: Sequence[str]
-) -> Checked:
+def checked(build: Build, shape: Any, mode: str, setting: Setting, names: Sequence[str]) -> Checked:
     """The implementations `names` of one group, held against the reference, with their memory."""
     case = build(shape, mode, setting)
     runner = Runner(case, mode, setting)

@@ -182,7 +182,7 @@ class StepShape(Shape):
 
     @property
     def stage(self) -> str:
-        """"stage1" or "stage2", as the name says."""
+        """ "stage1" or "stage2", as the name says."""
         return "stage1" if self.name.startswith("stage1-") else "stage2"
 
     @property

@@ -107,9 +107,7 @@ def write(out: Path, name: str, rows: Sequence[Row], facts: Mapping[str, Any]) -
 
 
 def _times(row: Row, names: Sequence[str]) -> list[str]:
-    return [
-        number(row.milliseconds.get(way, {}).get(name), 3) for way in WAYS for name in names
-    ]
+    return [number(row.milliseconds.get(way, {}).get(name), 3) for way in WAYS for name in names]
 
 
 def changes(rows: Sequence[Row]) -> list[list[str]]:

@@ -245,7 +245,11 @@ class Operator:
         _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
 
     def backend_of(
-        self, args: Sequence[Any], device: str, dtype: torch.dtype | None, backend: str | None = None
+        self,
+        args: Sequence[Any],
+        device: str,
+        dtype: torch.dtype | None,
+        backend: str | None = None,
     ) -> str:
         """The backend that a call with `args`, cast to `dtype`, runs on."""
         prefer = self._prefer(args, dtype) if self._prefer else None

@@ -10,7 +10,7 @@ the same sizes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from tests.harden.draws import Draw, arrange
 from tests.harden.operators import ENTRIES, Entry
 from tests.harden.record import Outcome
 from tests.kernels.aomoa.by_name import redrawn
-from tests.kernels.ladder import cast, outputs_of, relative_error, run_with_gradients
+from tests.kernels.ladder import cast, moved, outputs_of, relative_error, run_with_gradients
 from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, ROUND_OFF
 
 Results = dict[str, Tensor]
@@ -35,6 +35,23 @@ REDRAWS = 8  # draws that the reference's own error is the largest of
 EXACT = (RANDOM_MASKING.name, CONFUSION_MATRIX_UPDATE.name)
 ZERO = 1e-10  # of the largest gradient: below it one is zero but for round-off of float64
 TOKENS_OF_AOMOA = 11  # the place of the noise, [A, T, E]
+
+
+class Kind(NamedTuple):
+    """What a sample is computed in. TF32 has float16's mantissa: its choices and its round-off are
+    those of float16, and the reference's own error that of the device."""
+
+    dtype: torch.dtype
+    device: str = "cpu"
+    tf32: bool = False
+
+    @property
+    def rounding(self) -> torch.dtype:
+        """The dtype whose round-off this has."""
+        return torch.float16 if self.tf32 else self.dtype
+
+    def __str__(self) -> str:
+        return "tf32" if self.tf32 else str(self.dtype)
 
 
 def choices(entry: Entry, args: Sequence[Any]) -> list[Tensor]:
@@ -56,15 +73,17 @@ def perturbed(args: Sequence[Any], size: float, seed: int) -> list[Any]:
     ]
 
 
-def decided(entry: Entry, args: Sequence[Any], dtype: torch.dtype) -> Sequence[Any] | None:
-    """`args`, or those tokens of them, whose choices round-off of `dtype` cannot overturn."""
+def decided(entry: Entry, args: Sequence[Any], kind: Kind) -> Sequence[Any] | None:
+    """`args`, or those tokens of them, whose choices round-off of the kind cannot overturn."""
+    dtype = kind.dtype
     exact = cast(cast(args, dtype), torch.float64)
     chosen = choices(entry, exact)
     if not chosen or entry.name in EXACT:
         return args
     # AoMoA computes its logits in the dtype, all others what they compare in float32 or float64.
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    size = 4 * torch.finfo(dtype if entry.name == AOMOA.name else wide).eps
+    coarse = kind.tf32 or entry.name == AOMOA.name
+    size = 4 * torch.finfo(kind.rounding if coarse else wide).eps
     others = [choices(entry, perturbed(exact, size, seed)) for seed in range(4)]
     same = [
         torch.stack([other[place] == one for other in others]).all(0)
@@ -82,12 +101,12 @@ def decided(entry: Entry, args: Sequence[Any], dtype: torch.dtype) -> Sequence[A
     )  # fmt: skip
 
 
-def drawn(number: int, dtype: torch.dtype, large: bool) -> tuple[Entry, Sequence[Any], Draw]:
+def drawn(number: int, kind: Kind, large: bool) -> tuple[Entry, Sequence[Any], Draw]:
     """The first decided call of a sample."""
     entry = ENTRIES[number % len(ENTRIES)]
     for attempt in range(ATTEMPTS):
         draw = Draw(number + attempt * 1_000_003, large=large, conditioned=True)
-        args = decided(entry, entry.draw(draw), dtype)
+        args = decided(entry, entry.draw(draw), kind)
         if args is not None:
             return entry, args, draw
     raise RuntimeError(f"sample {number}: {entry.name}: no decided call in {ATTEMPTS} draws")
@@ -95,17 +114,18 @@ def drawn(number: int, dtype: torch.dtype, large: bool) -> tuple[Entry, Sequence
 
 def results(
     entry: Entry, run: Callable[..., Any], args: Sequence[Any], layouts: Sequence[str],
-    dtype: torch.dtype,
+    dtype: torch.dtype, device: str = "cpu",
 ) -> Results:  # fmt: skip
-    """Outputs and gradients by name."""
-    leaves = arrange(args, layouts, dtype, grad=entry.differentiable, constants=entry.constants)
+    """Outputs and gradients by name, on the CPU."""
+    there = args if device == "cpu" else moved(args, device)
+    leaves = arrange(there, layouts, dtype, grad=entry.differentiable, constants=entry.constants)
     completed = entry.complete(leaves)
     outputs, grads = run_with_gradients(run, completed)
     found = {f"output {place}": output for place, output in enumerate(outputs)}
     for place, name in enumerate(entry.names):
         if f"argument {place}" in grads:
             found[f"gradient of {name}"] = grads[f"argument {place}"]
-    return found
+    return {name: value.cpu() for name, value in found.items()}
 
 
 def with_rounded_gradients(
@@ -125,11 +145,11 @@ def with_rounded_gradients(
 
 
 def exact_and_own(
-    entry: Entry, args: Sequence[Any], layouts: Sequence[str], dtype: torch.dtype
+    entry: Entry, args: Sequence[Any], layouts: Sequence[str], kind: Kind
 ) -> tuple[Results, dict[str, float]]:
-    """The truth, and the error of the reference in `dtype`."""
-    reference = entry.operator.reference
-    plain = results(entry, reference, args, layouts, dtype)
+    """The truth, and the error of the reference in the dtype."""
+    reference, dtype = entry.operator.reference, kind.dtype
+    plain = results(entry, reference, args, layouts, dtype, kind.device if kind.tf32 else "cpu")
     dtypes = [value.dtype for name, value in plain.items() if name.startswith("output")]
     truth = with_rounded_gradients(reference, dtypes)
     exact = results(entry, truth, cast(args, dtype), layouts, torch.float64)
@@ -152,21 +172,24 @@ def error_of(found: Tensor, truth: Tensor, exact: Results) -> float:
     return relative_error(found, truth)
 
 
-def redraws(entry: Entry, args: Sequence[Any], dtype: torch.dtype) -> Iterator[Sequence[Any]]:
+def redraws(entry: Entry, args: Sequence[Any], kind: Kind) -> Iterator[Sequence[Any]]:
     for seed in range(1, REDRAWS + 1):
-        found = decided(entry, redrawn(args, seed), dtype)
+        found = decided(entry, redrawn(args, seed), kind)
         if found is not None:
             yield found
 
 
-def sample(number: int) -> tuple[Entry, list[str], dict[str, float]]:
-    """The operator of a sample, its failures, and its ratios "forward" and "backward"."""
+def sample(number: int, given: Kind | None = None) -> tuple[Entry, list[str], dict[str, float]]:
+    """The operator of a sample, its failures, and its ratios "forward" and "backward"; on a CPU its
+    number says in what it is computed."""
     round_ = number // len(ENTRIES)
-    dtype, triton = DTYPES[round_ % len(DTYPES)], round_ % TRITON_ROUND == 0
-    entry, args, draw = drawn(number, dtype, large=number % 4 == 0 and not triton)
+    kind = given or Kind(DTYPES[round_ % len(DTYPES)])
+    dtype, triton = kind.dtype, kind.device == "cuda" or round_ % TRITON_ROUND == 0
+    large = number % 4 == 0 and not (triton and kind.device == "cpu")
+    entry, args, draw = drawn(number, kind, large=large)
     layouts = draw.layouts(args)
-    exact, own = exact_and_own(entry, args, layouts, dtype)
-    backends = _backends.available(entry.name, "cpu", dtype)
+    exact, own = exact_and_own(entry, args, layouts, kind)
+    backends = _backends.available(entry.name, kind.device, dtype)
     failures: list[str] = []
     ratios = {"forward": 0.0, "backward": 0.0}
     widened = False
@@ -179,9 +202,10 @@ def sample(number: int) -> tuple[Entry, list[str], dict[str, float]]:
             args,
             layouts,
             dtype,
+            kind.device,
         )
         for name, value in found.items():
-            where = f"sample {number}: {entry.name}, {backend}, {dtype}, {name}"
+            where = f"sample {number}: {entry.name}, {backend}, {kind}, {name}"
             if name not in exact:  # the reference does not use the argument: no gradient
                 if value.any():
                     failures.append(f"{where}: a gradient of what has none")
@@ -194,27 +218,27 @@ def sample(number: int) -> tuple[Entry, list[str], dict[str, float]]:
             error = error_of(value, truth, exact)
             side = "forward" if name.startswith("output") else "backward"
             factor = FORWARD_FACTOR if side == "forward" else BACKWARD_FACTOR
-            share = ROUND_OFF[dtype] / factor
+            share = ROUND_OFF[kind.rounding] / factor
             if error / (own[name] + share) > factor and not widened:
                 widened = True
-                for other in redraws(entry, args, dtype):
-                    for key, more in exact_and_own(entry, other, layouts, dtype)[1].items():
+                for other in redraws(entry, args, kind):
+                    for key, more in exact_and_own(entry, other, layouts, kind)[1].items():
                         own[key] = max(own[key], more)
             ratio = error / (own[name] + share)
             ratios[side] = max(ratios[side], ratio)
             if not ratio <= factor:
                 failures.append(f"{where}: error {error:.3g}, the reference's {own[name]:.3g}")
         failures += [
-            f"sample {number}: {entry.name}, {backend}, {dtype}: no {name}"
+            f"sample {number}: {entry.name}, {backend}, {kind}: no {name}"
             for name in exact.keys() - found.keys()
         ]
     return entry, failures, ratios
 
 
-def run(numbers: Iterable[int]) -> Outcome:
+def run(numbers: Iterable[int], kind_of: Callable[[int], Kind | None] = lambda _: None) -> Outcome:
     outcome = Outcome(figures={"worst forward ratio": {}, "worst backward ratio": {}})
     for number in numbers:
-        entry, failures, ratios = sample(number)
+        entry, failures, ratios = sample(number, kind_of(number))
         outcome.failures += failures
         outcome.checked += 1
         for side, ratio in ratios.items():
