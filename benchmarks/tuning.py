@@ -154,9 +154,9 @@ def page(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         lines.append(f"- ceilings: {ceilings.shown(facts['ceilings'])}")
     lines += [
         "", "`make gpu PART=tune`. Calls are those of training steps of ViT-L; medians in",
-        "milliseconds, `graphs` of replays of a CUDA graph, `hosted` of calls from Python. `copy` is",
-        "reading arguments and writing outputs once, at the measured bandwidth. A default is changed",
-        "in the function named under `decided in`: `_prefer` says when another backend than the",
+        "milliseconds, `graphs` of replays of a CUDA graph, `hosted` of calls from Python. `copy`",
+        "is reading arguments and writing outputs once, at the measured bandwidth. A default is",
+        "changed in the function under `decided in`: `_prefer` says when another backend than the",
         "device's first runs, `available` has the order of the device. The first is what",
         "`Operator(..., prefer=...)` is given.", "",
     ]  # fmt: skip

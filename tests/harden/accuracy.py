@@ -103,7 +103,7 @@ def decided(entry: Entry, args: Sequence[Any], kind: Kind) -> Sequence[Any] | No
 
 def drawn(number: int, kind: Kind, large: bool) -> tuple[Entry, Sequence[Any], Draw]:
     """The first decided call of a sample."""
-    entry = ENTRIES[number % len(ENTRIES)]
+    entry = ENTRIES[number % len(ENTRIES)].on(kind.device)
     for attempt in range(ATTEMPTS):
         draw = Draw(number + attempt * 1_000_003, large=large, conditioned=True)
         args = decided(entry, entry.draw(draw), kind)

@@ -24,9 +24,10 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
 
 
 def bits_of_contract(number: int, device: str = "cpu") -> list[tuple[str, dict[str, Tensor]]]:
-    """Outputs and gradients of a call of row 1, by backend; on a GPU the reference, whose torch adds
-    atomically, is left out."""
+    """Outputs and gradients of a call of row 1, by backend; on a GPU without the reference, whose
+    torch adds atomically."""
     entry, dtype, triton = contract.case_of(number)
+    entry = entry.on(device)
     draw = Draw(number)
     args = entry.draw(draw)
     layouts = draw.layouts(args)
