@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -53,6 +54,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seconds",
         type=float,
         help="to measure a group for, checks aside (default: 1.5; with --full 10)",
+    )
+    group.addoption(
+        "--until",
+        type=float,
+        help="seconds after which no further group is begun: its rows fail, the others are kept",
     )
     group.addoption(
         "--graphs",
@@ -113,6 +119,7 @@ class Groups:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._begin = time.monotonic()
         self._wanted: dict[GroupKey, list[str]] = {}
         self._key: GroupKey | None = None
         self._rows: dict[str, Row] = {}
@@ -133,6 +140,9 @@ class Groups:
 
     def _measure(self, build: Build, key: GroupKey) -> dict[str, Row]:
         names = self._wanted[key]
+        until = self._config.getoption("--until")
+        if until is not None and time.monotonic() - self._begin > until:
+            return {name: Row(refused=f"not begun: {until:g} s are over") for name in names}
         full, device = self._config.getoption("--full"), self._config.getoption("--device")
         shape: Shape = find(selected(key.op, full=full), key.shape)
         if not self._config.getoption("benchmark_enable"):

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -99,7 +99,11 @@ def measure(
         if found.case.linear is not None:
             runs["linear"] = _ignore_turn(found.case.linear())
     if graphs and mode != STEP:
-        runs = {name: run if name in UNCAPTURED else captured(run) for name, run in runs.items()}
+        whole = {name: run for name, run in runs.items() if name in UNCAPTURED}
+        replays, failed = graphs_of({n: run for n, run in runs.items() if n not in whole})
+        runs = {name: whole.get(name) or replays[name] for name in runs if name not in failed}
+        for name in failed.keys() & rows.keys():
+            rows[name].refused = failed[name]
     samples = timed(runs, setting, budget, stopwatch)
     for name, row in rows.items():
         row.samples = samples.get(name, [])
@@ -158,6 +162,19 @@ def captured(run: Callable[[int], object]) -> Callable[[int], object]:
         graph.replay()  # what was captured, and its outputs, live as long as this function
 
     return replay
+
+
+def graphs_of(
+    runs: Mapping[str, Callable[[int], object]],
+) -> tuple[dict[str, Callable[[int], object]], dict[str, str]]:
+    """`captured` of each, and why not, by name."""
+    replays, failed = {}, {}
+    for name, run in runs.items():
+        try:
+            replays[name] = captured(run)
+        except RuntimeError:  # one implementation's failure is its own row's
+            failed[name] = traceback.format_exc()
+    return replays, failed
 
 
 def _ignore_turn(run: Callable[[], object]) -> Callable[[int], object]:

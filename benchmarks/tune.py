@@ -32,7 +32,7 @@ from benchmarks import ceilings, tuning
 from benchmarks.calls import Call, of_step
 from benchmarks.case import Setting
 from benchmarks.conftest import DTYPES, machine_facts
-from benchmarks.harness import Budget, captured, checked, timed
+from benchmarks.harness import Budget, checked, graphs_of, timed
 from benchmarks.report import RESULTS, machine_name
 from benchmarks.shapes import Shape, StepShape
 from benchmarks.tuning import COMPILE, GRAPHS, HOSTED, Row
@@ -102,12 +102,8 @@ def measure(
         row.copy = 1e3 * call.nbytes(row.mode) / bandwidth
     ways: dict[str, dict[str, Callable[[int], object]]] = {HOSTED: found.runs}
     if setting.device == "cuda":
-        ways[GRAPHS] = {}
-        for name, run in found.runs.items():
-            try:
-                ways[GRAPHS][name] = captured(run)
-            except RuntimeError as error:  # its own, as in `checked`: said on the page
-                row.refused[f"{name}, {GRAPHS}"] = _last_line(str(error))
+        ways[GRAPHS], failed = graphs_of(found.runs)
+        row.refused |= {f"{name}, {GRAPHS}": _last_line(why) for name, why in failed.items()}
     for way, runs in ways.items():
         samples = timed(runs, own, BUDGET) if runs else {}
         row.milliseconds[way] = {n: 1e3 * statistics.median(s) for n, s in samples.items()}

@@ -1,17 +1,18 @@
 """A reduced run of every GPU kernel, to be watched by compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m tests.gpu.sanitized [--all] [--share I/N]
+    compute-sanitizer --tool memcheck python -m tests.gpu.sanitized [--all] [--prepare N]
 
 runs AoMoA, its gating, and convolution and loss of upsampled maps, forward and backward, on every
 backend of CUDA but the reference: sizes that fill no tile, that fill several, none, one token,
 experts without tokens. ``--all`` runs a drawn call of every other operator as well
-(`tests.harden.operators`). Results are only looked at for NaN. ``--share`` runs every N-th call from
-the I-th on: without a tool, and all shares at once, that compiles what Triton keeps on disk.
+(`tests.harden.operators`). Results are only looked at for NaN. ``--prepare N``, without a tool,
+runs the same in N processes at once: Triton keeps on disk what they compile.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -90,15 +91,28 @@ def run(
     return all(bool(value.isfinite().all()) for value in found)
 
 
+def prepare(processes: int, everything: bool) -> int:
+    """The calls shared out over processes; the largest exit status."""
+    command = [sys.executable, "-m", "tests.gpu.sanitized", *(["--all"] if everything else [])]
+    running = [
+        subprocess.Popen([*command, "--share", f"{place}/{processes}"])
+        for place in range(processes)
+    ]
+    return max(process.wait() for process in running)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitized")
     parser.add_argument("--all", action="store_true", help="every operator")
-    parser.add_argument("--share", default="0/1", help="I/N: every N-th call from the I-th on")
+    parser.add_argument("--prepare", type=int, default=0, metavar="N", help="processes")
+    parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)  # I/N: every N-th call
     options = parser.parse_args(arguments)
     share, shares = (int(part) for part in options.share.split("/"))
     if not torch.cuda.is_available():
         print("torch sees no CUDA GPU: nothing was run")
         return 2
+    if options.prepare:
+        return prepare(options.prepare, options.all)
     runs = 0
     for place, (entry, args) in enumerate(calls(options.all)):
         if place % shares != share:

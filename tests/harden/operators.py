@@ -48,7 +48,7 @@ from spectralx_kernels.upsample.reference import accumulation_dtype, channel_mom
 from tests.harden import calls
 from tests.harden.draws import Draw
 
-
+# Whose class weights no kernel of a GPU differentiates.
 WEIGHTED = (UPSAMPLE_CROSS_ENTROPY, UPSAMPLE_CROSS_ENTROPY_ARGMAX)
 
 
