@@ -4,8 +4,8 @@ Below float32 the step runs under autocast, on float32 weights. ``eager`` runs t
 operators and, in stage 1, a head of plain modules, in stage 2 a decoder that forms every upsampled
 map; ``dispatch`` is that with the per-expert algorithm in every adapted layer; ``compile`` is
 ``torch.compile`` of it. Dropout is off and gate noise is drawn from the same seed, so that
-implementations can be compared. Two images are the least that UPerNet's batch statistics allow; see
-`use_running_statistics`.
+implementations can be compared. Two images are the least that UPerNet's batch statistics allow: a
+step of stage 2 on one image has its head on running ones (`stages.set_statistics`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks import floors
 from benchmarks.case import Case, Draw, Setting, rotating
 from benchmarks.floors import Product
 from benchmarks.shapes import DecoderShape, HypertShape, StepShape
-from benchmarks.stages import STAGES, is_narrow, optimizer_of
+from benchmarks.stages import STAGES, is_narrow, optimizer_of, set_statistics
 from benchmarks.variants import compiled, on_reference, with_dispatch
 
 
@@ -69,6 +69,7 @@ def drawn_model(shape: StepShape, device: str) -> Any:
             if name in state:
                 value.copy_(state[name])
                 value.grad = None
+    set_statistics(model, shape.batch)
     return model
 
 
