@@ -27,6 +27,12 @@ FACTS = {"device": "A GPU", "device_type": "cuda", "commit": "abc",
          "ceilings": {"copy": 3e12, "bfloat16": 8e14}}  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def calls() -> list[Call]:
+    """Of a step of stage 1 in bfloat16."""
+    return of_step(STEP_SHAPE, Setting(dtype=torch.bfloat16))
+
+
 def row(graphs: dict[str, float], hosted: dict[str, float], **values: Any) -> Row:
     times = {GRAPHS: graphs, HOSTED: hosted}
     return Row("op", "op 3x4", 8, FORWARD, "bfloat16", "cuda", "ops.py:1 _prefer", times, **values)
@@ -95,8 +101,8 @@ def test_calls_of_a_step_and_a_run_of_them(monkeypatch: pytest.MonkeyPatch, tmp_
     assert tune.main([*given, "--out", str(tmp_path / "late"), "--seconds", "0"]) == 1
 
 
-def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    (call,) = [c for c in of_step(STEP_SHAPE, Setting()) if c.operator.name == "gather_tokens"]
+def test_a_wrong_backend_gets_no_time(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+    (call,) = [call for call in calls if call.operator.name == "gather_tokens"]
     setting = Setting(rotate=False)
     plain = type(call.operator).__call__
 
@@ -111,14 +117,22 @@ def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_of_one_image_agrees_with_the_reference() -> None:
-    """Both stages, narrow: the shapes of the GPU's steps on a model of their form."""
-    for name in ("stage1-tiny", "stage2-tiny"):
-        shape = replace(STEP_SHAPE, name=name)
-        rows = measure(
-            bench_step.build, shape, STEP, Setting(dtype=torch.bfloat16), ("fused", "eager"),
-            Budget(0.0, (1, 1)),
-        )  # fmt: skip
-        assert not any(each.refused for each in rows.values()), rows
+    shape = replace(STEP_SHAPE, name="stage2-tiny")
+    rows = measure(
+        bench_step.build, shape, STEP, Setting(), ("fused", "eager"), Budget(0.0, (1, 1))
+    )
+    assert not any(each.refused for each in rows.values()), rows
+    # The same model, as it was drawn, for any batch.
+    model = bench_step.drawn_model(shape, "cpu")
+    assert model is bench_step.drawn_model(replace(shape, batch=3), "cpu")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(1.0)
+    again = bench_step.drawn_model(shape, "cpu")
+    assert not again.head.training
+    assert all(torch.equal(value, before[name]) for name, value in again.named_parameters())
 
 
 def test_ceilings_and_the_roof() -> None:
