@@ -300,16 +300,21 @@ STEPS: tuple[StepShape, ...] = (
     ),
 )
 
-RECONSTRUCTION_STEPS: tuple[StepShape, ...] = tuple(
-    StepShape(
-        name=f"stage1-{family}-vitl-{sensor}-b{batch}", family=family, batch=batch, sensor=sensor,
-        small=family == "scalemae" and batch == 2,
-    )
-    for batch, sensor, families in (
-        (2, "dfc", ("scalemae", "satmae++")), (8, "dfc", ("scalemae", "satmae++")),
-        (1, "dfc", ("scalemae",)), (32, "dfc", ("scalemae",)),
-    )
-    for family in families
+RECONSTRUCTION_STEPS: tuple[StepShape, ...] = (
+    *(
+        StepShape(
+            name=f"stage1-{family}-vitl-{sensor}-b{batch}", family=family, batch=batch,
+            sensor=sensor, small=family == "scalemae" and batch == 2,
+        )
+        for batch, sensor in ((2, "dfc"), (8, "dfc"))
+        for family in ("scalemae", "satmae++")
+    ),
+    *(
+        StepShape(
+            name=f"stage1-scalemae-vitl-dfc-b{batch}", family="scalemae", batch=batch, sensor="dfc",
+        )
+        for batch in (1, 32)
+    ),
 )  # fmt: skip
 
 SHAPES: dict[str, tuple[Shape, ...]] = {

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -136,6 +137,15 @@ def prepare(arguments: Sequence[str], processes: int, seconds: float) -> None:
             process.wait()
 
 
+def compile_only(call: Call, mode: str, setting: Setting, names: Sequence[str]) -> None:
+    """Run the implementations, for what compilers keep. What fails here, for want of memory beside
+    the other processes, say, fails aloud when it is timed."""
+    try:
+        checked(call.case(names), Shape(name=call.name), mode, setting, names)
+    except Exception:
+        traceback.print_exc()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -187,8 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = [*backends_of(call, setting), COMPILE]
             names = [name for name in names if name not in options.without]
             if options.share:
-                own = own_setting(call, setting)
-                checked(call.case(names), Shape(name=call.name), mode, own, names)
+                compile_only(call, mode, own_setting(call, setting), names)
                 continue
             row = row_of(call, mode, setting, int(batch))
             try:

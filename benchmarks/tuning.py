@@ -139,7 +139,7 @@ def winners(rows: Sequence[Row]) -> list[list[str]]:
             taken = [row.milliseconds.get(way, {}) for row in members]
             common = set.intersection(*map(set, taken)) - {COMPILE}
             sums = {name: sum(each[name] for each in taken) for name in common}
-            best.append(min(sums, key=lambda name, sums=sums: sums[name]) if sums else "")
+            best.append(min(sums, key=sums.__getitem__) if sums else "")
         defaults = ", ".join(dict.fromkeys(row.default for row in members))
         lines.append([operator, dtype, str(batch), mode, defaults, *best, members[0].decided])
     return lines

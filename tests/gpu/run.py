@@ -176,7 +176,7 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
                  "--out", str(out), *(["--plan", *plan] if plan else [])], 380, alone=True),
         Command("numerics", "drawn calls",
                 [PYTHON, "-m", "tests.gpu.numerics", "--seconds", "150", "--limit", "340",
-                 "--processes", str(max(min(os.cpu_count() or 1, 16) - 4, 1))], 360, alone=True),
+                 "--processes", str(max(min(os.cpu_count() or 1, 16) - 6, 1))], 360, alone=True),
     ]  # fmt: skip
     return found
 
