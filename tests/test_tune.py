@@ -117,7 +117,7 @@ def test_a_wrong_backend_gets_no_time(calls: list[Call], monkeypatch: pytest.Mon
 
 
 def test_a_step_of_one_image_agrees_with_the_reference() -> None:
-    shape = replace(STEP_SHAPE, name="stage2-tiny")
+    shape = replace(STEP_SHAPE, name="stage2-tiny", image_size=32)
     rows = measure(
         bench_step.build, shape, STEP, Setting(), ("fused", "eager"), Budget(0.0, (1, 1))
     )
