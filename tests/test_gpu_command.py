@@ -14,7 +14,9 @@ import torch
 
 from benchmarks.shapes import SHAPES
 from tests.gpu import run
-from tests.gpu.run import Command, merge, run_all, write
+from tests.gpu.run import Command, Outcome, merge, run_all, write
+from tests.harden import record
+from tests.harden.parts import PARTS
 
 
 def test_dry_run_names_every_part_within_nine_minutes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +78,19 @@ def test_timed_commands_find_what_they_name() -> None:
         assert ("compile" in impls) == (name == "steps compiled")
         reference = "test_step[scalemae-vitl-dfc-b32-step-float32-eager]"
         assert (reference in found) == (name == "steps")
+
+
+def test_the_sanitizers_have_their_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    outcomes = [
+        Outcome(command.part, command.name, "", 1 if "initcheck" in command.name else 0, 1.0, 9, [])
+        for command in run.commands(Path("out"), part="sanitize")
+    ]
+    run.record_sanitizers(outcomes)
+    found = record.total("gpu")
+    assert found is not None
+    assert found.checked == PARTS["gpu"].count
+    assert found.failures == ["initcheck, every operator: failed with status 1"]
 
 
 def test_everything_is_importable_without_the_data_libraries() -> None:

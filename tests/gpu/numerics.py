@@ -6,8 +6,8 @@ All at once: processes that draw calls, for ``--seconds``, accuracy and routing 
 the GPU in float32, TF32, bfloat16, float16 (`tests.harden.accuracy`, ``routing``); 5 that together
 repeat calls 100 times, for the same bits (``determinism``); one that trains a tiny model for 10,000
 steps and looks at the device's memory. Truth and, but for TF32, the reference's own error are
-those of the CPU. What was found is added to ``docs/reliability/gpu.json``, row 18, and printed;
-status 1 if a sample failed.
+those of the CPU. What was found is added to ``docs/reliability/gpu-numerics.json``, row 18, and
+printed; status 1 if a sample failed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.harden.accuracy import Kind
 from tests.harden.record import Outcome
 from tests.harden.tiny import adamw, tiny_model, train_step
 
-PART = "gpu"
+PART = "gpu-numerics"
 STEPS, RUNS, PROCESSES = 10_000, 100, 5
 MOST = 50  # failures of a process: behind a fault of the GPU every call fails
 SETTLED, EVERY = 1000, 50  # steps before memory is looked at, and between two looks

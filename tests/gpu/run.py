@@ -266,6 +266,16 @@ def write(outcomes: Sequence[Outcome], facts: Mapping[str, Any], name: str, out:
     return path
 
 
+def record_sanitizers(outcomes: Sequence[Outcome]) -> Path:
+    """Row 18 of docs/RELIABILITY.md: the planted faults, and every operator under each tool."""
+    from tests.harden import record
+
+    found = [each for each in outcomes if each.name == "planted" or "every operator" in each.name]
+    failures = [f"{each.name}: {each.verdict}" for each in found if not each.passed]
+    whole = record.Outcome(len(found), failures)
+    return record.append("gpu", 0, len(found), sum(each.seconds for each in found), whole)
+
+
 def run_all(
     chosen: Sequence[Command], note: Callable[[list[Outcome]], object] = lambda _: None
 ) -> tuple[list[Outcome], int]:
@@ -329,6 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = machine_name(facts)
     outcomes, status = run_all(chosen, lambda done: write(done, facts, name, options.out))
     print(f"wrote {write(outcomes, facts, name, options.out)} and .md")
+    if options.part == "sanitize":
+        print(f"wrote {record_sanitizers(outcomes)}")
     return status
 
 
