@@ -127,18 +127,23 @@ def test_says_so_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_goes_on_after_a_failure_and_names_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def command(name: str, code: str, limit: int = 20) -> Command:
         return Command("tests", name, [sys.executable, "-c", code], limit, {"MARK": "here"})
 
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     hangs = "import subprocess, sys; print('begun', flush=True);" + (
-        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+        f"{deaf}subprocess.run([sys.executable, '-c', '{deaf}time.sleep(60)'])"
     )
+    # Interrupted, a command may still write what it has.
+    slow = "import time\ntry: time.sleep(60)\nfinally: print('written', flush=True)"
+    monkeypatch.setattr(run, "GRACE", 1)
     outcomes, status = run_all(
         [
             command("breaks", "import sys; print('why'); sys.exit(3)"),
             command("hangs", hangs, limit=1),
+            command("slow", slow, limit=1),
             Command("sanitize", "is missing", ["no-such-tool-here"], 5),
             command("works", "import os; print(os.environ['MARK'])"),
         ]
@@ -146,13 +151,12 @@ def test_goes_on_after_a_failure_and_names_it(
     assert status == 1
     verdicts = [outcome.verdict for outcome in outcomes]
     assert verdicts == [
-        "failed with status 3", "over its limit of 1 s", "failed with status 127", "passed",
+        "failed with status 3", "over its limit of 1 s", "over its limit of 1 s",
+        "failed with status 127", "passed",
     ]  # fmt: skip
-    assert [outcome.tail[-1] for outcome in (*outcomes[:2], outcomes[3])] == [
-        "why",
-        "begun",
-        "here",
-    ]
+    assert [outcomes[place].tail[-1] for place in (0, 4)] == ["why", "here"]
+    assert "written" in outcomes[2].tail
+    assert outcomes[1].tail[0] == "begun"
     assert outcomes[1].seconds < 10
     shown = capsys.readouterr().out
     assert "FAILED tests: breaks, failed with status 3" in shown
@@ -165,7 +169,7 @@ def test_goes_on_after_a_failure_and_names_it(
     write([replace(outcomes[0], name="before", status=0)], facts, "a-gpu", tmp_path)
     path = write(outcomes, facts, "a-gpu", tmp_path)
     names = [command["name"] for command in json.loads(path.read_text())["commands"]]
-    assert names == ["before", "breaks", "hangs", "is missing", "works"]
+    assert names == ["before", "breaks", "hangs", "slow", "is missing", "works"]
     write(outcomes[:1], {**facts, "commit": "other"}, "a-gpu", tmp_path)
     assert len(json.loads(path.read_text())["commands"]) == 1
     write(outcomes, facts, "a-gpu", tmp_path)

@@ -49,6 +49,7 @@ SCRATCH = ROOT / "build" / "gpu"
 PARTS = ("build", "tests", "bench", "steps", "sanitize", "tune", "numerics")
 PYTHON = sys.executable
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+GRACE = 6  # seconds between an interrupt and the end
 TAIL = 40  # lines of a failing command's output that are kept
 
 
@@ -118,8 +119,8 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
               part: str = "bench", file: str = "benchmarks") -> Command:  # fmt: skip
         command = [PYTHON, "-m", "pytest", "-q", "-p", "no:xdist", file, "--device", "cuda"]
         command += ["--full", *words, "-k", chosen]
-        # The largest group that may be under way then: a step of batch 32.
-        command += ["--until", str(limit - (25 if file == step else 12))]
+        # So long may the group take that is under way then; a whole step that is compiled, longest.
+        command += ["--until", str(limit - (100 if part == "steps" else 25))]
         command += [f"--benchmark-json={SCRATCH / name.replace(' ', '-')}.json"]
         return Command(part, name, command, limit, alone=alone)
 
@@ -148,14 +149,14 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
         Command("build", "extension", [PYTHON, "setup.py", "-q", "build_ext", "--inplace"], 150,
                 build),
         Command("tests", "gpu", [PYTHON, "-m", "pytest", *parallel, "-q", "-m", "gpu", "tests/gpu"],
-                110 if whole else 300,
-                {"OMP_NUM_THREADS": "1", "SPECTRALX_GPU_SECONDS": "95" if whole else "280"}),
-        timed("graphs", f"({GRAPHED}) and not compile and not dispatch", 85 if whole else 160,
+                105 if whole else 300,
+                {"OMP_NUM_THREADS": "1", "SPECTRALX_GPU_SECONDS": "90" if whole else "280"}),
+        timed("graphs", f"({GRAPHED}) and not compile and not dispatch", 80 if whole else 160,
               *half, "--graphs", "--seconds", "1"),
         reported("bench", "graphs report", "graphs.json"),
-        timed("compiled", "b8 and not dispatch", 30, *half, "--seconds", "1", file=aomoa),
-        timed("steps", steps, 95 if whole else 125, *both, "--seconds", "2", file=step),
-        timed("hosted", "(b1- or b32) and not stage1 and not compile", 50, *half, "--seconds", "1",
+        timed("compiled", "b8 and not dispatch", 45, *half, "--seconds", "1", file=aomoa),
+        timed("steps", steps, 90 if whole else 120, *both, "--seconds", "2", file=step),
+        timed("hosted", "(b1- or b32) and not stage1 and not compile", 45, *half, "--seconds", "1",
               file=aomoa, alone=True),
         *joined("bench"),
         timed("steps compiled", f"{STEPS} and bfloat16", 340, *half, "--seconds", "2", file=step,
@@ -182,7 +183,8 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
 
 
 def execute(command: Command) -> Outcome:
-    """Run a command, showing its output; kill all its processes when its time is over."""
+    """Run a command, showing its output; interrupt, then kill all its processes when its time is
+    over."""
     print(f"== {command.part}: {command.name} ({command.limit} s)\n$ {command}", flush=True)
     begin, lines = time.monotonic(), list[str]()
     try:
@@ -204,8 +206,12 @@ def execute(command: Command) -> Outcome:
         output, _ = process.communicate(timeout=command.limit)
         status_or_none: int | None = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        os.killpg(process.pid, signal.SIGINT)  # pytest then writes what it has
+        try:
+            output, _ = process.communicate(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
         status_or_none = None
     print(output, flush=True)
     return _outcome(command, status_or_none, begin, output.splitlines())
