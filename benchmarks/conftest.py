@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 import spectralx_kernels
+from benchmarks import ceilings
 from benchmarks.case import Setting
 from benchmarks.clock import Replay
 from benchmarks.harness import Budget, Build, GroupKey, Row, measure
@@ -47,6 +49,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--backend", choices=BACKENDS, help="of the fused rows (default: each operator's own)"
+    )
+    group.addoption(
+        "--seconds",
+        type=float,
+        help="to measure a group for, checks aside (default: 1.5; with --full 10)",
+    )
+    group.addoption(
+        "--until",
+        type=float,
+        help="seconds after which no further group is begun: its rows fail, the others are kept",
     )
     group.addoption(
         "--graphs",
@@ -107,6 +119,7 @@ class Groups:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._begin = time.monotonic()
         self._wanted: dict[GroupKey, list[str]] = {}
         self._key: GroupKey | None = None
         self._rows: dict[str, Row] = {}
@@ -127,12 +140,16 @@ class Groups:
 
     def _measure(self, build: Build, key: GroupKey) -> dict[str, Row]:
         names = self._wanted[key]
+        until = self._config.getoption("--until")
+        if until is not None and time.monotonic() - self._begin > until:
+            return {name: Row(refused=f"not begun: {until:g} s are over") for name in names}
         full, device = self._config.getoption("--full"), self._config.getoption("--device")
         shape: Shape = find(selected(key.op, full=full), key.shape)
         if not self._config.getoption("benchmark_enable"):
             budget = Budget(seconds=0.0, rounds=(1, 1))
         else:
-            budget = Budget(seconds=10.0 if full else 1.5)
+            given = self._config.getoption("--seconds")
+            budget = Budget(seconds=given or (10.0 if full else 1.5))
         torch._dynamo.reset()
         try:
             setting = Setting(device, DTYPES[key.dtype])
@@ -165,6 +182,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     facts = machine_facts(session.config.getoption("--device"))
     if session.config.getoption("--graphs"):
         facts["timed"] = "graphs"
+    if session.config.getoption("--device") == "cuda" and session.items:
+        facts["ceilings"] = ceilings.measure("cuda")
     if session.config.getoption("--backend"):
         facts["backend"] = session.config.getoption("--backend")
     session.config.stash[_FACTS] = facts

@@ -8,7 +8,7 @@ out: a floor is not reachable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,15 +102,22 @@ def copy_of(nbytes: int, setting: Setting) -> Callable[[], None]:
     return run
 
 
-def floor_of(
-    products: Iterable[Product], elements: int, setting: Setting
-) -> dict[str, Callable[[], None]]:
+class Floor(dict[str, Callable[[], None]]):
+    """Candidates for a floor by name, with the `operations` and `nbytes` of the work."""
+
+    def __init__(
+        self, candidates: Mapping[str, Callable[[], None]], operations: int, nbytes: int
+    ) -> None:
+        super().__init__(candidates)
+        self.operations, self.nbytes = operations, nbytes
+
+
+def floor_of(products: Iterable[Product], elements: int, setting: Setting) -> Floor:
     """The candidates for a floor; `elements` are read or written once in the setting's dtype."""
-    products = list(products)
-    return {
-        **({"products": bare_products(products, setting)} if products else {}),
-        "copy": copy_of(elements * setting.dtype.itemsize, setting),
-    }
+    products, nbytes = list(products), elements * setting.dtype.itemsize
+    candidates = {"products": bare_products(products, setting)} if products else {}
+    candidates["copy"] = copy_of(nbytes, setting)
+    return Floor(candidates, sum(product.operations for product in products), nbytes)
 
 
 def linear(shape: AomoaShape) -> Product:

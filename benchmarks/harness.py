@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,6 +55,21 @@ class Budget:
     rounds: tuple[int, int] = (3, 100)
 
 
+@dataclass
+class Checked:
+    """A group whose implementations have been held against the reference.
+
+    Attributes
+    ----------
+    rows : of every wanted implementation; those that were refused say why.
+    runs : name -> function of the turn, of those that agreed, and of the floor's candidates.
+    """
+
+    case: Case
+    rows: dict[str, Row]
+    runs: dict[str, Callable[[int], object]]
+
+
 class InaccurateError(AssertionError):
     """An implementation disagrees with the reference: it gets no number."""
 
@@ -76,6 +91,32 @@ def measure(
     graph of the first input set are timed, but for what waits for the host (`dispatch`) and for
     steps; L2 is flushed all the same.
     """
+    found = checked(build, shape, mode, setting, names)
+    runs, rows = found.runs, found.rows
+    if "floor" in names:
+        floor = found.case.floor()
+        runs.update({f"floor {part}": _ignore_turn(run) for part, run in floor.items()})
+        if found.case.linear is not None:
+            runs["linear"] = _ignore_turn(found.case.linear())
+    if graphs and mode != STEP:
+        whole = {name: run for name, run in runs.items() if name in UNCAPTURED}
+        replays, failed = graphs_of({n: run for n, run in runs.items() if n not in whole})
+        runs = {name: whole.get(name) or replays[name] for name in runs if name not in failed}
+        for name in failed.keys() & rows.keys():
+            rows[name].refused = failed[name]
+    samples = timed(runs, setting, budget, stopwatch)
+    for name, row in rows.items():
+        row.samples = samples.get(name, [])
+    if "floor" in names:
+        rows["floor"] = _floor_row(samples)
+        rows["floor"].facts |= {
+            name: getattr(floor, name) for name in ("operations", "nbytes") if hasattr(floor, name)
+        }
+    return rows
+
+
+def checked(build: Build, shape: Any, mode: str, setting: Setting, names: Sequence[str]) -> Checked:
+    """The implementations `names` of one group, held against the reference, with their memory."""
     case = build(shape, mode, setting)
     runner = Runner(case, mode, setting)
     rows = {name: Row() for name in names}
@@ -84,27 +125,25 @@ def measure(
         functions["compile"] = torch.compile(case.functions["eager"], fullgraph=True, dynamic=False)
     _check(rows, functions, runner, build, shape, setting)
     gc.collect()
-
     runs: dict[str, Callable[[int], object]] = {
         name: partial(runner, function)
         for name, function in functions.items()
         if not rows[name].refused
     }
-    if "floor" in names:
-        runs.update({f"floor {part}": _ignore_turn(run) for part, run in case.floor().items()})
-        if case.linear is not None:
-            runs["linear"] = _ignore_turn(case.linear())
-    if graphs and mode != STEP:
-        runs = {name: run if name in UNCAPTURED else captured(run) for name, run in runs.items()}
+    return Checked(case, rows, runs)
+
+
+def timed(
+    runs: dict[str, Callable[[int], object]],
+    setting: Setting,
+    budget: Budget,
+    stopwatch: Stopwatch | None = None,
+) -> dict[str, list[float]]:
+    """Samples of `runs`, taken in turns."""
     watch = stopwatch or stopwatch_for(setting.device)
-    samples = interleave(
+    return interleave(
         runs, watch, seconds=budget.seconds, rounds=budget.rounds, warm_up=watch.warm_up
     )
-    for name in functions:
-        rows[name].samples = samples.get(name, [])
-    if "floor" in names:
-        rows["floor"] = _floor_row(samples)
-    return rows
 
 
 def captured(run: Callable[[int], object]) -> Callable[[int], object]:
@@ -123,6 +162,19 @@ def captured(run: Callable[[int], object]) -> Callable[[int], object]:
         graph.replay()  # what was captured, and its outputs, live as long as this function
 
     return replay
+
+
+def graphs_of(
+    runs: Mapping[str, Callable[[int], object]],
+) -> tuple[dict[str, Callable[[int], object]], dict[str, str]]:
+    """`captured` of each, and why not, by name."""
+    replays, failed = {}, {}
+    for name, run in runs.items():
+        try:
+            replays[name] = captured(run)
+        except RuntimeError:  # one implementation's failure is its own row's
+            failed[name] = traceback.format_exc()
+    return replays, failed
 
 
 def _ignore_turn(run: Callable[[], object]) -> Callable[[int], object]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ceilings
 from benchmarks.shapes import IMPLEMENTATIONS
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,6 +46,21 @@ class Group:
         alone = self.facts.get("floor", {}).get("linear_ms")
         fused = self.medians.get("fused")
         return None if alone is None or fused is None else fused / alone
+
+    def roof(self) -> float | None:
+        """What the group's floor takes by the ceilings of the run, in milliseconds."""
+        facts = self.facts.get("floor", {})
+        dtype = self.name.rsplit("/", 1)[1]
+        measured = facts.get("ceilings", {})
+        if "nbytes" not in facts or ceilings.COPY not in measured:
+            return None
+        if facts["operations"] and dtype not in measured:
+            return None
+        return 1e3 * ceilings.seconds(measured, facts["operations"], facts["nbytes"], dtype)
+
+    def over_roof(self) -> float | None:
+        roof, fused = self.roof(), self.medians.get("fused")
+        return None if not roof or fused is None else fused / roof
 
     def memory(self, impl: str, fact: str) -> float | None:
         """`fact` of `impl` in MiB."""
@@ -105,7 +121,7 @@ COLUMNS = (
     "group",
     *(f"{impl} ms" for impl in IMPLEMENTATIONS),
     "eager/fused", "compile/fused", "dispatch/fused", "float32 dispatch/fused",
-    "fused/floor", "fused/linear",
+    "float32 eager/fused", "fused/floor", "roof ms", "fused/roof", "fused/linear",
     "peak MiB fused", "peak MiB eager", "saved MiB fused", "saved MiB eager", "saved MiB dispatch",
 )  # fmt: skip
 
@@ -113,16 +129,18 @@ COLUMNS = (
 def cells(group: Group, groups: Mapping[str, Group]) -> list[str]:
     """One row of the table, under `COLUMNS`."""
     plain = groups.get(group.in_float32)
-    across = None
+    across: dict[str, float] = {}
     if plain is not None and plain is not group and "fused" in group.medians:
-        dispatch = plain.medians.get("dispatch")
-        across = None if dispatch is None else dispatch / group.medians["fused"]
+        fused = group.medians["fused"]
+        across = {impl: median / fused for impl, median in plain.medians.items()}
     return [
         group.name,
         *(number(group.medians.get(impl)) for impl in IMPLEMENTATIONS),
         *(number(group.ratio(impl)) for impl in ("eager", "compile", "dispatch")),
-        number(across),
+        *(number(across.get(impl)) for impl in ("dispatch", "eager")),
         number(group.over_floor()),
+        number(group.roof(), 3),
+        number(group.over_roof()),
         number(group.over_linear()),
         *(number(group.memory(impl, "peak_bytes"), 1) for impl in ("fused", "eager")),
         *(number(group.memory(impl, "saved_bytes"), 1) for impl in ("fused", "eager", "dispatch")),
@@ -174,6 +192,7 @@ def document(groups: Sequence[Group], facts: Mapping[str, Any]) -> str:
         f"# {facts['device']}",
         "",
         *(f"- {name.replace('_', ' ')}: {facts[name]}" for name in shown if name in facts),
+        *([f"- ceilings: {ceilings.shown(facts['ceilings'])}"] if "ceilings" in facts else []),
         "",
         "Medians in milliseconds; [benchmarks/README.md](../README.md) says how they are taken and",
         "what each column means. Every row has passed its accuracy check in this run.",

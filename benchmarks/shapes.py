@@ -181,6 +181,11 @@ class StepShape(Shape):
     modes: tuple[str, ...] = (STEP,)
 
     @property
+    def stage(self) -> str:
+        """ "stage1" or "stage2", as the name says."""
+        return "stage1" if self.name.startswith("stage1-") else "stage2"
+
+    @property
     def bands(self) -> int:
         return len(WAVELENGTHS[self.sensor])
 
@@ -289,16 +294,27 @@ DECODER: tuple[DecoderShape, ...] = (
 STEPS: tuple[StepShape, ...] = (
     StepShape(name="scalemae-vitl-dfc-b2", family="scalemae", batch=2, sensor="dfc", small=True),
     StepShape(name="satmae++-vitl-whu-b2", family="satmae++", batch=2, sensor="whu"),
-    StepShape(name="scalemae-vitl-dfc-b8", family="scalemae", batch=8, sensor="dfc"),
+    *(
+        StepShape(name=f"scalemae-vitl-dfc-b{batch}", family="scalemae", batch=batch, sensor="dfc")
+        for batch in (32, 8, 1)  # where time runs out, the first are measured
+    ),
 )
 
-RECONSTRUCTION_STEPS: tuple[StepShape, ...] = tuple(
-    StepShape(
-        name=f"stage1-{family}-vitl-{sensor}-b{batch}", family=family, batch=batch, sensor=sensor,
-        small=family == "scalemae" and batch == 2,
-    )
-    for batch, sensor in ((2, "dfc"), (8, "dfc"))
-    for family in ("scalemae", "satmae++")
+RECONSTRUCTION_STEPS: tuple[StepShape, ...] = (
+    *(
+        StepShape(
+            name=f"stage1-{family}-vitl-{sensor}-b{batch}", family=family, batch=batch,
+            sensor=sensor, small=family == "scalemae" and batch == 2,
+        )
+        for batch, sensor in ((2, "dfc"), (8, "dfc"))
+        for family in ("scalemae", "satmae++")
+    ),
+    *(
+        StepShape(
+            name=f"stage1-scalemae-vitl-dfc-b{batch}", family="scalemae", batch=batch, sensor="dfc",
+        )
+        for batch in (1, 32)
+    ),
 )  # fmt: skip
 
 SHAPES: dict[str, tuple[Shape, ...]] = {

@@ -108,9 +108,18 @@ def segmentation_of(shape: StepShape, draw: Draw) -> Segmentation:
         dropout=0.0,
     )
     draw.fill(model).train()
-    assert isinstance(model.head, UPerHead)
-    use_running_statistics(model.head)
+    set_statistics(model, shape.batch)
     return model
+
+
+def set_statistics(model: nn.Module, batch: int) -> None:
+    """Batch norm of the decoder as a step of `batch` images has it: one image has no statistics of
+    the map pooled to one value, and UPerNet refuses it in training; its head then keeps to running
+    ones."""
+    if isinstance(model, Segmentation):
+        assert isinstance(model.head, UPerHead)
+        model.head.train(batch > 1)
+        use_running_statistics(model.head)
 
 
 def labelled_images(shape: StepShape, draw: Draw) -> Tensors:

@@ -244,6 +244,31 @@ class Operator:
 
         _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
 
+    def backend_of(
+        self,
+        args: Sequence[Any],
+        device: str,
+        dtype: torch.dtype | None,
+        backend: str | None = None,
+    ) -> str:
+        """The backend that a call with `args`, cast to `dtype`, runs on."""
+        prefer = self._prefer(args, dtype) if self._prefer else None
+        return _backends.choose(self.name, device, backend, dtype, prefer)
+
+    def as_autocast(self, args: Sequence[Any], device: str) -> list[Any]:
+        """`args` as autocast of `device` has them: floating point in its dtype, but for float64."""
+        dtype = self._autocast_to or torch.get_autocast_dtype(device)
+        return [
+            arg.to(dtype)
+            if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+            else arg
+            for arg in args
+        ]
+
+    def decider(self) -> Callable[..., Any]:
+        """The function that says which backend is the default on a device."""
+        return self._prefer or _backends.available
+
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run the operator. Under autocast, floating-point tensors are cast here, once.
 
@@ -255,20 +280,13 @@ class Operator:
         dtype = _backends.dtype_of(args)
         if autocast and dtype is not None and dtype != torch.float64:
             dtype = self._autocast_to or torch.get_autocast_dtype(device)
-        prefer = self._prefer(args, dtype) if self._prefer else None
-        chosen = _backends.choose(self.name, device, backend, dtype, prefer)
+        chosen = self.backend_of(args, device, dtype, backend)
         run = self.reference if chosen == "eager" else self._dispatch
         if chosen == "triton":
             run = self._dispatch_triton
         if not autocast:
             return run(*args)
-        dtype = self._autocast_to or torch.get_autocast_dtype(device)
-        cast = [
-            arg.to(dtype)
-            if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
-            else arg
-            for arg in args
-        ]
+        cast = self.as_autocast(args, device)
         with torch.autocast(device, enabled=False):
             return run(*cast)
 

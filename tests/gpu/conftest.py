@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from spectralx_kernels import _backends
 
 _HERE = Path(__file__).parent
+_BEGIN = time.monotonic()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,6 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not seen:
                 item.add_marker(pytest.mark.skip(reason="NOT RUN: torch sees no CUDA GPU"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that would begin after ``SPECTRALX_GPU_SECONDS`` fails; the others are reported."""
+    limit = float(os.environ.get("SPECTRALX_GPU_SECONDS", "inf"))
+    if _HERE in item.path.parents and time.monotonic() - _BEGIN > limit:
+        pytest.fail(f"NOT RUN: {limit:g} s are over", pytrace=False)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -223,14 +223,16 @@ def test_no_synchronisation(backend: str) -> None:
     assert found.tokens.item() == 600
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "batch"), [(torch.float32, 2), (torch.bfloat16, 2), (torch.bfloat16, 32)]
+)
 @pytest.mark.parametrize("side", WIDTHS)
-def test_few_launches(side: str, dtype: torch.dtype, backend: str) -> None:
+def test_few_launches(side: str, dtype: torch.dtype, batch: int, backend: str) -> None:
     """At most 4 kernels forward and 8 backward beside the frozen products."""
     if backend == "eager":
         pytest.skip("the reference launches what it needs")
     made = layer(*WIDTHS[side]).to("cuda", dtype)
-    given = inputs(made, 2 * (TOKENS + 1), dtype)
+    given = inputs(made, batch * (TOKENS + 1), dtype)
     x, noise, upstream = given
     linear = made.linear
     with torch.no_grad():

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from tests.harden.draws import Draw, arrange
 from tests.harden.operators import ENTRIES, Entry
 from tests.harden.record import Outcome
 from tests.kernels.aomoa.by_name import redrawn
-from tests.kernels.ladder import cast, outputs_of, relative_error, run_with_gradients
+from tests.kernels.ladder import cast, moved, outputs_of, relative_error, run_with_gradients
 from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, ROUND_OFF
 
 Results = dict[str, Tensor]
@@ -45,6 +45,30 @@ CONDITION = 200  # roundings of a result that those may come to
 EXACT = (RANDOM_MASKING.name, CONFUSION_MATRIX_UPDATE.name)
 ZERO = 1e-10  # of the largest gradient: below it one is zero but for round-off of float64
 TOKENS_OF_AOMOA = 11  # the place of the noise, [A, T, E]
+
+
+class Kind(NamedTuple):
+    """What a sample is computed in. TF32 has float16's mantissa: its choices and its round-off are
+    those of float16, and the reference's own error that of the device."""
+
+    dtype: torch.dtype
+    device: str = "cpu"
+    tf32: bool = False
+
+    @property
+    def rounding(self) -> torch.dtype:
+        """The dtype whose round-off this has."""
+        return torch.float16 if self.tf32 else self.dtype
+
+    @property
+    def of_sums(self) -> float:
+        """One rounding of what sums are formed in: products of TF32 are rounded as float16's."""
+        if self.tf32:
+            return torch.finfo(self.rounding).eps
+        return torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).eps
+
+    def __str__(self) -> str:
+        return "tf32" if self.tf32 else str(self.dtype)
 
 
 def choices(entry: Entry, args: Sequence[Any]) -> list[Tensor]:
@@ -66,19 +90,16 @@ def perturbed(args: Sequence[Any], size: float, seed: int) -> list[Any]:
     ]
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """One of what sums are formed in."""
-    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-
-
-def decided(entry: Entry, args: Sequence[Any], dtype: torch.dtype) -> Sequence[Any] | None:
-    """`args`, or those tokens of them, whose choices round-off of `dtype` cannot overturn."""
+def decided(entry: Entry, args: Sequence[Any], kind: Kind) -> Sequence[Any] | None:
+    """`args`, or those tokens of them, whose choices round-off of the kind cannot overturn."""
+    dtype = kind.dtype
     exact = cast(cast(args, dtype), torch.float64)
     chosen = choices(entry, exact)
     if not chosen or entry.name in EXACT:
         return args
     # AoMoA computes its logits in the dtype, all others what they compare in float32 or float64.
-    size = ROUNDINGS * (torch.finfo(dtype).eps if entry.name == AOMOA.name else rounding(dtype))
+    coarse = kind.tf32 or entry.name == AOMOA.name
+    size = ROUNDINGS * (torch.finfo(kind.rounding).eps if coarse else kind.of_sums)
     others = [choices(entry, perturbed(exact, size, seed)) for seed in range(4)]
     same = [
         torch.stack([other[place] == one for other in others]).all(0)
@@ -96,14 +117,12 @@ def decided(entry: Entry, args: Sequence[Any], dtype: torch.dtype) -> Sequence[A
     )  # fmt: skip
 
 
-def drawn(
-    number: int, dtype: torch.dtype, large: bool
-) -> Iterator[tuple[Entry, Sequence[Any], Draw]]:
+def drawn(number: int, kind: Kind, large: bool) -> Iterator[tuple[Entry, Sequence[Any], Draw]]:
     """The decided calls of a sample."""
-    entry = ENTRIES[number % len(ENTRIES)]
+    entry = ENTRIES[number % len(ENTRIES)].on(kind.device)
     for attempt in range(ATTEMPTS):
         draw = Draw(number + attempt * 1_000_003, large=large, conditioned=True)
-        args = decided(entry, entry.draw(draw), dtype)
+        args = decided(entry, entry.draw(draw), kind)
         if args is not None:
             yield entry, args, draw
     raise RuntimeError(f"sample {number}: {entry.name}: no decided call in {ATTEMPTS} draws")
@@ -111,17 +130,18 @@ def drawn(
 
 def results(
     entry: Entry, run: Callable[..., Any], args: Sequence[Any], layouts: Sequence[str],
-    dtype: torch.dtype,
+    dtype: torch.dtype, device: str = "cpu",
 ) -> Results:  # fmt: skip
-    """Outputs and gradients by name."""
-    leaves = arrange(args, layouts, dtype, grad=entry.differentiable, constants=entry.constants)
+    """Outputs and gradients by name, on the CPU."""
+    there = args if device == "cpu" else moved(args, device)
+    leaves = arrange(there, layouts, dtype, grad=entry.differentiable, constants=entry.constants)
     completed = entry.complete(leaves)
     outputs, grads = run_with_gradients(run, completed)
     found = {f"output {place}": output for place, output in enumerate(outputs)}
     for place, name in enumerate(entry.names):
         if f"argument {place}" in grads:
             found[f"gradient of {name}"] = grads[f"argument {place}"]
-    return found
+    return {name: value.cpu() for name, value in found.items()}
 
 
 def with_gradients(
@@ -141,24 +161,26 @@ def with_gradients(
 
 @dataclass(frozen=True)
 class Call:
-    """A decided call in `dtype`: its truth, and what the reference errs."""
+    """A decided call: its truth, and what the reference errs."""
 
     entry: Entry
     args: Sequence[Any]
     layouts: Sequence[str]
-    dtype: torch.dtype
+    kind: Kind
 
     @cached_property
     def plain(self) -> Results:
-        """The reference's in `dtype`."""
+        """The reference's in the dtype."""
+        kind = self.kind
         return results(
-            self.entry, self.entry.operator.reference, self.args, self.layouts, self.dtype
-        )
+            self.entry, self.entry.operator.reference, self.args, self.layouts, kind.dtype,
+            kind.device if kind.tf32 else "cpu",
+        )  # fmt: skip
 
     def truth(self, size: float = 0.0, seed: int = 0) -> Results:
-        """In float64, of what an implementation in `dtype` is given: rounded arguments and incoming
-        gradients; every number changed by up to the factor 1 + `size`."""
-        args = cast(cast(self.args, self.dtype), torch.float64)
+        """In float64, of what an implementation in the dtype is given, rounded arguments and
+        incoming gradients; every number changed by up to the factor 1 + `size`."""
+        args = cast(cast(self.args, self.kind.dtype), torch.float64)
         dtypes = [value.dtype for name, value in self.plain.items() if name.startswith("output")]
 
         def change(grad: Tensor, dtype: torch.dtype, place: int) -> Tensor:
@@ -188,7 +210,7 @@ class Call:
         """How far the truth moves where every number given changes by up to `ROUNDINGS`."""
         moved = dict.fromkeys(self.own, 0.0)
         for seed in range(CHANGES):
-            other = self.truth(ROUNDINGS * rounding(self.dtype), seed)
+            other = self.truth(ROUNDINGS * self.kind.of_sums, seed)
             for name in moved:
                 moved[name] = max(moved[name], error_of(other[name], self.exact[name], self.exact))
         return moved
@@ -196,14 +218,14 @@ class Call:
     @property
     def most(self) -> float:
         """That `moved` counts for."""
-        return CONDITION * rounding(self.dtype)
+        return CONDITION * self.kind.of_sums
 
     @cached_property
     def typical(self) -> dict[str, float]:
         """The reference's errors, as the largest of several draws and of what round-off moves."""
         others = [
-            Call(self.entry, args, self.layouts, self.dtype).own
-            for args in redraws(self.entry, self.args, self.dtype)
+            Call(self.entry, args, self.layouts, self.kind).own
+            for args in redraws(self.entry, self.args, self.kind)
         ]
         return {
             name: max(own, min(self.moved[name], self.most), *(other[name] for other in others))
@@ -226,26 +248,29 @@ def error_of(found: Tensor, truth: Tensor, exact: Results) -> float:
     return relative_error(found, truth)
 
 
-def redraws(entry: Entry, args: Sequence[Any], dtype: torch.dtype) -> Iterator[Sequence[Any]]:
+def redraws(entry: Entry, args: Sequence[Any], kind: Kind) -> Iterator[Sequence[Any]]:
     for seed in range(1, REDRAWS + 1):
-        found = decided(entry, redrawn(args, seed), dtype)
+        found = decided(entry, redrawn(args, seed), kind)
         if found is not None:
             yield found
 
 
-def sample(number: int) -> tuple[Entry, list[str], dict[str, float], int]:
+def sample(
+    number: int, given: Kind | None = None
+) -> tuple[Entry, list[str], dict[str, float], int]:
     """The operator of a sample, its failures, its ratios "forward" and "backward", and how often it
-    was drawn again."""
+    was drawn again; on a CPU its number says in what it is computed."""
     round_ = number // len(ENTRIES)
-    dtype, triton = DTYPES[round_ % len(DTYPES)], round_ % TRITON_ROUND == 0
-    calls = drawn(number, dtype, large=number % 4 == 0 and not triton)
+    kind = given or Kind(DTYPES[round_ % len(DTYPES)])
+    triton = kind.device == "cuda" or round_ % TRITON_ROUND == 0
+    calls = drawn(number, kind, large=number % 4 == 0 and not (triton and kind.device == "cpu"))
     for again, (entry, args, draw) in enumerate(calls):
         backends = [
             backend
-            for backend in _backends.available(entry.name, "cpu", dtype)
+            for backend in _backends.available(entry.name, kind.device, kind.dtype)
             if backend != "eager" and (triton or backend != "triton")
         ]
-        call = Call(entry, args, draw.layouts(args), dtype)
+        call = Call(entry, args, draw.layouts(args), kind)
         found = compared(call, backends, f"sample {number}: {entry.name}")
         if found is not None:
             return entry, *found, again
@@ -256,7 +281,7 @@ def compared(
     call: Call, backends: Sequence[str], where: str
 ) -> tuple[list[str], dict[str, float]] | None:
     """Failures and ratios of a call; None where it says nothing."""
-    entry, exact = call.entry, call.exact
+    entry, exact, kind = call.entry, call.exact, call.kind
     failures: list[str] = []
     ratios = {"forward": 0.0, "backward": 0.0}
     for backend in backends:
@@ -265,10 +290,11 @@ def compared(
             lambda *values, backend=backend: entry.operator(*values, backend=backend),
             call.args,
             call.layouts,
-            call.dtype,
+            kind.dtype,
+            kind.device,
         )
         for name, value in found.items():
-            here = f"{where}, {backend}, {call.dtype}, {name}"
+            here = f"{where}, {backend}, {kind}, {name}"
             if name not in exact:  # the reference does not use the argument: no gradient
                 if value.any():
                     failures.append(f"{here}: a gradient of what has none")
@@ -281,7 +307,7 @@ def compared(
             error = error_of(value, truth, exact)
             side = "forward" if name.startswith("output") else "backward"
             factor = FORWARD_FACTOR if side == "forward" else BACKWARD_FACTOR
-            share = ROUND_OFF[call.dtype] / factor
+            share = ROUND_OFF[kind.rounding] / factor
             own = call.own[name]
             if error / (own + share) > factor:
                 own = call.typical[name]
@@ -292,16 +318,16 @@ def compared(
                 failures.append(f"{here}: error {error:.3g}, the reference's {own:.3g}")
             ratios[side] = max(ratios[side], ratio)
         failures += [
-            f"{where}, {backend}, {call.dtype}: no {name}" for name in exact.keys() - found.keys()
+            f"{where}, {backend}, {kind}: no {name}" for name in exact.keys() - found.keys()
         ]
     return failures, ratios
 
 
-def run(numbers: Iterable[int]) -> Outcome:
+def run(numbers: Iterable[int], kind_of: Callable[[int], Kind | None] = lambda _: None) -> Outcome:
     figures: dict[str, Any] = {"worst forward ratio": {}, "worst backward ratio": {}}
     outcome = Outcome(figures={**figures, "calls drawn again": 0})
     for number in numbers:
-        entry, failures, ratios, again = sample(number)
+        entry, failures, ratios, again = sample(number, kind_of(number))
         outcome.failures += failures
         outcome.checked += 1
         outcome.figures["calls drawn again"] += again

@@ -32,33 +32,38 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()
 
 
-def operator_digests(*, triton: bool) -> dict[str, str]:
-    """By operator and backend; with `triton` the round of its interpreter too."""
+def operator_digests(*, triton: bool, device: str = "cpu") -> dict[str, str]:
+    """By operator and backend; on a CPU with `triton` the round of its interpreter too."""
     found = {}
     for round_ in ROUNDS:
         if round_ == 1 and not triton:
             continue
         for place in range(len(ENTRIES)):
             number = round_ * len(ENTRIES) + place
-            for where, results in poison.bits_of_contract(number):
+            for where, results in poison.bits_of_contract(number, device):
                 found[f"sample {number}: {where}"] = digest_of(results.items())
     return found
 
 
-def training_digest() -> str:
+def training_digest(device: str = "cpu") -> str:
     """Of the losses and every tensor of the tiny model after some steps."""
-    model = tiny_model()
+    model = tiny_model().to(device)
     optimizer = adamw(model)
     losses = torch.tensor([train_step(model, optimizer, step) for step in range(STEPS)])
     return digest_of([("losses", losses), *model.state_dict().items()])
 
 
-def digests(*, triton: bool) -> dict[str, str]:
-    return {**operator_digests(triton=triton), "training": training_digest()}
+def digests(*, triton: bool, device: str = "cpu") -> dict[str, str]:
+    return {
+        **operator_digests(triton=triton, device=device),
+        "training": training_digest(device),
+    }
 
 
 def in_another_process() -> dict[str, str]:

@@ -7,7 +7,7 @@ have none. Arguments are drawn in float64; a row casts them and gives them layou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,9 @@ from spectralx_kernels.upsample.reference import accumulation_dtype, channel_mom
 from tests.harden import calls
 from tests.harden.draws import Draw
 
+# Whose class weights no kernel of a GPU differentiates.
+WEIGHTED = (UPSAMPLE_CROSS_ENTROPY, UPSAMPLE_CROSS_ENTROPY_ARGMAX)
+
 
 def as_drawn(args: list[Any]) -> list[Any]:
     return args
@@ -78,6 +81,12 @@ class Entry:
     def names(self) -> list[str]:
         """Of the arguments, as the schema has them."""
         return [argument.name for argument in self.operator.op._schema.arguments]
+
+    def on(self, device: str) -> Entry:
+        """As it can be differentiated there: no kernel of a GPU does class weights."""
+        if device == "cpu" or self.operator not in WEIGHTED:
+            return self
+        return replace(self, constants=(*self.constants, self.names.index("weight")))
 
     @property
     def differentiable(self) -> bool:

@@ -46,7 +46,7 @@ def _origin(name: str) -> list[str]:
     dates = sorted(slice_["date"] for slice_ in slices)
     commits = sorted({slice_["commit"] for slice_ in slices})
     machines = sorted({slice_["machine"] for slice_ in slices})
-    command = f"python -m tests.harden {name}"
+    command = PARTS[name].command or f"python -m tests.harden {name}"
     cut = f" in {len(slices)} slices" if len(slices) > 1 else ""
     return [
         f"`{command}`, {dates[-1]} UTC, {seconds:,.0f} s{cut}, "

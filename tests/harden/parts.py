@@ -14,7 +14,8 @@ class Part:
     row : its number in docs/RELIABILITY.md.
     title, figure : what is tried, and what is asked of it.
     count : samples that the figure asks for.
-    module : of this package, with ``run(numbers) -> Outcome``; "" for what needs a GPU.
+    module : of this package, with ``run(numbers) -> Outcome``; "" for what needs a GPU, which
+        `command` runs.
     quick : samples that ``make test`` runs; 0 for parts that CI leaves out.
     whole : whether the samples are one run that cannot be cut into slices.
     """
@@ -26,6 +27,7 @@ class Part:
     module: str = ""
     quick: int = 0
     whole: bool = False
+    command: str = ""
 
 
 PARTS: dict[str, Part] = {
@@ -161,8 +163,16 @@ PARTS: dict[str, Part] = {
     ),
     "gpu": Part(
         18,
-        "on a GPU: memcheck, racecheck, initcheck, synccheck; rows 3, 4, 15 in half types; steps",
+        "on a GPU: memcheck, racecheck, initcheck, synccheck of every operator",
         "0 errors after each tool has found a planted fault",
-        1,
+        5,
+        command="make gpu PART=sanitize",
+    ),
+    "gpu-numerics": Part(
+        18,
+        "on a GPU: rows 3, 4, 14, 15 in float32, TF32, bfloat16, float16",
+        "0 failures; the same bits in 100 runs, level device memory in 10,000 steps",
+        10100,
+        command="make gpu PART=numerics",
     ),
 }

@@ -15,7 +15,7 @@ from spectralx_kernels import _backends
 from tests.harden import contract, routing
 from tests.harden.draws import Draw, arrange
 from tests.harden.record import Outcome
-from tests.kernels.ladder import poisoned, run_with_gradients
+from tests.kernels.ladder import moved, poisoned, run_with_gradients
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:
@@ -23,18 +23,26 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
     return one.dtype == two.dtype and torch.equal(one.nan_to_num(123.0), two.nan_to_num(123.0))
 
 
-def bits_of_contract(number: int) -> list[tuple[str, dict[str, Tensor]]]:
-    """Outputs and gradients of a call of row 1, by backend."""
+def bits_of_contract(number: int, device: str = "cpu") -> list[tuple[str, dict[str, Tensor]]]:
+    """Outputs and gradients of a call of row 1, by backend; on a GPU without the reference, whose
+    torch adds atomically."""
     entry, dtype, triton = contract.case_of(number)
+    entry = entry.on(device)
     draw = Draw(number)
     args = entry.draw(draw)
     layouts = draw.layouts(args)
     found = []
-    for backend in _backends.available(entry.name, "cpu", dtype):
-        if backend == "triton" and not triton:
+    for backend in _backends.available(entry.name, device, dtype):
+        if backend == ("eager" if device == "cuda" else "" if triton else "triton"):
             continue
         leaves = entry.complete(
-            arrange(args, layouts, dtype, grad=entry.differentiable, constants=entry.constants)
+            arrange(
+                moved(args, device),
+                layouts,
+                dtype,
+                grad=entry.differentiable,
+                constants=entry.constants,
+            )
         )
         outputs, grads = run_with_gradients(
             lambda *values, backend=backend, entry=entry: entry.operator(*values, backend=backend),

@@ -97,7 +97,7 @@ def test_a_call_at_the_kink_of_a_relu_says_nothing() -> None:
         False,
     ]
     call = accuracy.Call(
-        REGISTRY["batch_norm_relu"], args, ["contiguous"] * len(args), torch.float32
+        REGISTRY["batch_norm_relu"], args, ["contiguous"] * len(args), accuracy.Kind(torch.float32)
     )
     name = "gradient of x"
     moved = call.moved[name]

@@ -46,7 +46,8 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def train_step(model: Segmentation, optimizer: torch.optim.Optimizer, step: int) -> float:
     """One step on the batch of that number; the loss."""
-    images, labels = batch(step)
+    device = next(model.parameters()).device
+    images, labels = (each.to(device) for each in batch(step))
     optimizer.zero_grad(set_to_none=True)
     loss = model.loss(images, labels)
     loss.backward()

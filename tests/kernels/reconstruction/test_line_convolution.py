@@ -38,8 +38,9 @@ def arguments(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wide_lines_agree(kind: Any) -> None:
-    for more in ({}, {"norm": False, "after": "relu", "ins": 17, "outs": 18, "batch": 1}):
-        ladder.check_accuracy(CHANNEL_NORM_CONV2D, arguments(kind, **more), torch.float32)
+    wide = arguments(kind, norm=False, after="relu", ins=17, outs=18, batch=1)
+    for args in (arguments(kind), wide):
+        ladder.check_accuracy(CHANNEL_NORM_CONV2D, args, torch.float32)
 
 
 def test_many_lines_agree_whatever_the_threads() -> None:
