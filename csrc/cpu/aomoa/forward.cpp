@@ -120,17 +120,21 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
                 false);
         k.scale_features(sums, rows, data<W>(l.scaler) + row);
       });
-      for (int64_t i = 0; l.weight.defined() && i < l.width; i += kDepth<Op>) {
-        each([&](int64_t b, int64_t lanes, W* sums) {
-          product(rows, lanes, std::min(kDepth<Op>, l.width - i),
-                  data<Op>(l.weight) + row * l.width + i, l.width,
-                  data<Op>(chain.x) + (b * l.width + i) * kPanel, kPanel, sums, kPanel, true);
-        });
-      }
-      each([&](int64_t b, int64_t, const W* sums) {
-        const int64_t q = b * l.attributes;
-        k.unpack(sums, chunk.count(q), rows, l.bias.defined() ? l.bias_data() + row : nullptr,
-                 data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row, outs);
+      // The last part of a tile's product, then its output, asked of memory before.
+      const int64_t depth = l.weight.defined() ? l.width : 0;
+      int64_t i = 0;
+      const auto multiply = [&](int64_t b, int64_t lanes, W* sums) {
+        product(rows, lanes, std::min(kDepth<Op>, depth - i),
+                data<Op>(l.weight) + row * l.width + i, l.width,
+                data<Op>(chain.x) + (b * l.width + i) * kPanel, kPanel, sums, kPanel, true);
+      };
+      for (; i + kDepth<Op> < depth; i += kDepth<Op>) each(multiply);
+      each([&](int64_t b, int64_t lanes, W* sums) {
+        const int64_t q = b * l.attributes, count = chunk.count(q);
+        Op* target = data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row;
+        Ahead(target, count, outs * sizeof(Op), rows * sizeof(Op)).ask(count);
+        if (depth > 0) multiply(b, lanes, sums);
+        k.unpack(sums, count, rows, l.bias.defined() ? l.bias_data() + row : nullptr, target, outs);
       });
       task += last - first;
     }
