@@ -226,44 +226,46 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
   const auto& k = l.k;
   const int64_t outs = l.attributes * l.out, per_attribute = blocks_of(l.d, kBlock);
   const int64_t depth = l.weight.defined() ? outs : 0;
+  const Op *x = data<Op>(l.x), *dout = data<Op>(in.out), *z0_grad = data<Op>(l.z0_grad);
+  Op* dx = data<Op>(x_grad);
   over(l.attributes * per_attribute, [&](int64_t begin, int64_t end) {
-    const Tensor frozen = l.op_empty({blocks_of(depth, kPanel) * kPanel, kBlock}),
-                 folded = l.op_empty({blocks_of(l.rank, kPanel) * kPanel, kBlock}),
-                 tiles = l.wide_empty({kChunk, kBlock});
+    const Tensor of_frozen = l.op_empty({blocks_of(depth, kPanel) * kPanel, kBlock}),
+                 of_folded = l.op_empty({blocks_of(l.rank, kPanel) * kPanel, kBlock}),
+                 all = l.wide_empty({kChunk, kBlock});
+    Op *frozen = data<Op>(of_frozen), *folded = data<Op>(of_folded);
+    W* tiles = data<W>(all);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t a = task % l.attributes, i = task / l.attributes * kBlock;
       const int64_t columns = width(l.d, i), at = a * l.d + i;
       if (depth > 0)
-        k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr,
-                      data<Op>(frozen));
+        k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr, frozen);
       if (task == begin || a == 0)
-        k.pack_tokens(data<Op>(l.folded) + i, l.rank, l.d, columns, nullptr, nullptr,
-                      data<Op>(folded));
+        k.pack_tokens(data<Op>(l.folded) + i, l.rank, l.d, columns, nullptr, nullptr, folded);
       for (int64_t first = 0; first < l.tokens; first += kChunk) {
         const int64_t last = std::min(first + kChunk, l.tokens);
         // use(t, rows, sums) for each tile.
         const auto each = [&](const auto& use) {
           for (int64_t t = first; t < last; t += kRowBlock)
-            use(t, std::min(kRowBlock, last - t), data<W>(tiles) + (t - first) * kBlock);
+            use(t, std::min(kRowBlock, last - t), tiles + (t - first) * kBlock);
         };
         each([&](int64_t t, int64_t rows, W* sums) {
-          product(rows, kBlock, l.rank, data<Op>(l.z0_grad) + (t * l.attributes + a) * l.rank,
-                  l.attributes * l.rank, data<Op>(folded), kBlock, sums, kBlock, false);
+          product(rows, kBlock, l.rank, z0_grad + (t * l.attributes + a) * l.rank,
+                  l.attributes * l.rank, folded, kBlock, sums, kBlock, false);
         });
         int64_t o = 0;
         const auto multiply = [&](int64_t t, int64_t rows, W* sums) {
-          product(rows, kBlock, std::min(kDepth<Op>, depth - o), data<Op>(in.out) + t * outs + o,
-                  outs, data<Op>(frozen) + o * kBlock, kBlock, sums, kBlock, true);
+          product(rows, kBlock, std::min(kDepth<Op>, depth - o), dout + t * outs + o, outs,
+                  frozen + o * kBlock, kBlock, sums, kBlock, true);
         };
         for (; o + kDepth<Op> < depth; o += kDepth<Op>) each(multiply);
         each([&](int64_t t, int64_t rows, W* sums) {
           const int64_t row = a * l.tokens + t;
-          for (const Op* values : {data<Op>(l.x), data<Op>(x_grad)})
-            ahead(values + t * l.width + at, rows, l.width).ask(rows);
+          ahead(x + t * l.width + at, rows, l.width).ask(rows);
+          ahead(dx + t * l.width + at, rows, l.width).ask(rows);
           if (depth > 0) multiply(t, rows, sums);
-          k.finish_input(sums, rows, columns, data<Op>(l.x) + t * l.width + at,
-                         data<W>(in.statistics) + row, data<W>(l.offset) + row,
-                         data<W>(l.slope) + row, data<Op>(x_grad) + t * l.width + at, l.width);
+          k.finish_input(sums, rows, columns, x + t * l.width + at, data<W>(in.statistics) + row,
+                         data<W>(l.offset) + row, data<W>(l.slope) + row, dx + t * l.width + at,
+                         l.width);
         });
       }
     }
