@@ -17,13 +17,6 @@ namespace {
 // Columns of a task that starts at `from`.
 int64_t width(int64_t whole, int64_t from) { return std::min(kBlock, whole - from); }
 
-// A block of columns that comes next.
-template <typename Op>
-Ahead ahead(const Op* block, int64_t rows, int64_t stride) {
-  constexpr int64_t kSize = sizeof(Op);
-  return {block, rows, stride * kSize, kBlock * kSize};
-}
-
 // Routing and mixture again, then back to z: dz, the gates' gradients, and what the experts'
 // weights' gradients need. Every expert on every token.
 template <typename Op>
@@ -260,8 +253,8 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
         for (; o + kDepth<Op> < depth; o += kDepth<Op>) each(multiply);
         each([&](int64_t t, int64_t rows, W* sums) {
           const int64_t row = a * l.tokens + t;
-          ahead(x + t * l.width + at, rows, l.width).ask(rows);
-          ahead(dx + t * l.width + at, rows, l.width).ask(rows);
+          ask(x + t * l.width + at, rows, l.width, columns);
+          ask(dx + t * l.width + at, rows, l.width, columns);
           if (depth > 0) multiply(t, rows, sums);
           k.finish_input(sums, rows, columns, x + t * l.width + at, data<W>(in.statistics) + row,
                          data<W>(l.offset) + row, data<W>(l.slope) + row, dx + t * l.width + at,

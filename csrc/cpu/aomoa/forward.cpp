@@ -131,7 +131,7 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
       each([&](int64_t b, int64_t lanes, W* sums) {
         const int64_t q = b * l.attributes, count = chunk.count(q);
         Op* target = data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row;
-        Ahead(target, count, outs * sizeof(Op), rows * sizeof(Op)).ask(count);
+        ask(target, count, outs, rows);
         if (depth > 0) multiply(b, lanes, sums);
         k.unpack(sums, count, rows, l.bias.defined() ? l.bias_data() + row : nullptr, target, outs);
       });
