@@ -17,6 +17,9 @@
 #define SPECTRALX_AVX2 SPECTRALX_TARGET("avx2,fma")
 #define SPECTRALX_AVX512 SPECTRALX_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
+#define SPECTRALX_AVX512_BF16 \
+  SPECTRALX_TARGET("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+
 #define SPECTRALX_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define SPECTRALX_TARGET(set) \

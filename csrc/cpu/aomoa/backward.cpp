@@ -17,13 +17,6 @@ namespace {
 // Columns of a task that starts at `from`.
 int64_t width(int64_t whole, int64_t from) { return std::min(kBlock, whole - from); }
 
-// A block of columns that comes next.
-template <typename Op>
-Ahead ahead(const Op* block, int64_t rows, int64_t stride) {
-  constexpr int64_t kSize = sizeof(Op);
-  return {block, rows, stride * kSize, kBlock * kSize};
-}
-
 // Routing and mixture again, then back to z: dz, the gates' gradients, and what the experts'
 // weights' gradients need. Every expert on every token.
 template <typename Op>
@@ -164,12 +157,14 @@ void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
   });
 }
 
-// Products over the tokens of the chunk, added to the other weights' gradients. A task has 64 columns.
+// Products over the tokens of the chunk, added to the other weights' gradients, of which the last chunk
+// finishes those of down and norm1. A task has 64 columns.
 template <typename Op>
 void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
-                const Trail<Op>& trail) {
+                const Trail<Op>& trail, const Gradients& grads) {
   using W = Wide<Op>;
   const auto& k = l.k;
+  l.sums.narrow(0, l.sum_size - trail.sums.size(1), trail.sums.size(1)).add_(trail.sums.sum(0));
   const int64_t padded = trail.padded, depth = trail.depth, outs = l.attributes * l.out;
   // Tasks of one loop cost the same, which is how they are dealt out.
   const int64_t up_blocks = blocks_of(l.out, kBlock);
@@ -179,26 +174,33 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
       const int64_t a = task / up_blocks, o = task % up_blocks * kBlock;
       const Op* rows = data<Op>(in.out) + chunk.first * outs + a * l.out + o;
       k.pack_tokens(rows, chunk.tokens, outs, width(l.out, o), nullptr, nullptr, data<Op>(right));
-      if (task + 1 < end) ahead(rows + width(l.out, o), chunk.tokens, outs).ask(chunk.tokens);
       product(l.rank, width(l.out, o), depth, data<Op>(trail.c_features) + a * l.rank * padded,
               padded, data<Op>(right), kBlock, data<W>(l.up_products) + task * l.rank * kBlock,
-              kBlock, true);
+              kBlock, chunk.first > 0);
     }
   });
+  const bool once = l.tokens <= kChunk, last = chunk.first + chunk.tokens == l.tokens;
+  const W* z0_sums = data<W>(l.sums) + l.sum_size - l.rank;
   over(blocks_of(l.d, kBlock), [&](int64_t begin, int64_t end) {
-    const Tensor right = l.op_empty({padded, kBlock});
+    const Tensor right = l.op_empty({padded, kBlock}),
+                 all = once ? l.wide_empty({l.rank, kBlock}) : l.down_products;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task * kBlock;
+      W* products = data<W>(all) + (once ? 0 : i * l.rank);
       for (int64_t a = 0; a < l.attributes; ++a) {
         const W* mean = data<W>(in.statistics) + a * l.tokens + chunk.first;
         const Op* rows = data<Op>(l.x) + chunk.first * l.width + a * l.d + i;
         k.pack_tokens(rows, chunk.tokens, l.width, width(l.d, i), mean,
                       mean + l.attributes * l.tokens, data<Op>(right));
-        if (a + 1 < l.attributes) ahead(rows + l.d, chunk.tokens, l.width).ask(chunk.tokens);
         product(l.rank, width(l.d, i), depth,
                 data<Op>(trail.z0_grad_features) + a * l.rank * padded, padded, data<Op>(right),
-                kBlock, data<W>(l.down_products) + i * l.rank, kBlock, true);
+                kBlock, products, kBlock, chunk.first > 0 || a > 0);
       }
+      if (last)
+        k.finish_down(data<Op>(l.down) + i, products, l.rank, width(l.d, i), l.d,
+                      data<W>(l.norm1_weight) + i, data<W>(l.norm1_bias) + i, z0_sums,
+                      data<Op>(grads.down) + i, data<W>(grads.norm1_weight) + i,
+                      data<W>(grads.norm1_bias) + i);
     }
   });
   over(l.attributes, [&](int64_t begin, int64_t end) {
@@ -207,7 +209,6 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
               data<W>(trail.router_tokens) + a * padded * l.scores, l.scores,
               data<W>(l.router_grad) + a * l.rank * l.scores, l.scores, true);
   });
-  l.sums.narrow(0, l.sum_size - trail.sums.size(1), trail.sums.size(1)).add_(trail.sums.sum(0));
 }
 
 // x's gradient: dout W of the frozen layer and norm1's share in one product a tile. Attributes share the
@@ -218,72 +219,62 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
   const auto& k = l.k;
   const int64_t outs = l.attributes * l.out, per_attribute = blocks_of(l.d, kBlock);
   const int64_t depth = l.weight.defined() ? outs : 0;
-  const int64_t products = blocks_of(l.tokens, kRowBlock) * blocks_of(depth, kDepth<Op>);
+  const Op *x = data<Op>(l.x), *dout = data<Op>(in.out), *z0_grad = data<Op>(l.z0_grad);
+  Op* dx = data<Op>(x_grad);
   over(l.attributes * per_attribute, [&](int64_t begin, int64_t end) {
-    const Tensor frozen = l.op_empty({blocks_of(depth, kPanel) * kPanel, kBlock}),
-                 folded = l.op_empty({blocks_of(l.rank, kPanel) * kPanel, kBlock}),
-                 tiles = l.wide_empty({kChunk, kBlock});
+    const Tensor of_frozen = l.op_empty({blocks_of(depth, kPanel) * kPanel, kBlock}),
+                 of_folded = l.op_empty({blocks_of(l.rank, kPanel) * kPanel, kBlock}),
+                 all = l.wide_empty({kChunk, kBlock});
+    Op *frozen = data<Op>(of_frozen), *folded = data<Op>(of_folded);
+    W* tiles = data<W>(all);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t a = task % l.attributes, i = task / l.attributes * kBlock;
       const int64_t columns = width(l.d, i), at = a * l.d + i;
       if (depth > 0)
-        k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr,
-                      data<Op>(frozen));
+        k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr, frozen);
       if (task == begin || a == 0)
-        k.pack_tokens(data<Op>(l.folded) + i, l.rank, l.d, columns, nullptr, nullptr,
-                      data<Op>(folded));
-      const int64_t later = a + 1 < l.attributes ? at + l.d : i + kBlock;
-      const bool more = depth > 0 && task + 1 < end;
-      Ahead next = ahead(more ? data<Op>(l.weight) + later : nullptr, more ? outs : 0, l.width);
+        k.pack_tokens(data<Op>(l.folded) + i, l.rank, l.d, columns, nullptr, nullptr, folded);
       for (int64_t first = 0; first < l.tokens; first += kChunk) {
         const int64_t last = std::min(first + kChunk, l.tokens);
         // use(t, rows, sums) for each tile.
         const auto each = [&](const auto& use) {
           for (int64_t t = first; t < last; t += kRowBlock)
-            use(t, std::min(kRowBlock, last - t), data<W>(tiles) + (t - first) * kBlock);
+            use(t, std::min(kRowBlock, last - t), tiles + (t - first) * kBlock);
         };
         each([&](int64_t t, int64_t rows, W* sums) {
-          product(rows, kBlock, l.rank, data<Op>(l.z0_grad) + (t * l.attributes + a) * l.rank,
-                  l.attributes * l.rank, data<Op>(folded), kBlock, sums, kBlock, false);
+          product(rows, kBlock, l.rank, z0_grad + (t * l.attributes + a) * l.rank,
+                  l.attributes * l.rank, folded, kBlock, sums, kBlock, false);
         });
-        for (int64_t o = 0; o < depth; o += kDepth<Op>) {
-          each([&](int64_t t, int64_t rows, W* sums) {
-            next.ask(blocks_of(outs, products));
-            product(rows, kBlock, std::min(kDepth<Op>, depth - o),
-                    data<Op>(in.out) + t * outs + o, outs, data<Op>(frozen) + o * kBlock, kBlock,
-                    sums, kBlock, true);
-          });
-        }
-        each([&](int64_t t, int64_t rows, const W* sums) {
+        int64_t o = 0;
+        const auto multiply = [&](int64_t t, int64_t rows, W* sums) {
+          product(rows, kBlock, std::min(kDepth<Op>, depth - o), dout + t * outs + o, outs,
+                  frozen + o * kBlock, kBlock, sums, kBlock, true);
+        };
+        for (; o + kDepth<Op> < depth; o += kDepth<Op>) each(multiply);
+        each([&](int64_t t, int64_t rows, W* sums) {
           const int64_t row = a * l.tokens + t;
-          k.finish_input(sums, rows, columns, data<Op>(l.x) + t * l.width + at,
-                         data<W>(in.statistics) + row, data<W>(l.offset) + row,
-                         data<W>(l.slope) + row, data<Op>(x_grad) + t * l.width + at, l.width);
+          ask(x + t * l.width + at, rows, l.width, columns);
+          ask(dx + t * l.width + at, rows, l.width, columns);
+          if (depth > 0) multiply(t, rows, sums);
+          k.finish_input(sums, rows, columns, x + t * l.width + at, data<W>(in.statistics) + row,
+                         data<W>(l.offset) + row, data<W>(l.slope) + row, dx + t * l.width + at,
+                         l.width);
         });
       }
     }
   });
 }
 
-// From the products over all tokens to the gradients of down, norm1, up and scaler.
+// From the products over all tokens to the gradients of up and scaler.
 template <typename Op>
-void to_projections(const Backward<Op>& l, const Tensor& z0_sums, const Gradients& grads) {
+void to_projections(const Backward<Op>& l, const Gradients& grads) {
   using W = Wide<Op>;
   const auto& k = l.k;
-  const int64_t down_blocks = blocks_of(l.d, kBlock), up_blocks = blocks_of(l.out, kPanel);
-  over(down_blocks + up_blocks, [&](int64_t begin, int64_t end) {
+  over(blocks_of(l.out, kPanel), [&](int64_t begin, int64_t end) {
     const Tensor operand = l.op_empty({l.rank, kPanel}), up = l.wide_empty({l.rank, kPanel}),
                  products = l.wide_empty({l.rank, kPanel}), up_grad = l.wide_empty({l.rank, kPanel});
     for (int64_t task = begin; task < end; ++task) {
-      if (task < down_blocks) {
-        const int64_t i = task * kBlock;
-        k.finish_down(data<Op>(l.down) + i, data<W>(l.down_products) + i * l.rank, l.rank,
-                      std::min(kBlock, l.d - i), l.d, data<W>(l.norm1_weight) + i,
-                      data<W>(l.norm1_bias) + i, data<W>(z0_sums), data<Op>(grads.down) + i,
-                      data<W>(grads.norm1_weight) + i, data<W>(grads.norm1_bias) + i);
-        continue;
-      }
-      const int64_t o = (task - down_blocks) * kPanel, count = std::min(kPanel, l.out - o);
+      const int64_t o = task * kPanel, count = std::min(kPanel, l.out - o);
       k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(operand));
       k.widen(data<Op>(operand), l.rank, data<W>(up));
       W* sum = data<W>(up_grad);
@@ -308,6 +299,14 @@ template <typename Op>
 Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) {
   const Backward<Op> l(arguments, frozen);
   Gradients grads;
+  grads.up = at::empty_like(l.up);
+  grads.scaler = at::empty_like(l.scaler);
+  grads.down = at::empty_like(l.down);
+  grads.norm1_weight = at::empty_like(l.norm1_weight);
+  grads.norm1_bias = at::empty_like(l.norm1_bias);
+  if (l.tokens == 0) {  // there is no last chunk
+    for (const Tensor& grad : {grads.down, grads.norm1_weight, grads.norm1_bias}) grad.zero_();
+  }
   if (in.want_noise) grads.noise = l.wide_empty({l.attributes, l.tokens, l.experts});
   for (int64_t first = 0; first < l.tokens; first += kChunk) {
     const Chunk chunk(first, l.tokens, l.attributes);
@@ -325,7 +324,7 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
                                     chunk.of(l.noise), l.top_k, raw.has_value(), in.want_noise);
     if (in.want_noise) chunk.of(grads.noise).copy_(routing.noise);
     to_z0(l, chunk, in, routing, trail);
-    to_weights(l, chunk, in, trail);
+    to_weights(l, chunk, in, trail, grads);
   }
   if (in.want_x) {
     grads.x = l.op_empty({l.tokens, l.width});
@@ -335,12 +334,7 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   // Views of one tensor: what is returned of them is copied.
   const auto parts = l.sums.split_with_sizes(
       {l.all_hidden, l.experts * l.rank, l.rank, l.rank, l.rank});
-  grads.up = at::empty_like(l.up);
-  grads.scaler = at::empty_like(l.scaler);
-  grads.down = at::empty_like(l.down);
-  grads.norm1_weight = at::empty_like(l.norm1_weight);
-  grads.norm1_bias = at::empty_like(l.norm1_bias);
-  to_projections(l, parts[4], grads);
+  to_projections(l, grads);
   grads.norm2_weight = parts[2].clone();
   grads.norm2_bias = parts[3].clone();
   grads.gate = l.router_grad.narrow(2, 0, l.experts);

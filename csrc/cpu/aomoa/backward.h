@@ -18,7 +18,8 @@ struct Backward : Layer<Op> {
   Tensor z0_grad;                 // of Op, rstd1 * gradient of z0 [T, A, r]
   // In blocks of 64 columns, [o / 64][r][64]: rows a power of two apart would share cache sets.
   Tensor up_products;             // [A, blocks of o, r, 64], c' dout
-  Tensor down_products;           // [blocks of d, r, 64], dz0' (norm1's output before weight, bias)
+  Tensor down_products;           // [blocks of d, r, 64], dz0' (norm1's output before weight, bias), of
+                                  // more than one chunk
   Tensor fc1_t_grad, fc2_grad;    // as fc1_t; [E, r, h]
   Tensor router_grad;             // [A, r, scores]
   Tensor sums;                    // [E h + E r + 3 r]: fc1_bias, fc2_bias, norm2's two, dz0's sum
@@ -41,8 +42,9 @@ struct Backward : Layer<Op> {
     offset = l.wide_empty({l.attributes, l.tokens});
     slope = at::empty_like(offset);
     z0_grad = l.op_empty({l.tokens, l.attributes, l.rank});
-    up_products = l.wide_zeros({l.attributes, blocks_of(l.out, kBlock), l.rank, kBlock});
-    down_products = l.wide_zeros({blocks_of(l.d, kBlock), l.rank, kBlock});
+    up_products = l.wide_empty({l.attributes, blocks_of(l.out, kBlock), l.rank, kBlock});
+    if (l.tokens == 0) up_products.zero_();  // else the first chunk puts them down
+    if (l.tokens > kChunk) down_products = l.wide_empty({blocks_of(l.d, kBlock), l.rank, kBlock});
     fc1_t_grad = l.wide_zeros(fc1_t.sizes());
     fc2_grad = l.wide_zeros({l.experts, l.rank, l.hidden});
     router_grad = l.wide_zeros({l.attributes, l.rank, l.scores});
@@ -141,9 +143,9 @@ void restore(const Backward<Op>& l, const Chunk& chunk, const Incoming& in, cons
   k.transpose(data<W>(in.normed) + (t * l.attributes + a) * l.rank, n, l.attributes * l.rank,
               l.rank, normed);
   k.affine(normed, l.rank, data<W>(l.norm2_weight), data<W>(l.norm2_bias), z);
+  W* z_wide = data<W>(trail.z_wide) + a * l.rank * trail.padded + start;
   for (int64_t i = 0; i < l.rank; ++i)
-    std::copy(z + i * kPanel, z + (i + 1) * kPanel,
-              data<W>(trail.z_wide) + (a * l.rank + i) * trail.padded + start);
+    std::copy(z + i * kPanel, z + (i + 1) * kPanel, z_wide + i * trail.padded);
   product(l.scores, kPanel, l.rank, data<W>(l.router) + a * l.scores * l.rank, l.rank, z, kPanel,
           scores, kPanel, false);
   k.unpack_wide(scores, n, l.experts, data<W>(trail.clean) + at, l.experts);

@@ -100,9 +100,12 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
   using W = Wide<Op>;
   const auto& k = l.k;
   const int64_t per_attribute = blocks_of(l.out, kRowBlock), outs = l.attributes * l.out;
-  const int64_t panels = chunk.panels / l.attributes;
+  const int64_t panels = chunk.panels / l.attributes, depth = l.weight.defined() ? l.width : 0;
+  const Op *up = data<Op>(l.up), *c = data<Op>(chain.c), *x = data<Op>(chain.x),
+           *weight = depth > 0 ? data<Op>(l.weight) : nullptr;
   over(l.attributes * per_attribute * panels, [&](int64_t begin, int64_t end) {
-    const Tensor tiles = l.wide_empty({panels, kRowBlock * kPanel});
+    const Tensor all = l.wide_empty({panels, kRowBlock * kPanel});
+    W* tiles = data<W>(all);
     for (int64_t task = begin; task < end;) {
       const int64_t first = task % panels, last = std::min(panels, first + end - task);
       const int64_t block = task / panels;
@@ -111,26 +114,26 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
       // use(b, lanes, sums) for each tile.
       const auto each = [&](const auto& use) {
         for (int64_t b = first; b < last; ++b)
-          use(b, lanes_of(chunk.count(b * l.attributes)),
-              data<W>(tiles) + b * kRowBlock * kPanel);
+          use(b, lanes_of(chunk.count(b * l.attributes)), tiles + b * kRowBlock * kPanel);
       };
       each([&](int64_t b, int64_t lanes, W* sums) {
-        product(rows, lanes, l.rank, data<Op>(l.up) + o * l.rank, l.rank,
-                data<Op>(chain.c) + (b * l.attributes + a) * l.rank * kPanel, kPanel, sums, kPanel,
-                false);
+        product(rows, lanes, l.rank, up + o * l.rank, l.rank,
+                c + (b * l.attributes + a) * l.rank * kPanel, kPanel, sums, kPanel, false);
         k.scale_features(sums, rows, data<W>(l.scaler) + row);
       });
-      for (int64_t i = 0; l.weight.defined() && i < l.width; i += kDepth<Op>) {
-        each([&](int64_t b, int64_t lanes, W* sums) {
-          product(rows, lanes, std::min(kDepth<Op>, l.width - i),
-                  data<Op>(l.weight) + row * l.width + i, l.width,
-                  data<Op>(chain.x) + (b * l.width + i) * kPanel, kPanel, sums, kPanel, true);
-        });
-      }
-      each([&](int64_t b, int64_t, const W* sums) {
-        const int64_t q = b * l.attributes;
-        k.unpack(sums, chunk.count(q), rows, l.bias.defined() ? l.bias_data() + row : nullptr,
-                 data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row, outs);
+      // The last part of a tile's product, then its output, asked of memory before.
+      int64_t i = 0;
+      const auto multiply = [&](int64_t b, int64_t lanes, W* sums) {
+        product(rows, lanes, std::min(kDepth<Op>, depth - i), weight + row * l.width + i, l.width,
+                x + (b * l.width + i) * kPanel, kPanel, sums, kPanel, true);
+      };
+      for (; i + kDepth<Op> < depth; i += kDepth<Op>) each(multiply);
+      each([&](int64_t b, int64_t lanes, W* sums) {
+        const int64_t q = b * l.attributes, count = chunk.count(q);
+        Op* target = data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row;
+        ask(target, count, outs, rows);
+        if (depth > 0) multiply(b, lanes, sums);
+        k.unpack(sums, count, rows, l.bias.defined() ? l.bias_data() + row : nullptr, target, outs);
       });
       task += last - first;
     }

@@ -4,8 +4,8 @@
 // columns, columns read the at most k slots they fill, in the experts' order.
 //
 // Slots depend on the gates alone, a slot panel belongs to one thread, and what panels add up is
-// added in their order: the number of threads changes no bit. The sizes of products do not depend on
-// the gates: each new size would cost a micro-kernel that is compiled and kept.
+// added in their order: the number of threads changes no bit. Products have few sizes whatever the
+// gates: each new size costs a micro-kernel that is compiled and kept.
 #include "cpu/torch.h"
 
 #include "cpu/aomoa/grouped.h"
@@ -17,6 +17,8 @@ namespace spectralx::cpu {
 
 namespace {
 
+constexpr int64_t kFour = 4 * kPanel;  // slots that one product of a weight's gradient takes
+
 template <typename W>
 struct Slots {
   int64_t top_k, panels = 0;              // k; panels of slots
@@ -27,8 +29,16 @@ struct Slots {
   std::vector<int64_t> expert_of, slot_of;
   std::vector<W> gates;
 
+  // Where slot panel p begins among those by four.
+  int64_t in_four(int64_t p, int64_t features) const {
+    return place[p] / 4 * features * kFour + place[p] % 4 * kPanel;
+  }
   // The first term of panel q.
   int64_t term(int64_t q) const { return q * top_k * kPanel; }
+
+  // Four panels of an expert side by side, [fours][..][128]: how many, and the place of a panel.
+  int64_t fours = 0;
+  std::vector<int64_t> place;  // [panels]: 4 * four + its panel
 
   Slots(const Chunk& chunk, const W* all, int64_t experts, int64_t top_k_)
       : top_k(top_k_), first(experts + 1), expert_of(term(chunk.panels), -1),
@@ -51,6 +61,8 @@ struct Slots {
       first[e] = panels;
       panels += blocks_of(next[e], kPanel);
       expert.resize(panels, e);
+      for (int64_t p = first[e]; p < panels; ++p) place.push_back(4 * fours + p - first[e]);
+      fours += blocks_of(panels - first[e], 4);
       next[e] = first[e] * kPanel;
     }
     first[experts] = panels;
@@ -78,8 +90,8 @@ void run_expert(const Layer<Op>& l, int64_t e, const Op* z, Wide<Op>* h, Op* h_o
   product(l.hidden, kPanel, l.rank, data<Op>(l.fc1) + e * size, l.rank, z, kPanel, h, kPanel,
           false);
   l.k.bias_relu(h, l.hidden, data<W>(l.fc1_bias) + e * l.hidden, h_operand);
-  for (int64_t i = 0; i < l.rank; ++i)
-    std::fill_n(y + i * kPanel, kPanel, data<W>(l.fc2_bias)[e * l.rank + i]);
+  const W* bias = data<W>(l.fc2_bias) + e * l.rank;
+  for (int64_t i = 0; i < l.rank; ++i) std::fill_n(y + i * kPanel, kPanel, bias[i]);
   product(l.rank, kPanel, l.hidden, data<Op>(l.fc2) + e * size, l.hidden, h_operand, kPanel, y,
           kPanel, true);
 }
@@ -101,15 +113,15 @@ struct SlotTrail {
   // Of slot panels [h][32], [r][32], and one more to read by columns without slots; y becomes z's
   // gradient.
   Tensor h, y;
-  Tensor z_features, y_grad_features;  // of slot panels, of Op [r][32]
+  Tensor z_features, y_grad_features;  // of slot panels by four, of Op [r][128]
   Tensor h_tokens, h_grad_tokens;  // of slot panels, right operands [32][h]
   Tensor sums;                     // of slot panels [h + r]: gradients of the experts' biases
 
-  SlotTrail(const Backward<Op>& l, const Chunk& chunk, int64_t panels)
+  SlotTrail(const Backward<Op>& l, const Chunk& chunk, int64_t panels, int64_t fours)
       : z(l.op_empty({chunk.panels, l.rank, kPanel})),
         terms(l.wide_empty({chunk.panels, l.top_k, l.rank, kPanel})),
         h(l.wide_empty({panels, l.hidden, kPanel})), y(l.wide_empty({panels + 1, l.rank, kPanel})),
-        z_features(l.op_empty({panels, l.rank, kPanel})), y_grad_features(at::empty_like(z_features)),
+        z_features(l.op_empty({fours, l.rank, kFour})), y_grad_features(at::empty_like(z_features)),
         h_tokens(l.op_empty({panels, kPanel, l.hidden})), h_grad_tokens(at::empty_like(h_tokens)),
         sums(l.wide_zeros({panels, l.hidden + l.rank})) {}
 };
@@ -127,7 +139,8 @@ void to_slots(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotTra
       W* h = data<W>(kept.h) + p * hidden_size;
       k.gather_operand(data<Op>(kept.z), slots.columns.data() + p * kPanel, l.rank, data<Op>(z));
       k.widen(data<Op>(z), l.rank, data<W>(z_wide));
-      k.to_features(data<W>(z_wide), l.rank, data<Op>(kept.z_features) + p * rank_size, kPanel);
+      k.to_features(data<W>(z_wide), l.rank, data<Op>(kept.z_features) + slots.in_four(p, l.rank),
+                    kFour);
       run_expert(l, slots.expert[p], data<Op>(z), h, data<Op>(h_operand),
                  data<W>(kept.y) + p * rank_size);
       k.to_tokens(h, l.hidden, data<Op>(kept.h_tokens) + p * hidden_size, l.hidden);
@@ -174,7 +187,8 @@ void from_slots(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
       W* sums = data<W>(kept.sums) + p * (l.hidden + l.rank);
       k.gather(data<W>(kept.terms), slots.terms.data() + p * kPanel, l.rank, false, data<W>(dy));
       k.add_sums(data<W>(dy), l.rank, sums + l.hidden);
-      k.to_features(data<W>(dy), l.rank, data<Op>(kept.y_grad_features) + p * rank_size, kPanel);
+      k.to_features(data<W>(dy), l.rank,
+                    data<Op>(kept.y_grad_features) + slots.in_four(p, l.rank), kFour);
       k.to_operand(data<W>(dy), l.rank, data<Op>(dy_operand));
       product(l.hidden, kPanel, l.rank, data<Op>(l.fc2_t) + weights, l.rank, data<Op>(dy_operand),
               kPanel, data<W>(dh), kPanel, false);
@@ -192,7 +206,7 @@ void from_slots(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
 template <typename Op>
 void to_experts(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotTrail<Op>& kept) {
   using W = Wide<Op>;
-  const int64_t rank_size = l.rank * kPanel, hidden_size = l.hidden * kPanel;
+  const int64_t hidden_size = l.hidden * kPanel;
   over(blocks_of(l.rank, kRowBlock) * l.experts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t e = task % l.experts, i = task / l.experts * kRowBlock;
@@ -200,8 +214,9 @@ void to_experts(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
       for (int64_t j = 0; j < l.hidden; j += kBlock) {
         const int64_t width = std::min(kBlock, l.hidden - j), at = (e * l.rank + i) * l.hidden + j;
         const auto add = [&](const Tensor& features, const Tensor& tokens, const Tensor& grad) {
-          for (int64_t p = slots.first[e]; p < slots.first[e + 1]; ++p)
-            product(rows, width, kPanel, data<Op>(features) + p * rank_size + i * kPanel, kPanel,
+          for (int64_t p = slots.first[e]; p < slots.first[e + 1]; p += 4)
+            product(rows, width, std::min<int64_t>(4, slots.first[e + 1] - p) * kPanel,
+                    data<Op>(features) + slots.in_four(p, l.rank) + i * kFour, kFour,
                     data<Op>(tokens) + p * hidden_size + j * kColumn<Op>, l.hidden,
                     data<W>(grad) + at, l.hidden, true);
         };
@@ -262,7 +277,7 @@ void unmix_grouped(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
   using W = Wide<Op>;
   const Tensor gates = chunk.of(in.kept_gates).contiguous();
   const Slots<W> slots(chunk, data<W>(gates), l.experts, l.top_k);
-  const SlotTrail<Op> kept(l, chunk, slots.panels);
+  const SlotTrail<Op> kept(l, chunk, slots.panels, slots.fours);
   over(chunk.panels, [&](int64_t begin, int64_t end) {
     const Tensor z = l.wide_empty({l.rank, kPanel}), scores = l.wide_empty({l.scores, kPanel});
     for (int64_t q = begin; q < end; ++q) {

@@ -70,24 +70,14 @@ constexpr int64_t kColumn = sizeof(Op) == 2 ? 2 : 1;
 template <typename Op>
 constexpr int64_t kDepth = 4096 / sizeof(Op);
 
-// Rows that a later task reads, `bytes` of each from `rows` on, asked of memory a share at a time
-// between products, which then run while they come.
-class Ahead {
- public:
-  Ahead(const void* rows, int64_t count, int64_t stride, int64_t bytes)
-      : next_(static_cast<const char*>(rows)), left_(count), stride_(stride), bytes_(bytes) {}
-
-  void ask(int64_t rows) {
-    for (; rows > 0 && left_ > 0; --rows, --left_, next_ += stride_) {
-      for (int64_t i = 0; i < bytes_; i += kLine) __builtin_prefetch(next_ + i, 0, 2);
-    }
+// Asks memory for `width` values of `count` rows that are read or written after the next product.
+template <typename Op>
+void ask(const Op* rows, int64_t count, int64_t stride, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(Op);  // values of a cache line
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(rows + row * stride + i, 0, 2);
   }
-
- private:
-  static constexpr int64_t kLine = 64;  // bytes of a cache line
-  const char* next_;
-  int64_t left_, stride_, bytes_;
-};
+}
 
 // Lanes of a panel of `count` tokens that a product computes: whole vectors. Lanes past the tokens
 // hold anything then, and nothing but such products may follow.

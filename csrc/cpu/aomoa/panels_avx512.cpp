@@ -5,6 +5,7 @@
 #define SPECTRALX_BEGIN_TARGET SPECTRALX_AVX512
 #define SPECTRALX_END_TARGET SPECTRALX_TARGET_END
 #ifndef __clang__
+#include <immintrin.h>
 #define SPECTRALX_SHUFFLES  // of a vector's lanes by numbers known at run time: one instruction
 #endif
 #include "cpu/aomoa/panels_impl.h"
@@ -12,7 +13,6 @@
 namespace spectralx::cpu {
 
 SPECTRALX_TABLE(kAvx512, PanelKernels, float)
-SPECTRALX_TABLE(kAvx512, PanelKernels, c10::BFloat16)
 
 }  // namespace spectralx::cpu
 #endif

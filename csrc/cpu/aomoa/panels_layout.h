@@ -5,19 +5,53 @@
 
 namespace {
 
-// Rows that loops over rows far apart ask of memory ahead of use.
-constexpr int64_t kFetched = 8;
+// Rows that loops over rows far apart ask of memory ahead of use, into the L2 cache: rows a power of two
+// apart share too few places in the L1 cache.
+constexpr int64_t kFetched = 32;
 
 // Asks for `count` values that are read, or written, soon.
 template <typename T>
 inline void fetch(const T* values, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(values + i, 0, 3);
+    __builtin_prefetch(values + i, 0, 2);
 }
 template <typename T>
 inline void fetch_to_write(const T* values, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(values + i, 1, 3);
+    __builtin_prefetch(values + i, 1, 2);
+}
+
+// `count` values to Op. The instruction takes what is below the normal numbers for 0.
+template <typename Op>
+inline void round_row(const Wide<Op>* from, int64_t count, Op* to) {
+  auto* values = elements(to);
+  int64_t n = 0;
+#ifdef SPECTRALX_CONVERTS
+  if constexpr (sizeof(Op) == 2) {
+    for (; n + 32 <= count; n += 32)
+      _mm512_storeu_si512(values + n, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + n + 16),
+                                                                   _mm512_loadu_ps(from + n)));
+  }
+#endif
+#pragma omp simd
+  for (int64_t i = n; i < count; ++i) values[i] = rounded<Op>(from[i]);
+}
+
+// The same to the low and high halves of words.
+inline void round_pairs(const float* low, const float* high, int64_t count, uint32_t* to) {
+  int64_t n = 0;
+#ifdef SPECTRALX_CONVERTS
+  alignas(64) static constexpr uint16_t kTurns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i turns = _mm512_load_si512(kTurns);
+  for (; n + 16 <= count; n += 16)
+    _mm512_storeu_si512(
+        to + n, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(
+                                                    _mm512_loadu_ps(high + n), _mm512_loadu_ps(low + n))));
+#endif
+#pragma omp simd
+  for (int64_t i = n; i < count; ++i) to[i] = bfloat16_bits(low[i]) | bfloat16_bits(high[i]) << 16;
 }
 
 // Feature f of an operand panel, and back. For bfloat16 f and f + 1 share words.
@@ -62,11 +96,12 @@ void unpack(const Wide<Op>* panel, int64_t n, int64_t features, const Wide<Op>* 
     const int64_t width = std::min(kBlock, features - f0);
     transpose_words(panel + f0 * kPanel, width, kPanel, n, block, kBlock);
     for (int64_t t = 0; t < n; ++t) {
-      const W* from = block + t * kBlock;
-      auto* to = elements(rows + t * stride + f0);
+      W* from = block + t * kBlock;
+      if (bias) {
 #pragma omp simd
-      for (int64_t f = 0; f < width; ++f)
-        to[f] = rounded<Op>(bias ? from[f] + bias[f0 + f] : from[f]);
+        for (int64_t f = 0; f < width; ++f) from[f] += bias[f0 + f];
+      }
+      round_row<Op>(from, width, rows + t * stride + f0);
     }
   }
 }
@@ -75,8 +110,7 @@ void unpack(const Wide<Op>* panel, int64_t n, int64_t features, const Wide<Op>* 
 template <typename Op>
 inline void store_pair(const Wide<Op>* low, const Wide<Op>* high, Op* operand, int64_t f) {
   if constexpr (sizeof(Op) == 2) {
-    uint32_t* row = words(operand) + f / 2 * kPanel;
-    SPECTRALX_LANES row[n] = bfloat16_bits(low[n]) | bfloat16_bits(high[n]) << 16;
+    round_pairs(low, high, kPanel, words(operand) + f / 2 * kPanel);
   } else {
     SPECTRALX_LANES operand[f * kPanel + n] = low[n];
     SPECTRALX_LANES operand[(f + 1) * kPanel + n] = high[n];
@@ -105,9 +139,7 @@ template <typename Op>
 void to_features(const Wide<Op>* panel, int64_t features, Op* rows, int64_t stride) {
   for (int64_t f = 0; f < features; ++f) {
     fetch_to_write(rows + std::min(f + kFetched, features - 1) * stride, kPanel);
-    const Wide<Op>* from = panel + f * kPanel;
-    auto* to = elements(rows + f * stride);
-    SPECTRALX_LANES to[n] = rounded<Op>(from[n]);
+    round_row<Op>(panel + f * kPanel, kPanel, rows + f * stride);
   }
 }
 
@@ -130,7 +162,8 @@ void to_tokens(const Wide<Op>* panel, int64_t features, Op* operand, int64_t wid
 // Sixteen lanes that are gathered: the vectors they come from, and which lane of one goes where.
 struct Picks {
   int64_t count = 0, from[16];  // from: the vector's first lane
-  Lanes lane[16], taken[16];    // taken: all bits set, or none
+  Lanes lane[16];
+  uint16_t taken[16] = {};  // bits
 };
 
 // gather_rows for values of 32 bits. Neighbouring columns come from few vectors, so a shuffle of each
@@ -146,21 +179,19 @@ inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, 
     while (i < half.count && half.from[i] != from) ++i;
     if (i == half.count) {
       half.from[half.count++] = from;
-      half.lane[i] = half.taken[i] = Lanes{};
+      half.lane[i] = Lanes{};
     }
     half.lane[i][n % 16] = static_cast<uint32_t>(columns[n] % 16);
-    half.taken[i][n % 16] = 0xffffffffu;
+    half.taken[i] |= static_cast<uint16_t>(1u << n % 16);
   }
   for (int64_t i = 0; i < rows; ++i, panels += kPanel) {
     T lanes[kPanel];
     for (int64_t h = 0; h < 2; ++h) {
-      Lanes sum = {};
-      for (int64_t j = 0; j < picks[h].count; ++j) {
-        Lanes vector;
-        std::memcpy(&vector, panels + picks[h].from[j], sizeof vector);
-        sum |= __builtin_shuffle(vector, picks[h].lane[j]) & picks[h].taken[j];
-      }
-      std::memcpy(lanes + 16 * h, &sum, sizeof sum);
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t j = 0; j < picks[h].count; ++j)
+        sum = _mm512_mask_permutexvar_epi32(sum, picks[h].taken[j], (__m512i)picks[h].lane[j],
+                                            _mm512_loadu_si512(panels + picks[h].from[j]));
+      _mm512_storeu_si512(lanes + 16 * h, sum);
     }
     use(i, lanes);
   }
@@ -227,20 +258,23 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
       const bool paired = t + 1 < tokens;
       const auto *low = reinterpret_cast<const uint16_t*>(rows + t * stride),
                  *high = paired ? low + stride : low;
-      const uint32_t kept = paired ? 0xffffffffu : 0xffffu;
       uint32_t* to = words(operand) + t / 2 * kBlock;
       if (mean == nullptr) {
+        const uint32_t kept = paired ? 0xffffffffu : 0xffffu;
 #pragma omp simd
         for (int64_t n = 0; n < columns; ++n)
           to[n] = (static_cast<uint32_t>(low[n]) | static_cast<uint32_t>(high[n]) << 16) & kept;
       } else {
-        const int64_t other = paired ? t + 1 : t;
-        const W m0 = mean[t], m1 = mean[other], s0 = rstd[t], s1 = rstd[other];
+        // The partner that an odd last token lacks becomes 0.
+        const W m0 = mean[t], m1 = paired ? mean[t + 1] : W(0), s0 = rstd[t],
+                s1 = paired ? rstd[t + 1] : W(0);
+        W first[kBlock], second[kBlock];
 #pragma omp simd
-        for (int64_t n = 0; n < columns; ++n)
-          to[n] = (bfloat16_bits((from_bits(low[n]) - m0) * s0) |
-                   bfloat16_bits((from_bits(high[n]) - m1) * s1) << 16) &
-                  kept;
+        for (int64_t n = 0; n < columns; ++n) {
+          first[n] = (from_bits(low[n]) - m0) * s0;
+          second[n] = paired ? (from_bits(high[n]) - m1) * s1 : W(0);
+        }
+        round_pairs(first, second, columns, to);
       }
       std::fill(to + columns, to + kBlock, 0u);
     }

@@ -9,15 +9,21 @@ void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* b
           Wide<Op>* sum, Wide<Op>* shift) {
   using W = Wide<Op>;
   const auto* from = elements(row);
-  auto* to = elements(folded);
+  const auto* to = elements(folded);
   W total = 0, moved = 0;
-#pragma omp simd reduction(+ : total, moved)
-  for (int64_t i = 0; i < width; ++i) {
-    const W weight = value_of(from[i]);
-    const auto product = rounded<Op>(gamma[i] * weight);
-    to[i] = product;
-    total += value_of(product);  // of what the product will use
-    moved += beta[i] * weight;
+  for (int64_t start = 0; start < width; start += kBlock) {
+    const int64_t end = std::min(start + kBlock, width);
+    W products[kBlock];
+#pragma omp simd reduction(+ : moved)
+    for (int64_t i = start; i < end; ++i) {
+      const W weight = value_of(from[i]);
+      products[i - start] = gamma[i] * weight;
+      moved += beta[i] * weight;
+    }
+    round_row<Op>(products, end - start, folded + start);
+    // Of what the product will use.
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = start; i < end; ++i) total += value_of(to[i]);
   }
   *sum = total;
   *shift = moved;
@@ -36,15 +42,16 @@ void finish_down(const Op* down, const Wide<Op>* products, int64_t r, int64_t co
     fetch_to_write(down_grad + std::min(j + kFetched, r - 1) * stride, columns);
     const auto* weight = elements(down + j * stride);
     const W* product = products + j * kBlock;
-    auto* grad = elements(down_grad + j * stride);
     const W sum = z0_sums[j];
+    W grad[kBlock];
 #pragma omp simd
     for (int64_t i = 0; i < columns; ++i) {
       const W w = value_of(weight[i]);
       gamma_grad[i] += w * product[i];
       beta_grad[i] += w * sum;
-      grad[i] = rounded<Op>(product[i] * gamma[i] + sum * beta[i]);
+      grad[i] = product[i] * gamma[i] + sum * beta[i];
     }
+    round_row<Op>(grad, columns, down_grad + j * stride);
   }
 }
 
@@ -74,10 +81,10 @@ void finish_input(const Wide<Op>* product, int64_t tokens, int64_t columns, cons
     const W* from = product + t * kBlock;
     const W m = mean[t], o = offset[t], s = slope[t];
     const auto* in = elements(x + t * stride);
-    auto* to = elements(dx + t * stride);
+    W grad[kBlock];
 #pragma omp simd
-    for (int64_t n = 0; n < columns; ++n)
-      to[n] = rounded<Op>(from[n] - o - (value_of(in[n]) - m) * s);
+    for (int64_t n = 0; n < columns; ++n) grad[n] = from[n] - o - (value_of(in[n]) - m) * s;
+    round_row<Op>(grad, columns, dx + t * stride);
   }
 }
 
