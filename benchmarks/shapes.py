@@ -208,7 +208,7 @@ _VISIBLE = TOKENS // 4 + 1
 
 AOMOA: tuple[AomoaShape, ...] = (
     _fc("fc1", "vitl-b2", 2 * _WITH_CLASS, small=True, compiled=(FORWARD,)),
-    _fc("fc2", "vitl-b2", 2 * _WITH_CLASS, small=True),
+    _fc("fc2", "vitl-b2", 2 * _WITH_CLASS, small=True, compiled=(FORWARD,)),
     *(_fc(side, "vitl-b1", _WITH_CLASS) for side in ("fc1", "fc2")),
     *(_fc(side, "vitl-b8", 8 * _WITH_CLASS) for side in ("fc1", "fc2")),
     *(_fc(side, "vitl-b32", 32 * _WITH_CLASS) for side in ("fc1", "fc2")),
