@@ -182,6 +182,11 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
     return found
 
 
+def _listen() -> None:
+    """In a shell's background interrupts are ignored, by what is started there too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def execute(command: Command) -> Outcome:
     """Run a command, showing its output; interrupt, then kill all its processes when its time is
     over."""
@@ -197,6 +202,7 @@ def execute(command: Command) -> Outcome:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=_listen,
         )
     except OSError as error:
         lines, status = [str(error)], 127
