@@ -2,8 +2,9 @@
 // spectralx_kernels/reconstruction/README.md.
 //
 // Nothing but x is needed for backward: norms and activations of a row of channels are formed again.
-// The map that a convolution takes exists for some images at a time. Tasks take a fixed number of rows
-// and their sums are added up in order, so that results do not depend on the number of threads.
+// Wide float maps are convolved a line at a time (line_convolution.cpp); of others the map that the
+// vendor's convolution takes exists for some images at a time. Tasks take a fixed number of rows and their
+// sums are added up in order, so that results do not depend on the number of threads.
 #include "cpu/torch.h"
 
 #include "cpu/reconstruction/channel_norm.h"

@@ -53,6 +53,14 @@ class Lines {
   std::vector<float> store_;
 };
 
+// A line [pixels, channels] normed and turned to planes [channels][plane] from `to` on. `straight` holds
+// a line, `scratch` a pixel.
+void norm_planes(const float* line, int64_t pixels, const RowNorm<float>& norm, float* straight,
+                 float* scratch, int64_t plane, float* to) {
+  head_kernels<float, float>().norm(line, nullptr, pixels, norm, 1.0f, scratch, straight);
+  line_kernels<float, float>().transpose(straight, pixels, norm.channels, norm.channels, plane, to);
+}
+
 // run(task, first, last): each task a run of the lines [0, count).
 template <typename Run>
 void for_runs(int64_t count, int64_t tasks, const Run& run) {
@@ -136,11 +144,8 @@ Tensor LineConvolution::forward(const Tensor& x, const ChannelNorm& norm,
       if (base == 0) lines.restart();
       lines.reach(std::max<int64_t>(base + above, 0), std::min(base + below, down_.in),
                   [&](int64_t line, float* planes) {
-                    head_kernels<float, float>().norm(
-                        from + (image * down_.in + line) * along_.in * ins_, nullptr, along_.in,
-                        by.norm, 1.0f, scratch.data(), normed.data());
-                    line_kernels<float, float>().transpose(normed.data(), along_.in, ins_, ins_,
-                                                           plane, planes + left);
+                    norm_planes(from + (image * down_.in + line) * along_.in * ins_, along_.in,
+                                by.norm, normed.data(), scratch.data(), plane, planes + left);
                   });
       for (int64_t y = base * down_.stride; y < std::min((base + 1) * down_.stride, down_.out); ++y) {
         const Axis::Phase& vertical = down_.phases[y % down_.stride];
@@ -220,10 +225,8 @@ Tensor LineConvolution::backward(const Tensor& grad, const Tensor& x, const Chan
         }
       };
       if (wants_weight) {
-        head_kernels<float, float>().norm(line_in, nullptr, along_.in, by.norm, 1.0f, scratch.data(),
-                                          straight.data());
-        line_kernels<float, float>().transpose(straight.data(), along_.in, ins_, ins_, along_.in,
-                                               turned.data());
+        norm_planes(line_in, along_.in, by.norm, straight.data(), scratch.data(), along_.in,
+                    turned.data());
         for_rows([&](int64_t v, const float* line) {
           product(ins_, depth, along_.in, turned.data(), along_.in,
                   line + (before - along_.reach) * outs_, stride * outs_,
