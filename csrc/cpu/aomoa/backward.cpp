@@ -7,6 +7,8 @@
 
 #include "cpu/aomoa/backward.h"
 
+#include <numeric>
+
 #include "cpu/aomoa/gating.h"
 #include "cpu/aomoa/grouped.h"
 
@@ -46,13 +48,13 @@ void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
       k.transpose(data<W>(gates) + at, n, l.experts, l.experts, data<W>(g));
       product(all, kPanel, l.rank, data<Op>(l.fc1), l.rank, data<Op>(z_operand), kPanel,
               data<W>(h), kPanel, false);
-      k.bias_relu(data<W>(h), all, data<W>(l.fc1_bias), data<Op>(h_operand));
+      k.bias_relu(data<W>(h), all, l.fc1_bias, data<Op>(h_operand));
       k.to_tokens(data<W>(h), all, data<Op>(trail.h_tokens) + (a * padded + start) * all, all);
       for (int64_t e = 0; e < l.experts; ++e)
         product(l.rank, kPanel, l.hidden, data<Op>(l.fc2) + e * l.rank * l.hidden, l.hidden,
                 data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
                 data<W>(y) + e * l.rank * kPanel, kPanel, false);
-      k.combine(data<W>(y), l.experts, l.top_k, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
+      k.combine(data<W>(y), l.experts, l.top_k, l.rank, l.fc2_bias, data<W>(g), data<W>(c));
       to_mixture(l, chunk, in, trail, q, data<W>(c), data<Op>(dout), data<W>(dc));
       k.combine_backward(data<W>(y), l.experts, l.rank, data<W>(g), data<W>(c), data<W>(dc),
                          data<W>(dg), sums + all);
@@ -98,8 +100,9 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
       if (trail.raw.defined())
         k.transpose(data<W>(routing.raw_std) + at, n, l.experts, l.experts,
                     data<W>(scores) + l.experts * kPanel);
-      k.unpack_wide(data<W>(scores), n, l.scores,
-                    data<W>(trail.router_tokens) + (a * padded + start) * l.scores, l.scores);
+      for (int64_t i = 0; i < l.scores; ++i)
+        std::copy_n(data<W>(scores) + i * kPanel, kPanel,
+                    data<W>(trail.scores_grad) + (a * l.scores + i) * padded + start);
       product(l.rank, kPanel, l.scores, data<W>(l.router_t) + a * l.rank * l.scores, l.scores,
               data<W>(scores), kPanel, dz, kPanel, true);
 
@@ -108,7 +111,7 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
         rstd1[i] = i < n ? statistics[plane + i] : W(0);
         rstd2[i] = i < n ? statistics[2 * plane + i] : W(0);
       }
-      k.norm_backward(dz, normed, l.rank, rstd2, data<W>(l.norm2_weight), sums, sums + l.rank);
+      k.norm_backward(dz, normed, l.rank, rstd2, l.norm2_weight, sums, sums + l.rank);
       k.add_sums(dz, l.rank, sums + 2 * l.rank);
       k.to_features(dz, l.rank,
                     data<Op>(trail.z0_grad_features) + a * l.rank * padded + start, padded);
@@ -198,17 +201,27 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
       }
       if (last)
         k.finish_down(data<Op>(l.down) + i, products, l.rank, width(l.d, i), l.d,
-                      data<W>(l.norm1_weight) + i, data<W>(l.norm1_bias) + i, z0_sums,
+                      l.norm1_weight + i, l.norm1_bias + i, z0_sums,
                       data<Op>(grads.down) + i, data<W>(grads.norm1_weight) + i,
                       data<W>(grads.norm1_bias) + i);
     }
   });
-  over(l.attributes, [&](int64_t begin, int64_t end) {
-    for (int64_t a = begin; a < end; ++a)
-      product(l.rank, l.scores, depth, data<W>(trail.z_wide) + a * l.rank * padded, padded,
-              data<W>(trail.router_tokens) + a * padded * l.scores, l.scores,
-              data<W>(l.router_grad) + a * l.rank * l.scores, l.scores, true);
+  // The router's takes z = norm2's output times weight plus bias, which are left to `to_router`.
+  const int64_t rank_blocks = blocks_of(l.rank, kBlock);
+  over(l.attributes * rank_blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t a = task / rank_blocks, i = task % rank_blocks * kBlock;
+      product(l.scores, width(l.rank, i), chunk.tokens,
+              data<W>(trail.scores_grad) + a * l.scores * padded, padded,
+              data<W>(in.normed) + (chunk.first * l.attributes + a) * l.rank + i,
+              l.attributes * l.rank, data<W>(l.router_products) + a * l.scores * l.rank + i, l.rank,
+              true);
+    }
   });
+  for (int64_t row = 0; row < l.attributes * l.scores; ++row) {
+    const W* from = data<W>(trail.scores_grad) + row * padded;
+    data<W>(l.router_sums)[row] = std::accumulate(from, from + chunk.tokens, data<W>(l.router_sums)[row]);
+  }
 }
 
 // x's gradient: dout W of the frozen layer and norm1's share in one product a tile. Attributes share the
@@ -265,15 +278,43 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
   });
 }
 
-// From the products over all tokens to the gradients of up and scaler.
+// From the products over all tokens to the gradients of the router, [A, r, E].
+template <typename Op>
+void to_router(const Backward<Op>& l, const Gradients& grads) {
+  using W = Wide<Op>;
+  for (int64_t row = 0; row < l.attributes * l.scores; ++row) {
+    const int64_t a = row / l.scores, e = row % l.scores;
+    const W* products = data<W>(l.router_products) + row * l.rank;
+    const W sum = data<W>(l.router_sums)[row];
+    W* to = data<W>(e < l.experts ? grads.gate : grads.gate_noise) + a * l.rank * l.experts + e % l.experts;
+    for (int64_t i = 0; i < l.rank; ++i, to += l.experts)
+      *to = l.norm2_weight[i] * products[i] + l.norm2_bias[i] * sum;
+  }
+}
+
+// From the products over all tokens to the gradients of up, scaler and the experts' first layers.
 template <typename Op>
 void to_projections(const Backward<Op>& l, const Gradients& grads) {
   using W = Wide<Op>;
   const auto& k = l.k;
-  over(blocks_of(l.out, kPanel), [&](int64_t begin, int64_t end) {
+  const int64_t up_blocks = blocks_of(l.out, kPanel), fc1_blocks = blocks_of(l.rank, kPanel);
+  over(up_blocks + l.experts * fc1_blocks, [&](int64_t begin, int64_t end) {
     const Tensor operand = l.op_empty({l.rank, kPanel}), up = l.wide_empty({l.rank, kPanel}),
-                 products = l.wide_empty({l.rank, kPanel}), up_grad = l.wide_empty({l.rank, kPanel});
+                 products = l.wide_empty({l.rank, kPanel}), up_grad = l.wide_empty({l.rank, kPanel}),
+                 hidden = l.wide_empty({l.hidden, kPanel}), row = l.op_empty({kPanel});
     for (int64_t task = begin; task < end; ++task) {
+      if (task >= up_blocks) {
+        const int64_t e = (task - up_blocks) / fc1_blocks;
+        const int64_t i = (task - up_blocks) % fc1_blocks * kPanel, count = std::min(kPanel, l.rank - i);
+        const W* from = data<W>(l.fc1_t_grad) +
+                        (l.grouped ? (e * l.rank + i) * l.hidden : i * l.all_hidden + e * l.hidden);
+        k.transpose(from, count, l.grouped ? l.hidden : l.all_hidden, l.hidden, data<W>(hidden));
+        for (int64_t j = 0; j < l.hidden; ++j) {
+          k.to_features(data<W>(hidden) + j * kPanel, 1, data<Op>(row), kPanel);
+          std::copy_n(data<Op>(row), count, data<Op>(grads.fc1_weight) + (e * l.hidden + j) * l.rank + i);
+        }
+        continue;
+      }
       const int64_t o = task * kPanel, count = std::min(kPanel, l.out - o);
       k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(operand));
       k.widen(data<Op>(operand), l.rank, data<W>(up));
@@ -284,7 +325,7 @@ void to_projections(const Backward<Op>& l, const Gradients& grads) {
         W along[kPanel];
         const int64_t block = a * blocks_of(l.out, kBlock) + o / kBlock;
         k.add_columns(data<W>(l.up_products) + block * l.rank * kBlock + o % kBlock, l.rank, count,
-                      data<W>(l.scaler) + a * l.out + o, panel, sum);
+                      l.scaler + a * l.out + o, panel, sum);
         k.dot_panel(panel, l.rank, data<W>(up), along);
         std::copy_n(along, count, data<W>(grads.scaler) + a * l.out + o);
       }
@@ -300,10 +341,13 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   const Backward<Op> l(arguments, frozen);
   Gradients grads;
   grads.up = at::empty_like(l.up);
-  grads.scaler = at::empty_like(l.scaler);
+  grads.scaler = l.wide_empty({l.attributes * l.out});
   grads.down = at::empty_like(l.down);
-  grads.norm1_weight = at::empty_like(l.norm1_weight);
-  grads.norm1_bias = at::empty_like(l.norm1_bias);
+  grads.fc1_weight = l.op_empty({l.experts, l.hidden, l.rank});
+  grads.gate = l.wide_empty({l.attributes, l.rank, l.experts});
+  grads.gate_noise = l.noise.has_value() ? at::empty_like(grads.gate) : at::zeros_like(grads.gate);
+  grads.norm1_weight = l.wide_empty({l.d});
+  grads.norm1_bias = l.wide_empty({l.d});
   if (l.tokens == 0) {  // there is no last chunk
     for (const Tensor& grad : {grads.down, grads.norm1_weight, grads.norm1_bias}) grad.zero_();
   }
@@ -335,13 +379,9 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   const auto parts = l.sums.split_with_sizes(
       {l.all_hidden, l.experts * l.rank, l.rank, l.rank, l.rank});
   to_projections(l, grads);
+  to_router(l, grads);
   grads.norm2_weight = parts[2].clone();
   grads.norm2_bias = parts[3].clone();
-  grads.gate = l.router_grad.narrow(2, 0, l.experts);
-  grads.gate_noise = l.noise.has_value() ? l.router_grad.narrow(2, l.experts, l.experts)
-                                         : at::zeros_like(grads.gate);
-  grads.fc1_weight = l.grouped ? l.fc1_t_grad.transpose(1, 2)
-                                 : l.fc1_t_grad.t().reshape({l.experts, l.hidden, l.rank});
   grads.fc1_bias = parts[0].view({l.experts, l.hidden}).clone();
   grads.fc2_weight = l.fc2_grad;
   grads.fc2_bias = parts[1].view({l.experts, l.rank}).clone();

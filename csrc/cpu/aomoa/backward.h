@@ -21,7 +21,8 @@ struct Backward : Layer<Op> {
   Tensor down_products;           // [blocks of d, r, 64], dz0' (norm1's output before weight, bias), of
                                   // more than one chunk
   Tensor fc1_t_grad, fc2_grad;    // as fc1_t; [E, r, h]
-  Tensor router_grad;             // [A, r, scores]
+  Tensor router_products;         // [A, scores, r]: gradient of the scores' norm2 (before weight, bias)
+  Tensor router_sums;             // [A, scores]: of the scores' gradients
   Tensor sums;                    // [E h + E r + 3 r]: fc1_bias, fc2_bias, norm2's two, dz0's sum
   Tensor noise_grad;              // [A, T, E]
   int64_t all_hidden, sum_size;
@@ -30,10 +31,9 @@ struct Backward : Layer<Op> {
     const auto& l = *this;
     all_hidden = l.experts * l.hidden;
     sum_size = all_hidden + l.experts * l.rank + 3 * l.rank;
-    fc1_t = l.grouped ? l.fc1.transpose(1, 2).contiguous()
-                        : l.fc1.view({all_hidden, l.rank}).t().contiguous();
-    fc2_t = l.fc2.transpose(1, 2).contiguous();
-    router_t = l.router.transpose(1, 2).contiguous();
+    fc1_t = l.grouped ? l.op_empty({l.experts, l.rank, l.hidden}) : l.op_empty({l.rank, all_hidden});
+    fc2_t = l.op_empty({l.experts, l.hidden, l.rank});
+    router_t = l.wide_empty({l.attributes, l.rank, l.scores});
     up_t = l.op_empty({l.attributes, l.rank, l.out});
     folded = at::empty_like(l.down);
     column_sums = l.wide_empty({l.rank});
@@ -47,42 +47,72 @@ struct Backward : Layer<Op> {
     if (l.tokens > kChunk) down_products = l.wide_empty({blocks_of(l.d, kBlock), l.rank, kBlock});
     fc1_t_grad = l.wide_zeros(fc1_t.sizes());
     fc2_grad = l.wide_zeros({l.experts, l.rank, l.hidden});
-    router_grad = l.wide_zeros({l.attributes, l.rank, l.scores});
+    router_products = l.wide_zeros({l.attributes, l.scores, l.rank});
+    router_sums = l.wide_zeros({l.attributes, l.scores});
     sums = l.wide_zeros({sum_size});
   }
 
-  // gamma into down, scaler into up and its transpose.
+  // gamma into down, scaler into up, and the transposes.
   void fold() {
     const auto& l = *this;
-    const int64_t up_blocks = blocks_of(l.out, kPanel);
-    over(l.rank + up_blocks, [&](int64_t begin, int64_t end) {
-      const Tensor operand = l.op_empty({l.rank, kPanel}), panel = l.wide_empty({l.rank, kPanel}),
+    const int64_t up_blocks = blocks_of(l.out, kPanel), fc1_blocks = blocks_of(l.hidden, kPanel),
+                  fc2_blocks = blocks_of(l.rank, kPanel);
+    const int64_t up_tasks = l.rank, fc1_tasks = up_tasks + up_blocks,
+                  fc2_tasks = fc1_tasks + l.experts * fc1_blocks;
+    over(fc2_tasks + l.experts * fc2_blocks, [&](int64_t begin, int64_t end) {
+      const int64_t longest = std::max(l.rank, l.hidden);
+      const Tensor operand = l.op_empty({longest, kPanel}), panel = l.wide_empty({longest, kPanel}),
                    scaled = l.wide_empty({l.rank, kPanel});
+      // `count` rows, kPanel at most, of `width` values to a panel, and a panel to columns.
+      const auto read = [&](const Op* rows, int64_t count, int64_t width) {
+        l.k.pack(rows, count, width, width, data<Op>(operand));
+        l.k.widen(data<Op>(operand), width, data<W>(panel));
+      };
+      const auto write = [&](const Tensor& from, int64_t count, int64_t width, Op* to, int64_t stride) {
+        if (count == kPanel) return l.k.to_features(data<W>(from), width, to, stride);
+        l.k.to_features(data<W>(from), width, data<Op>(operand), kPanel);
+        for (int64_t i = 0; i < width; ++i)
+          std::copy_n(data<Op>(operand) + i * kPanel, count, to + i * stride);
+      };
       for (int64_t task = begin; task < end; ++task) {
-        if (task < l.rank) {
-          l.k.fold(data<Op>(l.down) + task * l.d, l.d, data<W>(l.norm1_weight),
-                   data<W>(l.norm1_bias), data<Op>(folded) + task * l.d,
-                   data<W>(column_sums) + task, data<W>(shift) + task);
-          continue;
-        }
-        const int64_t o = (task - l.rank) * kPanel, count = std::min(kPanel, l.out - o);
-        l.k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(operand));
-        l.k.widen(data<Op>(operand), l.rank, data<W>(panel));
-        for (int64_t a = 0; a < l.attributes; ++a) {
-          W weight[kPanel] = {};
-          std::copy_n(data<W>(l.scaler) + a * l.out + o, count, weight);
-          l.k.scale_tokens(data<W>(panel), l.rank, weight, data<W>(scaled));
-          Op* target = data<Op>(up_t) + a * l.rank * l.out + o;
-          if (count == kPanel) {
-            l.k.to_features(data<W>(scaled), l.rank, target, l.out);
-          } else {
-            l.k.to_features(data<W>(scaled), l.rank, data<Op>(operand), kPanel);
-            for (int64_t i = 0; i < l.rank; ++i)
-              std::copy_n(data<Op>(operand) + i * kPanel, count, target + i * l.out);
+        if (task < up_tasks) {
+          l.k.fold(data<Op>(l.down) + task * l.d, l.d, l.norm1_weight, l.norm1_bias,
+                   data<Op>(folded) + task * l.d, data<W>(column_sums) + task,
+                   data<W>(shift) + task);
+        } else if (task < fc1_tasks) {
+          const int64_t o = (task - up_tasks) * kPanel, count = std::min(kPanel, l.out - o);
+          read(data<Op>(l.up) + o * l.rank, count, l.rank);
+          for (int64_t a = 0; a < l.attributes; ++a) {
+            W weight[kPanel] = {};
+            std::copy_n(l.scaler + a * l.out + o, count, weight);
+            l.k.scale_tokens(data<W>(panel), l.rank, weight, data<W>(scaled));
+            write(scaled, count, l.rank, data<Op>(up_t) + a * l.rank * l.out + o, l.out);
           }
+        } else if (task < fc2_tasks) {
+          const int64_t e = (task - fc1_tasks) / fc1_blocks;
+          const int64_t j = (task - fc1_tasks) % fc1_blocks * kPanel;
+          const int64_t count = std::min(kPanel, l.hidden - j);
+          read(data<Op>(l.fc1) + (e * l.hidden + j) * l.rank, count, l.rank);
+          if (l.grouped) {
+            write(panel, count, l.rank, data<Op>(fc1_t) + e * l.rank * l.hidden + j, l.hidden);
+          } else {
+            write(panel, count, l.rank, data<Op>(fc1_t) + e * l.hidden + j, all_hidden);
+          }
+        } else {
+          const int64_t e = (task - fc2_tasks) / fc2_blocks;
+          const int64_t i = (task - fc2_tasks) % fc2_blocks * kPanel;
+          const int64_t count = std::min(kPanel, l.rank - i);
+          read(data<Op>(l.fc2) + (e * l.rank + i) * l.hidden, count, l.hidden);
+          write(panel, count, l.hidden, data<Op>(fc2_t) + e * l.hidden * l.rank + i, l.rank);
         }
       }
     });
+    for (int64_t a = 0; a < l.attributes; ++a) {
+      const W* rows = l.router + a * l.scores * l.rank;
+      W* to = data<W>(router_t) + a * l.rank * l.scores;
+      for (int64_t i = 0; i < l.rank; ++i)
+        for (int64_t s = 0; s < l.scores; ++s) *to++ = rows[s * l.rank + i];
+    }
   }
 };
 
@@ -93,14 +123,13 @@ struct Trail {
   using W = Wide<Op>;
   int64_t padded, depth;          // tokens as stored; as many as a product over them takes
   Tensor normed, dz;              // panels [panels][r][32]
-  Tensor z_wide;                  // by features [A][r][padded], wide
   Tensor c_features;              // [A][r][padded]
   Tensor z0_grad_features;        // [A][r][padded]
   // Of the dense path only.
   Tensor z_features;              // [A][r][padded]
   Tensor y_grad_features;         // [A][E][r][padded]
   Tensor h_tokens, h_grad_tokens;  // by tokens [A][padded][E h]
-  Tensor router_tokens;           // wide [A][padded][scores]
+  Tensor scores_grad;             // wide [A][scores][padded]
   Tensor clean, raw, gates_grad;  // [A, tokens, E]
   Tensor sums;                    // [panels][sum_size], grouped [panels][3 r]
 
@@ -108,8 +137,7 @@ struct Trail {
         depth(blocks_of(chunk.tokens, kColumn<Op>) * kColumn<Op>) {
     normed = l.wide_empty({chunk.panels, l.rank, kPanel});
     dz = at::empty_like(normed);
-    z_wide = l.wide_empty({l.attributes, l.rank, padded});
-    c_features = l.op_empty(z_wide.sizes());
+    c_features = l.op_empty({l.attributes, l.rank, padded});
     z0_grad_features = at::empty_like(c_features);
     if (!l.grouped) {
       z_features = at::empty_like(c_features);
@@ -117,7 +145,7 @@ struct Trail {
       h_tokens = l.op_empty({l.attributes, padded, l.all_hidden});
       h_grad_tokens = at::empty_like(h_tokens);
     }
-    router_tokens = l.wide_zeros({l.attributes, padded, l.scores});
+    scores_grad = l.wide_empty({l.attributes, l.scores, padded});
     clean = l.wide_empty({l.attributes, chunk.tokens, l.experts});
     if (l.noise.has_value()) raw = at::empty_like(clean);
     gates_grad = at::empty_like(clean);
@@ -142,11 +170,8 @@ void restore(const Backward<Op>& l, const Chunk& chunk, const Incoming& in, cons
   W* normed = data<W>(trail.normed) + q * l.rank * kPanel;
   k.transpose(data<W>(in.normed) + (t * l.attributes + a) * l.rank, n, l.attributes * l.rank,
               l.rank, normed);
-  k.affine(normed, l.rank, data<W>(l.norm2_weight), data<W>(l.norm2_bias), z);
-  W* z_wide = data<W>(trail.z_wide) + a * l.rank * trail.padded + start;
-  for (int64_t i = 0; i < l.rank; ++i)
-    std::copy(z + i * kPanel, z + (i + 1) * kPanel, z_wide + i * trail.padded);
-  product(l.scores, kPanel, l.rank, data<W>(l.router) + a * l.scores * l.rank, l.rank, z, kPanel,
+  k.affine(normed, l.rank, l.norm2_weight, l.norm2_bias, z);
+  product(l.scores, kPanel, l.rank, l.router + a * l.scores * l.rank, l.rank, z, kPanel,
           scores, kPanel, false);
   k.unpack_wide(scores, n, l.experts, data<W>(trail.clean) + at, l.experts);
   if (trail.raw.defined())

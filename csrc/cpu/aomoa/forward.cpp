@@ -41,7 +41,7 @@ void to_scores(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const O
       Op* x = data<Op>(chain.x) + (q / l.attributes * l.width + a * l.d) * kPanel;
       k.pack(data<Op>(l.x) + t * l.width + a * l.d, n, l.width, l.d, x);
       k.moments(x, l.d, l.eps, moments[0], moments[1]);
-      k.normalise(x, l.d, moments[0], moments[1], data<W>(l.norm1_weight), data<W>(l.norm1_bias),
+      k.normalise(x, l.d, moments[0], moments[1], l.norm1_weight, l.norm1_bias,
                   data<Op>(u));
       product(l.rank, lanes, l.d, data<Op>(l.down), l.d, data<Op>(u), kPanel, data<W>(z0), kPanel,
               false);
@@ -52,9 +52,9 @@ void to_scores(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const O
       k.unpack_wide(data<W>(z0), n, l.rank,
                     data<W>(outputs.normed) + (t * l.attributes + a) * l.rank,
                     l.attributes * l.rank);
-      k.affine(data<W>(z0), l.rank, data<W>(l.norm2_weight), data<W>(l.norm2_bias), data<W>(z));
+      k.affine(data<W>(z0), l.rank, l.norm2_weight, l.norm2_bias, data<W>(z));
       k.to_operand(data<W>(z), l.rank, data<Op>(chain.z) + q * l.rank * kPanel);
-      product(l.scores, lanes, l.rank, data<W>(l.router) + a * l.scores * l.rank, l.rank,
+      product(l.scores, lanes, l.rank, l.router + a * l.scores * l.rank, l.rank,
               data<W>(z), kPanel, data<W>(scores), kPanel, false);
       const int64_t at = (a * chunk.tokens + chunk.start(q)) * l.experts;
       k.unpack_wide(data<W>(scores), n, l.experts, data<W>(chain.clean) + at, l.experts);
@@ -82,12 +82,12 @@ void mix_densely(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const
       k.transpose(data<W>(gates) + at, chunk.count(q), l.experts, l.experts, data<W>(g));
       product(all, lanes, l.rank, data<Op>(l.fc1), l.rank,
               data<Op>(chain.z) + q * l.rank * kPanel, kPanel, data<W>(h), kPanel, false);
-      k.bias_relu(data<W>(h), all, data<W>(l.fc1_bias), data<Op>(h_operand));
+      k.bias_relu(data<W>(h), all, l.fc1_bias, data<Op>(h_operand));
       for (int64_t e = 0; e < l.experts; ++e)
         product(l.rank, lanes, l.hidden, data<Op>(l.fc2) + e * l.rank * l.hidden, l.hidden,
                 data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
                 data<W>(y) + e * l.rank * kPanel, kPanel, false);
-      k.combine(data<W>(y), l.experts, l.top_k, l.rank, data<W>(l.fc2_bias), data<W>(g), data<W>(c));
+      k.combine(data<W>(y), l.experts, l.top_k, l.rank, l.fc2_bias, data<W>(g), data<W>(c));
       k.to_operand(data<W>(c), l.rank, data<Op>(chain.c) + q * l.rank * kPanel);
     }
   });
@@ -119,7 +119,7 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
       each([&](int64_t b, int64_t lanes, W* sums) {
         product(rows, lanes, l.rank, up + o * l.rank, l.rank,
                 c + (b * l.attributes + a) * l.rank * kPanel, kPanel, sums, kPanel, false);
-        k.scale_features(sums, rows, data<W>(l.scaler) + row);
+        k.scale_features(sums, rows, l.scaler + row);
       });
       // The last part of a tile's product, then its output, asked of memory before.
       int64_t i = 0;
@@ -133,7 +133,7 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
         Op* target = data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row;
         ask(target, count, outs, rows);
         if (depth > 0) multiply(b, lanes, sums);
-        k.unpack(sums, count, rows, l.bias.defined() ? l.bias_data() + row : nullptr, target, outs);
+        k.unpack(sums, count, rows, l.bias ? l.bias + row : nullptr, target, outs);
       });
       task += last - first;
     }

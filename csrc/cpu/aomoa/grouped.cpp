@@ -89,8 +89,8 @@ void run_expert(const Layer<Op>& l, int64_t e, const Op* z, Wide<Op>* h, Op* h_o
   const int64_t size = l.hidden * l.rank;
   product(l.hidden, kPanel, l.rank, data<Op>(l.fc1) + e * size, l.rank, z, kPanel, h, kPanel,
           false);
-  l.k.bias_relu(h, l.hidden, data<W>(l.fc1_bias) + e * l.hidden, h_operand);
-  const W* bias = data<W>(l.fc2_bias) + e * l.rank;
+  l.k.bias_relu(h, l.hidden, l.fc1_bias + e * l.hidden, h_operand);
+  const W* bias = l.fc2_bias + e * l.rank;
   for (int64_t i = 0; i < l.rank; ++i) std::fill_n(y + i * kPanel, kPanel, bias[i]);
   product(l.rank, kPanel, l.hidden, data<Op>(l.fc2) + e * size, l.hidden, h_operand, kPanel, y,
           kPanel, true);
@@ -214,11 +214,14 @@ void to_experts(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
       for (int64_t j = 0; j < l.hidden; j += kBlock) {
         const int64_t width = std::min(kBlock, l.hidden - j), at = (e * l.rank + i) * l.hidden + j;
         const auto add = [&](const Tensor& features, const Tensor& tokens, const Tensor& grad) {
-          for (int64_t p = slots.first[e]; p < slots.first[e + 1]; p += 4)
-            product(rows, width, std::min<int64_t>(4, slots.first[e + 1] - p) * kPanel,
-                    data<Op>(features) + slots.in_four(p, l.rank) + i * kFour, kFour,
+          const int64_t last = slots.first[e + 1];
+          for (int64_t p = slots.first[e]; p < last; p += 4) {
+            const Op* left = data<Op>(features) + slots.in_four(p, l.rank) + i * kFour;
+            if (p + 4 < last) ask(left + l.rank * kFour, rows, kFour, kFour);
+            product(rows, width, std::min<int64_t>(4, last - p) * kPanel, left, kFour,
                     data<Op>(tokens) + p * hidden_size + j * kColumn<Op>, l.hidden,
                     data<W>(grad) + at, l.hidden, true);
+          }
         };
         add(kept.y_grad_features, kept.h_tokens, l.fc2_grad);
         add(kept.z_features, kept.h_grad_tokens, l.fc1_t_grad);

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/aomoa/panels.h"
@@ -94,8 +96,10 @@ struct Layer {
   const PanelKernels<Op>& k = panel_kernels<Op>();
   Tensor x, weight;                       // of Op; weight undefined without the frozen layer
   Tensor down, fc1, fc2, up;              // of Op: [r, d], [E h, r], [E, r, h], [o, r]
-  Tensor norm1_weight, norm1_bias, norm2_weight, norm2_bias, fc1_bias, fc2_bias, scaler, bias;
-  Tensor router;                          // wide [A, 2 E, r]: gate', then gate_noise' with noise
+  // Wide, in place where they are stored so, else in `converted`; bias null without one.
+  const W *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias, *fc1_bias, *fc2_bias, *scaler, *bias;
+  const W* router;                        // [A, scores, r]: gate', then gate_noise' with noise
+  Tensor converted;
   std::optional<Tensor> noise;            // wide [A, T, E]
   int64_t tokens, width, attributes, d, rank, hidden, experts, out, top_k, scores;
   W eps;
@@ -107,32 +111,60 @@ struct Layer {
         out(p.up.size(0)), top_k(p.top_k), eps(static_cast<W>(p.norm_eps)),
         grouped(groups_experts(experts, top_k)) {
     const auto operand = [](const Tensor& t) { return t.to(kOp).contiguous(); };
-    const auto wide = [](const Tensor& t) { return t.to(kWide).contiguous(); };
     x = operand(p.x);
     if (frozen) weight = operand(p.weight);
-    if (frozen && p.bias.has_value()) bias = wide(*p.bias);
     down = operand(p.down);
     fc1 = operand(p.fc1_weight);
     fc2 = operand(p.fc2_weight);
     up = operand(p.up);
-    norm1_weight = wide(p.norm1_weight);
-    norm1_bias = wide(p.norm1_bias);
-    norm2_weight = wide(p.norm2_weight);
-    norm2_bias = wide(p.norm2_bias);
-    fc1_bias = wide(p.fc1_bias);
-    fc2_bias = wide(p.fc2_bias);
-    scaler = wide(p.scaler);
-    if (p.noise.has_value()) noise = wide(*p.noise);
-    const Tensor gate = p.gate.to(kWide).transpose(1, 2);
-    router = noise.has_value() ? at::cat({gate, p.gate_noise.to(kWide).transpose(1, 2)}, 1)
-                               : gate.contiguous();
-    scores = router.size(1);
+    if (p.noise.has_value()) noise = p.noise->to(kWide).contiguous();
+    scores = noise.has_value() ? 2 * experts : experts;
+    convert(p, frozen);
+  }
+
+  // The vectors and the router. One tensor for all that is not wide: a conversion by ATen takes longer
+  // to call than to do.
+  void convert(const Arguments& p, bool frozen) {
+    const Tensor none;
+    const std::pair<const Tensor&, const W*&> vectors[] = {
+        {p.norm1_weight, norm1_weight}, {p.norm1_bias, norm1_bias}, {p.norm2_weight, norm2_weight},
+        {p.norm2_bias, norm2_bias},     {p.fc1_bias, fc1_bias},     {p.fc2_bias, fc2_bias},
+        {p.scaler, scaler},             {frozen && p.bias.has_value() ? *p.bias : none, bias}};
+    int64_t size = attributes * scores * rank;
+    for (const auto& [from, to] : vectors) size += from.defined() ? from.numel() : 0;
+    converted = wide_empty({size});
+    W* next = data<W>(converted);
+    for (const auto& [from, to] : vectors) {
+      to = from.defined() ? widened(from, next) : nullptr;
+      if (to == next) next += from.numel();
+    }
+    router = next;
+    const Tensor gates[2] = {p.gate.contiguous(), p.gate_noise.contiguous()};
+    for (int64_t i = 0; i < scores / experts; ++i) {
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, gates[i].scalar_type(), "aomoa", [&] {
+        const scalar_t* from = gates[i].const_data_ptr<scalar_t>();
+        for (int64_t a = 0; a < attributes; ++a) {
+          W* to = next + (a * scores + i * experts) * rank;
+          for (int64_t j = 0; j < rank; ++j)
+            for (int64_t e = 0; e < experts; ++e) to[e * rank + j] = static_cast<W>(*from++);
+        }
+      });
+    }
+  }
+
+  // The values of a vector or matrix: where they are, or wide in `to`.
+  static const W* widened(const Tensor& tensor, W* to) {
+    const Tensor from = tensor.contiguous();
+    if (from.is_same(tensor) && from.scalar_type() == kWide) return from.const_data_ptr<W>();
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, from.scalar_type(), "aomoa", [&] {
+      std::copy_n(from.const_data_ptr<scalar_t>(), from.numel(), to);
+    });
+    return to;
   }
 
   Tensor wide_zeros(at::IntArrayRef shape) const { return at::zeros(shape, x.options().dtype(kWide)); }
   Tensor wide_empty(at::IntArrayRef shape) const { return at::empty(shape, x.options().dtype(kWide)); }
   Tensor op_empty(at::IntArrayRef shape) const { return at::empty(shape, x.options()); }
-  const W* bias_data() const { return bias.defined() ? data<W>(bias) : nullptr; }
 };
 
 // A chunk of tokens, in panels: panel q = b A + a holds up to 32 tokens from 32 b on, attribute a.

@@ -26,8 +26,8 @@ void relu_backward(Wide<Op>* dh, const Wide<Op>* h, int64_t features, Wide<Op>* 
     const W* kept = h + f * kPanel;
     // NaN in the hidden layer passes on, as its gradient is NaN.
     SPECTRALX_LANES row[n] = kept[n] == W(0) ? W(0) : row[n];
-    dbias[f] += sum_of_lanes(row);
   }
+  add_lanes(dh, features, dbias);
 }
 
 // The taken terms of 32 tokens, slot by slot: the n-th expert a token takes, in order.
@@ -144,8 +144,8 @@ void combine_backward(Wide<Op>* y, int64_t experts, int64_t r, const Wide<Op>* g
         along[n] += gate[n] != W(0) ? per_gate : W(0);
         row[n] = gate[n] != W(0) ? gate[n] * per_gate : W(0);
       }
-      if (dbias) dbias[e * r + i] += sum_of_lanes(row);
     }
+    if (dbias) add_lanes(y + e * r * kPanel, r, dbias + e * r);
     SPECTRALX_LANES dgate[n] = along[n];
   }
 }

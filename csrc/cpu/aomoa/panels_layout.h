@@ -77,7 +77,7 @@ inline void for_features(const Op* panel, int64_t features, Use use) {
 template <typename Op>
 void transpose(const Wide<Op>* rows, int64_t n, int64_t stride, int64_t features,
                Wide<Op>* panel) {
-  transpose_words(rows, n, stride, features, panel, kPanel);
+  transpose_rows(rows, n, stride, features, panel, kPanel);
   clear_lanes(panel, features, n);
 }
 

@@ -79,32 +79,70 @@ void affine(const Wide<Op>* normed, int64_t features, const Wide<Op>* weight,
 }
 
 // A fixed tree, the same on every instruction set.
-template <typename W>
-inline W sum_of_lanes(const W* lanes) {
-  W part[kPanel / 2];
-  for (int64_t n = 0; n < kPanel / 2; ++n) part[n] = lanes[n] + lanes[n + kPanel / 2];
-  for (int64_t width = kPanel / 4; width > 0; width /= 2) {
+template <int64_t kCount, typename W>
+inline W sum_of(const W* values) {
+  W part[kCount / 2];
+  for (int64_t n = 0; n < kCount / 2; ++n) part[n] = values[n] + values[n + kCount / 2];
+  for (int64_t width = kCount / 4; width > 0; width /= 2) {
     for (int64_t n = 0; n < width; ++n) part[n] += part[n + width];
   }
   return part[0];
+}
+
+// sums[f] += the sum of the lanes of feature f. Sixteen features at a time the tree is climbed by all of
+// them at once: after a transposition its nodes are vectors.
+template <typename W>
+inline void add_lanes(const W* panel, int64_t features, W* sums) {
+  int64_t f = 0;
+  if constexpr (sizeof(W) == 4) {
+    for (; f + 16 <= features; f += 16) {
+      typedef float Floats __attribute__((vector_size(64)));
+      Lanes rows[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        Floats low, high;
+        std::memcpy(&low, panel + (f + i) * kPanel, 64);
+        std::memcpy(&high, panel + (f + i) * kPanel + 16, 64);
+        rows[i] = (Lanes)(low + high);
+      }
+      turn(rows);
+      Floats part[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) part[i] = (Floats)rows[i];
+#pragma GCC unroll 4
+      for (int width = 8; width > 0; width /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < width; ++i) part[i] += part[i + width];
+      }
+      Floats sum;
+      std::memcpy(&sum, sums + f, 64);
+      sum += part[0];
+      std::memcpy(sums + f, &sum, 64);
+    }
+  }
+  for (; f < features; ++f) sums[f] += sum_of<kPanel>(panel + f * kPanel);
 }
 
 template <typename Op>
 void norm_backward(Wide<Op>* dz, const Wide<Op>* normed, int64_t features, const Wide<Op>* rstd,
                    const Wide<Op>* weight, Wide<Op>* dweight, Wide<Op>* dbias) {
   using W = Wide<Op>;
-  W sum[kPanel] = {}, along[kPanel] = {};
-  for (int64_t f = 0; f < features; ++f) {
-    W* g = dz + f * kPanel;
-    const W* x = normed + f * kPanel;
-    const W scale = weight[f];
-    W product[kPanel];
-    SPECTRALX_LANES product[n] = g[n] * x[n];
-    dweight[f] += sum_of_lanes(product);
-    dbias[f] += sum_of_lanes(g);
-    SPECTRALX_LANES g[n] *= scale;
-    SPECTRALX_LANES sum[n] += g[n];
-    SPECTRALX_LANES along[n] += product[n] * scale;
+  W sum[kPanel] = {}, along[kPanel] = {}, products[16 * kPanel];
+  add_lanes(dz, features, dbias);
+  for (int64_t f0 = 0; f0 < features; f0 += 16) {
+    const int64_t count = std::min<int64_t>(16, features - f0);
+    for (int64_t i = 0; i < count; ++i) {
+      W *g = dz + (f0 + i) * kPanel, *product = products + i * kPanel;
+      const W* x = normed + (f0 + i) * kPanel;
+      const W scale = weight[f0 + i];
+      SPECTRALX_LANES {
+        product[n] = g[n] * x[n];
+        g[n] *= scale;
+        sum[n] += g[n];
+        along[n] += product[n] * scale;
+      }
+    }
+    add_lanes(products, count, dweight + f0);
   }
   SPECTRALX_LANES sum[n] /= static_cast<W>(features);
   SPECTRALX_LANES along[n] /= static_cast<W>(features);
@@ -117,7 +155,7 @@ void norm_backward(Wide<Op>* dz, const Wide<Op>* normed, int64_t features, const
 
 template <typename Op>
 void add_sums(const Wide<Op>* panel, int64_t features, Wide<Op>* sums) {
-  for (int64_t f = 0; f < features; ++f) sums[f] += sum_of_lanes(panel + f * kPanel);
+  add_lanes(panel, features, sums);
 }
 
 template <typename Op>

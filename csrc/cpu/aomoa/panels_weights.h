@@ -8,25 +8,37 @@ template <typename Op>
 void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* beta, Op* folded,
           Wide<Op>* sum, Wide<Op>* shift) {
   using W = Wide<Op>;
+  constexpr int64_t kLanes = 16;  // sums are joined at the end of the row
   const auto* from = elements(row);
   const auto* to = elements(folded);
-  W total = 0, moved = 0;
+  W total[kLanes] = {}, moved[kLanes] = {};
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t end = std::min(start + kBlock, width);
     W products[kBlock];
-#pragma omp simd reduction(+ : moved)
-    for (int64_t i = start; i < end; ++i) {
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes) {
+#pragma omp simd
+      for (int64_t n = 0; n < kLanes; ++n) {
+        const W weight = value_of(from[i + n]);
+        products[i - start + n] = gamma[i + n] * weight;
+        moved[n] += beta[i + n] * weight;
+      }
+    }
+    for (; i < end; ++i) {
       const W weight = value_of(from[i]);
       products[i - start] = gamma[i] * weight;
-      moved += beta[i] * weight;
+      moved[(i - start) % kLanes] += beta[i] * weight;
     }
     round_row<Op>(products, end - start, folded + start);
     // Of what the product will use.
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = start; i < end; ++i) total += value_of(to[i]);
+    for (i = start; i + kLanes <= end; i += kLanes) {
+#pragma omp simd
+      for (int64_t n = 0; n < kLanes; ++n) total[n] += value_of(to[i + n]);
+    }
+    for (; i < end; ++i) total[(i - start) % kLanes] += value_of(to[i]);
   }
-  *sum = total;
-  *shift = moved;
+  *sum = sum_of<kLanes>(total);
+  *shift = sum_of<kLanes>(moved);
 }
 
 template <typename Op>
@@ -61,8 +73,15 @@ void add_columns(const Wide<Op>* rows, int64_t r, int64_t count, const Wide<Op>*
   for (int64_t i = 0; i < r; ++i) {
     const Wide<Op>* from = rows + i * kBlock;
     Wide<Op>*to = panel + i * kPanel, *total = sum + i * kPanel;
+    fetch(rows + std::min(i + kFetched, r - 1) * kBlock, count);
+    if (count == kPanel) {
+      SPECTRALX_LANES {
+        to[n] = from[n];
+        total[n] += weight[n] * from[n];
+      }
+      continue;
+    }
     std::fill(to + count, to + kPanel, Wide<Op>(0));
-#pragma omp simd
     for (int64_t n = 0; n < count; ++n) {
       to[n] = from[n];
       total[n] += weight[n] * from[n];

@@ -55,6 +55,14 @@ inline void exchange(Lanes (&rows)[16], std::integer_sequence<int, n...>) {
   }
 }
 
+// A transposition of 16 x 16.
+inline void turn(Lanes (&rows)[16]) {
+  exchange<8>(rows, std::make_integer_sequence<int, 16>());
+  exchange<4>(rows, std::make_integer_sequence<int, 16>());
+  exchange<2>(rows, std::make_integer_sequence<int, 16>());
+  exchange<1>(rows, std::make_integer_sequence<int, 16>());
+}
+
 // target[c * ld + r] = source[r * stride + c]
 template <typename T>
 void transpose_words(const T* source, int64_t rows, int64_t stride, int64_t columns, T* target,
@@ -67,10 +75,7 @@ void transpose_words(const T* source, int64_t rows, int64_t stride, int64_t colu
         Lanes block[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) std::memcpy(&block[i], source + (r + i) * stride + c, 64);
-        exchange<8>(block, std::make_integer_sequence<int, 16>());
-        exchange<4>(block, std::make_integer_sequence<int, 16>());
-        exchange<2>(block, std::make_integer_sequence<int, 16>());
-        exchange<1>(block, std::make_integer_sequence<int, 16>());
+        turn(block);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) std::memcpy(target + (c + i) * ld + r, &block[i], 64);
       }
@@ -81,6 +86,19 @@ void transpose_words(const T* source, int64_t rows, int64_t stride, int64_t colu
   }
   for (; c < columns; ++c) {
     for (int64_t r = 0; r < rows; ++r) target[c * ld + r] = source[r * stride + c];
+  }
+}
+
+// The same of rows far apart, which the processor does not fetch by itself.
+template <typename T>
+void transpose_rows(const T* source, int64_t rows, int64_t stride, int64_t columns, T* target,
+                    int64_t ld) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T)), kAhead = 4 * kLine;
+  for (int64_t c = 0; c < columns; c += kLine) {
+    if (c + kAhead < columns) {
+      for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(source + r * stride + c + kAhead, 0, 2);
+    }
+    transpose_words(source + c, rows, stride, std::min(kLine, columns - c), target + c * ld, ld);
   }
 }
 
@@ -104,10 +122,10 @@ uint32_t* words(T* values) {
 template <typename Op>
 void pack(const Op* rows, int64_t n, int64_t stride, int64_t features, Op* panel) {
   if constexpr (sizeof(Op) == 2) {
-    transpose_words(words(rows), n, stride / 2, features / 2, words(panel), kPanel);
+    transpose_rows(words(rows), n, stride / 2, features / 2, words(panel), kPanel);
     clear_lanes(words(panel), features / 2, n);
   } else {
-    transpose_words(rows, n, stride, features, panel, kPanel);
+    transpose_rows(rows, n, stride, features, panel, kPanel);
     clear_lanes(panel, features, n);
   }
 }
