@@ -8,6 +8,7 @@
 #include <array>
 #include <cstring>
 
+#include "cpu/common/product.h"
 #include "cpu/reconstruction/channel_norm.h"
 
 namespace spectralx::cpu::strips {
@@ -52,6 +53,7 @@ struct Sizes {
   int64_t up, wide, half;             // first stride; channels of its lines, and half as many
   int64_t mixed, down, bands;         // channels before the last convolution; last stride; bands out
   int64_t lines, line;                // of a map, and pixels of a line
+  int64_t points;                     // values out of a pixel of a line: down down bands
   int64_t strip;                      // rows of what comes in
 
   Sizes(const Tensor& x, const Tensor& expand, const Tensor& grouped, const Tensor& mix,
@@ -72,40 +74,55 @@ struct Sizes {
     batch = x.size(0), ins = x.size(1), height = x.size(2), width = x.size(3);
     up = expand.size(2), wide = expand.size(1), half = wide / 2;
     mixed = mix.size(0), down = project.size(2), bands = project.size(1);
+    points = down * down * bands;
     lines = up * height, line = up * width;
     strip = std::clamp<int64_t>(kStripBytes / (up * line * wide * itemsize), 1,
                                 std::max<int64_t>(height, 1));
   }
 };
 
-// Weights as products take them: [out, in].
+inline int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+
+// matrix [k, n] as products take it from the right: a zero row behind an odd number of rows, those of
+// bfloat16 in pairs.
+inline Tensor right_operand(const Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  Tensor operand = at::zeros({even(rows), columns}, matrix.options());
+  operand.narrow(0, 0, rows).copy_(matrix);
+  if (operand.scalar_type() != at::kBFloat16) return operand;
+  return operand.view({even(rows) / 2, 2, columns}).transpose(1, 2).contiguous();
+}
+
+// Weights as products take them.
 struct Weights {
-  Tensor expand, expand_bias;    // [up up wide, ins], by tap
-  Tensor taps, taps_bias;        // [9, wide] in the type of sums
-  Tensor mix, mix_bias;          // [mixed, half]
-  Tensor project, project_bias;  // [down down bands, mixed], by tap
+  Tensor expand, expand_bias;                    // [up up wide, ins], by tap
+  Tensor taps, taps_bias;                        // [9, 2, half] in the type of sums
+  Tensor mix, mix_back, mix_bias;                // operands [half, mixed], [mixed, half]
+  Tensor project, project_back, project_bias;    // operands [mixed, down down bands], by tap, and back
 
   Weights(const Sizes& s, at::ScalarType type, at::TensorList given) {
+    const auto sums = sum_type(type);
     const auto by_tap = [&](const Tensor& weight) {
       return weight.to(type).permute({2, 3, 1, 0}).reshape({-1, weight.size(0)}).contiguous();
     };
-    const auto repeated = [&](const Tensor& bias, int64_t times) {
-      return bias.to(type).repeat({times});
-    };
-    expand = by_tap(given[0]), expand_bias = repeated(given[1], s.up * s.up);
-    taps = given[2].to(sum_type(type)).permute({2, 3, 0, 1}).reshape({9, s.wide}).contiguous();
-    taps_bias = given[3].to(sum_type(type)).contiguous();
-    mix = given[4].to(type).reshape({s.mixed, s.half}).contiguous();
-    mix_bias = given[5].to(type).contiguous();
-    project = by_tap(given[6]), project_bias = repeated(given[7], s.down * s.down);
+    expand = by_tap(given[0]), expand_bias = given[1].to(type).repeat({s.up * s.up});
+    taps = given[2].to(sums).permute({2, 3, 1, 0}).reshape({9, 2, s.half}).contiguous();
+    taps_bias = given[3].to(sums).contiguous();
+    const Tensor mixing = given[4].to(type).reshape({s.mixed, s.half}), projecting = by_tap(given[6]);
+    mix = right_operand(mixing.t()), mix_back = right_operand(mixing);
+    mix_bias = given[5].to(sums).contiguous();
+    project = right_operand(projecting.t()), project_back = right_operand(projecting);
+    project_bias = given[7].to(sums).repeat({s.down * s.down});
   }
 };
 
-// Runs over the lines [first, last) in parallel.
-template <typename Run>
-void for_lines(int64_t first, int64_t last, const Run& run) {
+// run(line, scratch) over the lines [first, last) in parallel, with what `make` gives each thread.
+template <typename Make, typename Run>
+void for_lines(int64_t first, int64_t last, const Make& make, const Run& run) {
   at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line) run(line);
+    auto scratch = make();
+    for (int64_t line = begin; line < end; ++line) run(line, scratch);
+    end_products();
   });
 }
 
