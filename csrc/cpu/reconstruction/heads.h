@@ -46,6 +46,7 @@ struct HeadKernels {
 
   // out = grad slope.
   void (*scaled)(const A* grad, const S* slope, int64_t count, S* out);
+  void (*scaled_map)(const S* grad, const S* slope, int64_t count, S* out);
 
   // GELU of x [pixels, 2 channels], in out [pixels, 2, channels]: first those of the even channels, so
   // that the two that a grouped convolution adds lie in vectors of their own. slope, may be null, is

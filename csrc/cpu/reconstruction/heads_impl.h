@@ -191,10 +191,10 @@ void biased(const A* sums, const A* bias, int64_t count, S* out) {
   for (int64_t i = 0; i < count; ++i) store(sums[i] + bias[i], out[i]);
 }
 
-template <typename S, typename A>
-void scaled(const A* grad, const S* slope, int64_t count, S* out) {
+template <typename S, typename G>
+void scaled(const G* grad, const S* slope, int64_t count, S* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) store(grad[i] * widen(slope[i]), out[i]);
+  for (int64_t i = 0; i < count; ++i) store(widen(grad[i]) * widen(slope[i]), out[i]);
 }
 
 template <typename S, typename A>
@@ -356,9 +356,9 @@ void tap_gradients(const S* grad, const S* const* lines, int64_t width, int64_t 
 
 template <typename S, typename A>
 constexpr HeadKernels<S, A> table(const char* name) {
-  return {name,         norm_rows<S, A>,  norm_gradient<S, A>, biased_gelu<S, A>,
-          biased<S, A>, scaled<S, A>,     split_gelu<S, A>,    grouped<S, A>,
-          spread<S, A>, tap_gradients<S, A>};
+  return {name,         norm_rows<S, A>, norm_gradient<S, A>, biased_gelu<S, A>,
+          biased<S, A>, scaled<S, A>,    scaled<S, S>,        split_gelu<S, A>,
+          grouped<S, A>, spread<S, A>,   tap_gradients<S, A>};
 }
 
 }  // namespace

@@ -160,7 +160,9 @@ class PixelHead {
       };
       add(7, rows.out_grad, s_.points, rows.mixed, s_.mixed);
       add(5, rows.mixed_grad, s_.mixed, rows.half, s_.half);
-      if (wanted[3]) add_taps(back, hidden, known, next, found[3]);
+      if (wanted[3]) {
+        add_tap_gradients<S, A>(back, hidden, known, next, s_.lines, s_.line, s_.half, found[3]);
+      }
       if (wanted[4]) add_rows(back.rows(known, next - known).view({-1, s_.half}), found[4]);
       known = next;
       hidden.drop(known - 1);
@@ -317,22 +319,6 @@ class PixelHead {
               });
   }
 
-  void add_taps(const Window<S>& back, const Window<S>& hidden, int64_t first, int64_t last,
-                const Tensor& sums) const {
-    constexpr int64_t kChannels = 32;
-    at::parallel_for(0, (s_.half + kChannels - 1) / kChannels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t line = first; line < last; ++line) {
-        kernels().tap_gradients(back.at(line), hidden.around(line, s_.lines).data(), s_.line,
-                                s_.half, begin * kChannels, std::min(end * kChannels, s_.half),
-                                data<A>(sums));
-      }
-    });
-  }
-
-  static void add_rows(const Tensor& rows, const Tensor& sums) {
-    sums.add_(rows.sum(0, false, sums.scalar_type()));
-  }
-
   // use(pixel of the line, first of its values [down down bands], where they lie in the map, how many)
   // for every run of values of a line's pixels that lie side by side in the map.
   template <typename Use>
@@ -410,7 +396,7 @@ std::vector<Tensor> pixel_head_backward(const c10::List<OptionalTensor>& output_
       };
       map(found[0], {s.batch, s.height, s.width, s.ins}, {0, 3, 1, 2});
       map(found[1], {s.up, s.up, s.wide, s.ins}, {3, 2, 0, 1});
-      map(found[3], {3, 3, 2, s.half}, {3, 2, 0, 1});
+      if (found[3].defined()) found[3] = weight_of_taps(found[3]);
       map(found[5], {s.mixed, s.half, 1, 1}, {0, 1, 2, 3});
       map(found[7], {s.down, s.down, s.bands, s.mixed}, {3, 2, 0, 1});
       if (found[2].defined()) found[2] = found[2].view({-1, s.wide}).sum(0);

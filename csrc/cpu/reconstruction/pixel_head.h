@@ -48,6 +48,44 @@ class Window {
   Tensor store_;
 };
 
+// run(line, scratch) over the lines [first, last) in parallel, with what `make` gives each thread.
+template <typename Make, typename Run>
+void for_lines(int64_t first, int64_t last, const Make& make, const Run& run) {
+  at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+    auto scratch = make();
+    for (int64_t line = begin; line < end; ++line) run(line, scratch);
+    end_products();
+  });
+}
+
+// The taps [9, 2, half] of a grouped convolution's weight [half, 2, 3, 3], and back.
+inline Tensor taps_of(const Tensor& weight, at::ScalarType type) {
+  return weight.to(type).permute({2, 3, 1, 0}).reshape({9, 2, weight.size(0)}).contiguous();
+}
+inline Tensor weight_of_taps(const Tensor& taps) {
+  return taps.view({3, 3, 2, taps.size(2)}).permute({3, 2, 0, 1});
+}
+
+// sums [9, 2, half] += the gradients of the taps from lines [first, last) of `lines` that are `line`
+// pixels long: `back` is the gradient behind the convolution.
+template <typename S, typename A>
+void add_tap_gradients(const Window<S>& back, const Window<S>& hidden, int64_t first, int64_t last,
+                       int64_t lines, int64_t line, int64_t half, const Tensor& sums) {
+  constexpr int64_t kChannels = 32;
+  at::parallel_for(0, (half + kChannels - 1) / kChannels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t at = first; at < last; ++at) {
+      head_kernels<S, A>().tap_gradients(back.at(at), hidden.around(at, lines).data(), line, half,
+                                         begin * kChannels, std::min(end * kChannels, half),
+                                         data<A>(sums));
+    }
+  });
+}
+
+// sums [channels] += the sum of rows [.., channels].
+inline void add_rows(const Tensor& rows, const Tensor& sums) {
+  sums.add_(rows.sum(0, false, sums.scalar_type()));
+}
+
 struct Sizes {
   int64_t batch, ins, height, width;  // what comes in
   int64_t up, wide, half;             // first stride; channels of its lines, and half as many
@@ -106,7 +144,7 @@ struct Weights {
       return weight.to(type).permute({2, 3, 1, 0}).reshape({-1, weight.size(0)}).contiguous();
     };
     expand = by_tap(given[0]), expand_bias = given[1].to(type).repeat({s.up * s.up});
-    taps = given[2].to(sums).permute({2, 3, 1, 0}).reshape({9, 2, s.half}).contiguous();
+    taps = taps_of(given[2], sums);
     taps_bias = given[3].to(sums).contiguous();
     const Tensor mixing = given[4].to(type).reshape({s.mixed, s.half}), projecting = by_tap(given[6]);
     mix = right_operand(mixing.t()), mix_back = right_operand(mixing);
@@ -115,15 +153,5 @@ struct Weights {
     project_bias = given[7].to(sums).repeat({s.down * s.down});
   }
 };
-
-// run(line, scratch) over the lines [first, last) in parallel, with what `make` gives each thread.
-template <typename Make, typename Run>
-void for_lines(int64_t first, int64_t last, const Make& make, const Run& run) {
-  at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
-    auto scratch = make();
-    for (int64_t line = begin; line < end; ++line) run(line, scratch);
-    end_products();
-  });
-}
 
 }  // namespace spectralx::cpu::strips
