@@ -78,7 +78,8 @@ class _ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, grouped, _, widen = self.convs
-        out: Tensor = widen(gelu_grouped_conv2d(x, _pair(grouped))) + self.residual(x)
+        out: Tensor = widen(gelu_grouped_conv2d(x, _pair(grouped)))
+        out += self.residual(x)
         return out
 
 

@@ -11,8 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/reconstruction/channel_norm.h"
-#include "cpu/reconstruction/pixel_head.h"
+#include "cpu/reconstruction/strips.h"
 
 namespace spectralx::cpu {
 namespace {

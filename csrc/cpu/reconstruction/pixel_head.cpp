@@ -96,40 +96,13 @@ class PixelHead {
   }
 
  private:
+  using Scratch = strips::Scratch<S, A>;
+
   // What of backward is wanted: anything before the 3x3 convolution, up to it, up to `mix`.
   struct Backward {
     std::array<bool, 9> wanted;
     bool expand, group, mix;
     Tensor expand_turned, flipped;
-  };
-
-  // Of a thread that makes a line. Rows have an even number of values, as products take them.
-  struct Scratch {
-    std::vector<A> sums, taps;
-    std::vector<S> half, mixed, slope;
-
-    explicit Scratch(const Sizes& s)
-        : sums(s.line * std::max({s.mixed, s.points, s.half})), taps(s.wide),
-          half(s.line * even(s.half)), mixed(s.line * even(s.mixed)), slope(s.line * s.mixed) {}
-  };
-
-  // Rows of a strip's pixels that have a gradient, in order.
-  struct Rows {
-    std::vector<std::vector<int64_t>> pixels;  // of each line
-    std::vector<int64_t> first;                // row of each line, and their number
-    Tensor half, half_slope, mixed, mixed_grad, out_grad;
-
-    Rows(const Sizes& s, const at::TensorOptions& options) {
-      const int64_t most = (s.strip * s.up + 1) * s.line;
-      const auto rows = [&](int64_t width) { return at::zeros({most, width}, options); };
-      half = rows(even(s.half)), half_slope = rows(s.half), mixed = rows(even(s.mixed));
-      mixed_grad = rows(even(s.mixed)), out_grad = rows(even(s.points));
-    }
-    int64_t count() const { return first.back(); }
-    // Those there are, without what fills them up to an even width.
-    Tensor of(const Tensor& all, int64_t width) const {
-      return all.narrow(0, 0, count()).narrow(1, 0, width);
-    }
   };
 
   void backward_of(int64_t image, const Tensor& grad, const Tensor& x, const Tensor& expanded,

@@ -1,90 +1,12 @@
-// What pixel_head.cpp works on: lines at hand, sizes, and weights as its products take them.
+// What pixel_head.cpp works on: sizes, weights as its products take them, and rows of a strip.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
-#include <array>
-#include <cstring>
+#include <vector>
 
-#include "cpu/common/product.h"
-#include "cpu/reconstruction/channel_norm.h"
+#include "cpu/reconstruction/strips.h"
 
 namespace spectralx::cpu::strips {
-
-using at::Tensor;
-
-constexpr int64_t kStripBytes = 1 << 22;  // of the widest lines of a strip, about
-
-// Lines [first, last) of a map that are at hand.
-template <typename S>
-class Window {
- public:
-  Window(int64_t lines, int64_t length, const at::TensorOptions& options)
-      : length_(length), store_(at::empty({lines, length}, options)) {}
-
-  S* at(int64_t line) const { return data<S>(store_) + (line - first_) * length_; }
-  int64_t last() const { return last_; }
-  void extend(int64_t last) {
-    TORCH_INTERNAL_ASSERT(last - first_ <= store_.size(0));
-    last_ = last;
-  }
-  // Lines before `first` are not needed any more.
-  void drop(int64_t first) {
-    first = std::clamp(first, first_, last_);
-    std::memmove(at(first_), at(first), (last_ - first) * length_ * sizeof(S));
-    first_ = first;
-  }
-  // [lines, length] from `line` on.
-  Tensor rows(int64_t line, int64_t count) const { return store_.narrow(0, line - first_, count); }
-  // The lines above, at and below; null beyond the map.
-  std::array<const S*, 3> around(int64_t line, int64_t lines) const {
-    return {line > 0 ? at(line - 1) : nullptr, at(line), line + 1 < lines ? at(line + 1) : nullptr};
-  }
-
- private:
-  int64_t length_, first_ = 0, last_ = 0;
-  Tensor store_;
-};
-
-// run(line, scratch) over the lines [first, last) in parallel, with what `make` gives each thread.
-template <typename Make, typename Run>
-void for_lines(int64_t first, int64_t last, const Make& make, const Run& run) {
-  at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
-    auto scratch = make();
-    for (int64_t line = begin; line < end; ++line) run(line, scratch);
-    end_products();
-  });
-}
-
-// The taps [9, 2, half] of a grouped convolution's weight [half, 2, 3, 3], and back.
-inline Tensor taps_of(const Tensor& weight, at::ScalarType type) {
-  return weight.to(type).permute({2, 3, 1, 0}).reshape({9, 2, weight.size(0)}).contiguous();
-}
-inline Tensor weight_of_taps(const Tensor& taps) {
-  return taps.view({3, 3, 2, taps.size(2)}).permute({3, 2, 0, 1});
-}
-
-// sums [9, 2, half] += the gradients of the taps from lines [first, last) of `lines` that are `line`
-// pixels long: `back` is the gradient behind the convolution.
-template <typename S, typename A>
-void add_tap_gradients(const Window<S>& back, const Window<S>& hidden, int64_t first, int64_t last,
-                       int64_t lines, int64_t line, int64_t half, const Tensor& sums) {
-  constexpr int64_t kChannels = 32;
-  at::parallel_for(0, (half + kChannels - 1) / kChannels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t at = first; at < last; ++at) {
-      head_kernels<S, A>().tap_gradients(back.at(at), hidden.around(at, lines).data(), line, half,
-                                         begin * kChannels, std::min(end * kChannels, half),
-                                         data<A>(sums));
-    }
-  });
-}
-
-// sums [channels] += the sum of rows [.., channels].
-inline void add_rows(const Tensor& rows, const Tensor& sums) {
-  sums.add_(rows.sum(0, false, sums.scalar_type()));
-}
 
 struct Sizes {
   int64_t batch, ins, height, width;  // what comes in
@@ -131,6 +53,36 @@ inline Tensor right_operand(const Tensor& matrix) {
   return operand.view({even(rows) / 2, 2, columns}).transpose(1, 2).contiguous();
 }
 
+// A transposed convolution's weight [ins, outs, k, k] by tap: [k k outs, ins]. Some rows at a time are
+// copied apart first, as their distance in memory, a power of two, would put all of them into one place
+// of the cache.
+template <typename T>
+Tensor by_tap(const Tensor& weight) {
+  constexpr int64_t kRows = 16;
+  const int64_t ins = weight.size(0), outs = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const int64_t length = outs * taps, apart = length + kRows;
+  const Tensor given = weight.contiguous();
+  const Tensor turned = at::empty({taps * outs, ins}, given.options());
+  const T* from = given.const_data_ptr<T>();
+  T* to = data<T>(turned);
+  at::parallel_for(0, (ins + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> rows(kRows * apart);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kRows, count = std::min(kRows, ins - first);
+      for (int64_t i = 0; i < count; ++i) {
+        std::copy_n(from + (first + i) * length, length, rows.data() + i * apart);
+      }
+      for (int64_t out = 0; out < outs; ++out) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          T* column = to + (tap * outs + out) * ins + first;
+          for (int64_t i = 0; i < count; ++i) column[i] = rows[i * apart + out * taps + tap];
+        }
+      }
+    }
+  });
+  return turned;
+}
+
 // Weights as products take them.
 struct Weights {
   Tensor expand, expand_bias;                    // [up up wide, ins], by tap
@@ -140,17 +92,48 @@ struct Weights {
 
   Weights(const Sizes& s, at::ScalarType type, at::TensorList given) {
     const auto sums = sum_type(type);
-    const auto by_tap = [&](const Tensor& weight) {
-      return weight.to(type).permute({2, 3, 1, 0}).reshape({-1, weight.size(0)}).contiguous();
-    };
-    expand = by_tap(given[0]), expand_bias = given[1].to(type).repeat({s.up * s.up});
+    Tensor projecting;
+    SPECTRALX_DISPATCH(type, [&] {
+      expand = by_tap<S>(given[0].to(type)), projecting = by_tap<S>(given[6].to(type));
+    });
+    expand_bias = given[1].to(type).repeat({s.up * s.up});
     taps = taps_of(given[2], sums);
     taps_bias = given[3].to(sums).contiguous();
-    const Tensor mixing = given[4].to(type).reshape({s.mixed, s.half}), projecting = by_tap(given[6]);
+    const Tensor mixing = given[4].to(type).reshape({s.mixed, s.half});
     mix = right_operand(mixing.t()), mix_back = right_operand(mixing);
     mix_bias = given[5].to(sums).contiguous();
     project = right_operand(projecting.t()), project_back = right_operand(projecting);
     project_bias = given[7].to(sums).repeat({s.down * s.down});
+  }
+};
+
+// Of a thread that makes a line. Rows have an even number of values, as products take them.
+template <typename S, typename A>
+struct Scratch {
+  std::vector<A> sums, taps;
+  std::vector<S> half, mixed, slope;
+
+  explicit Scratch(const Sizes& s)
+      : sums(s.line * std::max({s.mixed, s.points, s.half})), taps(s.wide),
+        half(s.line * even(s.half)), mixed(s.line * even(s.mixed)), slope(s.line * s.mixed) {}
+};
+
+// Rows of a strip's pixels that have a gradient, in order.
+struct Rows {
+  std::vector<std::vector<int64_t>> pixels;  // of each line
+  std::vector<int64_t> first;                // row of each line, and their number
+  Tensor half, half_slope, mixed, mixed_grad, out_grad;
+
+  Rows(const Sizes& s, const at::TensorOptions& options) {
+    const int64_t most = (s.strip * s.up + 1) * s.line;
+    const auto rows = [&](int64_t width) { return at::zeros({most, width}, options); };
+    half = rows(even(s.half)), half_slope = rows(s.half), mixed = rows(even(s.mixed));
+    mixed_grad = rows(even(s.mixed)), out_grad = rows(even(s.points));
+  }
+  int64_t count() const { return first.back(); }
+  // Those there are, without what fills them up to an even width.
+  Tensor of(const Tensor& all, int64_t width) const {
+    return all.narrow(0, 0, count()).narrow(1, 0, width);
   }
 };
 
