@@ -47,6 +47,7 @@ PIXEL_HEAD = Operator(
 )
 for _operator in (CHANNEL_NORM, CHANNEL_NORM_CONV2D):
     _operator.add_triton("spectralx_kernels.reconstruction.triton_heads")
+GELU_GROUPED_CONV2D.add_triton("spectralx_kernels.reconstruction.triton_grouped")
 PIXEL_HEAD.add_triton("spectralx_kernels.reconstruction.triton_pixels")
 
 
