@@ -224,7 +224,8 @@ def pixel_head(
 
     A transposed convolution of stride k, GELU, a grouped 3x3 convolution to half the channels, each
     from its own two, GELU, a 1x1 convolution, GELU, and a transposed convolution of stride n.
-    Of the maps between, backward keeps what the first convolution gave, or nothing but `x`.
+    Of the maps between, backward keeps what the first convolution gave, or nothing but `x`. Pixels
+    whose gradient is zero need not be formed again: what is not a number there may stay unnoticed.
 
     Parameters
     ----------

@@ -89,8 +89,9 @@ class PixelHead {
     };
     const Backward to{wanted, any(3), any(5), any(7), wanted[0] ? turned(w_.expand) : Tensor(),
                       w_.taps.flip({0})};
+    Rows rows(s_, options_);
     for (int64_t image = 0; image < s_.batch; ++image) {
-      backward_of(image, grad, x, expanded, to, found);
+      backward_of(image, grad, x, expanded, to, rows, found);
     }
     return found;
   }
@@ -106,11 +107,10 @@ class PixelHead {
   };
 
   void backward_of(int64_t image, const Tensor& grad, const Tensor& x, const Tensor& expanded,
-                   const Backward& to, std::array<Tensor, 9>& found) const {
+                   const Backward& to, Rows& rows, std::array<Tensor, 9>& found) const {
     const std::array<bool, 9>& wanted = to.wanted;
     Window<S> hidden = window(s_.wide), slope = window(s_.wide), back = window(s_.half);
     Window<S> wide(s_.strip + 2, s_.up * s_.line * s_.wide, options_);
-    Rows rows(s_, options_);
     // Lines whose gradient is known behind the 3x3 convolution and before it; rows of x.
     int64_t known = 0, reached = 0, finished = 0;
     for (int64_t row = 0; row < s_.height; row += s_.strip) {
