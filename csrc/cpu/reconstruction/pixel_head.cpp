@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "cpu/common/linear.h"
-#include "cpu/hypert/operands.h"
+#include "cpu/common/operand_type.h"
 #include "cpu/reconstruction/channel_norm.h"
 #include "cpu/reconstruction/pixel_head.h"
 
