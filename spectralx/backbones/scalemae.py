@@ -5,7 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from spectralx.backbones.channel_norm import ChannelNorm
-from spectralx_kernels import channel_norm, channel_norm_conv2d, pixel_head
+from spectralx_kernels import (
+    channel_norm,
+    channel_norm_conv2d,
+    gelu_grouped_conv2d,
+    pixel_head,
+)
 
 
 class _NamedNorm(nn.Module):
@@ -72,7 +77,9 @@ class _ConvBlock(nn.Module):
         self.residual = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.convs(x) + self.residual(x)
+        _, grouped, _, widen = self.convs
+        out: Tensor = widen(gelu_grouped_conv2d(x, _pair(grouped)))
+        out += self.residual(x)
         return out
 
 

@@ -3,6 +3,7 @@
 from spectralx_kernels.reconstruction.heads import (
     channel_norm,
     channel_norm_conv2d,
+    gelu_grouped_conv2d,
     pixel_head,
 )
 from spectralx_kernels.reconstruction.masking import (
@@ -24,6 +25,7 @@ __all__ = [
     "channel_norm",
     "channel_norm_conv2d",
     "gather_tokens",
+    "gelu_grouped_conv2d",
     "masked_patch_loss",
     "patchify",
     "pixel_head",

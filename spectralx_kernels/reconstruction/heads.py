@@ -30,6 +30,12 @@ CHANNEL_NORM_CONV2D = Operator(
     heads_reference.channel_norm_conv2d,
     keep_format=True,
 )
+GELU_GROUPED_CONV2D = Operator(
+    "gelu_grouped_conv2d",
+    "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    heads_reference.gelu_grouped_conv2d,
+    keep_format=True,
+)
 PIXEL_HEAD = Operator(
     "pixel_head",
     "(Tensor x, Tensor expand, Tensor expand_bias, Tensor grouped, Tensor grouped_bias, "
@@ -41,6 +47,7 @@ PIXEL_HEAD = Operator(
 )
 for _operator in (CHANNEL_NORM, CHANNEL_NORM_CONV2D):
     _operator.add_triton("spectralx_kernels.reconstruction.triton_heads")
+GELU_GROUPED_CONV2D.add_triton("spectralx_kernels.reconstruction.triton_grouped")
 PIXEL_HEAD.add_triton("spectralx_kernels.reconstruction.triton_pixels")
 
 
@@ -171,6 +178,38 @@ def channel_norm_conv2d(
     return out
 
 
+def gelu_grouped_conv2d(x: Tensor, grouped: Pair, *, backend: str | None = None) -> Tensor:
+    """``GELU(conv(GELU(x)))``, a 3x3 convolution to half the channels, each from its own two.
+
+    Backward keeps `x` alone and forms the rest again.
+
+    Parameters
+    ----------
+    x : [B, 2 C, H, W]; a floating-point dtype. Best as ``torch.channels_last``.
+    grouped : weight [C, 2, 3, 3] and bias [C]; a border of one zero.
+    backend : overrides the default backend.
+
+    Returns
+    -------
+    [B, C, H, W] in the dtype of `x`, ``torch.channels_last``.
+
+    Raises
+    ------
+    TypeError, ValueError : an argument of the wrong dtype, device or shape.
+
+    Source: SpectralX (arXiv 2508.01731), stage 1 with ScaleMAE (arXiv 2212.14532).
+    """
+    check_map("x", x, "channels")
+    weight, bias = grouped
+    check_shape("weight of grouped", weight, ("channels", 2, 3, 3))
+    check_shape("bias of grouped", bias, weight.shape[:1])
+    check_shape("x", x, (x.shape[0], 2 * weight.shape[0], "height", "width"))
+    for part, tensor in (("weight", weight), ("bias", bias)):
+        check_like(f"{part} of grouped", tensor, "x", x)
+    out: Tensor = GELU_GROUPED_CONV2D(x, weight, bias, backend=backend)
+    return out
+
+
 def pixel_head(
     x: Tensor,
     expand: Pair,
@@ -185,7 +224,8 @@ def pixel_head(
 
     A transposed convolution of stride k, GELU, a grouped 3x3 convolution to half the channels, each
     from its own two, GELU, a 1x1 convolution, GELU, and a transposed convolution of stride n.
-    Of the maps between, backward keeps what the first convolution gave, or nothing but `x`.
+    Of the maps between, backward keeps what the first convolution gave, or nothing but `x`. Pixels
+    whose gradient is zero need not be formed again: what is not a number there may stay unnoticed.
 
     Parameters
     ----------

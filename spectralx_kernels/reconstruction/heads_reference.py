@@ -73,6 +73,12 @@ def channel_norm_conv2d(
     return convolve(normed, weight, bias, stride, padding).contiguous(memory_format=_LAST)
 
 
+def gelu_grouped_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of the grouped 3x3 convolution of GELU(x): [B, 2 C, H, W] -> [B, C, H, W]."""
+    out = F.conv2d(F.gelu(x), weight, bias, padding=1, groups=weight.shape[0])
+    return F.gelu(out).contiguous(memory_format=_LAST)
+
+
 def pixel_head(
     x: Tensor,
     expand: Tensor,

@@ -1,10 +1,8 @@
 """ScaleMAE's way from a map to pixels in Triton: a vendor's products and what lies between them.
 
-The first product's result is left as it comes, [pixels of x, k k E]: a pixel of the k times larger
-map is found in it by `place`, so that no map is laid out anew. Its GELU is formed where it is read,
-nine times over: operations that a GPU has to spare, where a pass over memory costs. Backward makes
-the products again, but for the first where its result is kept. Some images are worked on at a time,
-as many as `_AT_ONCE` allows.
+The first product's result is left as it comes, [pixels of x, k k E], and read so by the grouped
+convolution (`triton_grouped.py`). Backward makes the products again, but for the first where its
+result is kept. Some images are worked on at a time, as many as `_AT_ONCE` allows.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,109 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectralx_kernels._backends import INTERPRETED
 from spectralx_kernels._triton import Compilation, launch, recorded
 from spectralx_kernels._triton_gelu import below, gelu_slope
-from spectralx_kernels.upsample.triton_norm import join_sums
+from spectralx_kernels.reconstruction.triton_grouped import Grouped, taps_of, weight_of
 
-# Pixels and channels of a tile; the least pixels and the most number of parts of sums over pixels.
-_PIXELS, _CHANNELS = (256, 256) if INTERPRETED else (32, 32)
-_LEAST, _MOST = 256, 512
-_JOINED = 32
 _AT_ONCE = 1 << 27  # values of the widest map
-
-_COUNTS = ["pixels", "height", "width", "span"]
-
-
-@triton.jit
-def place(image, y, x, height, width, K: tl.constexpr, E: tl.constexpr):
-    """Where the channels of a pixel of the large map begin; height and width are of the small."""
-    small = (image.to(tl.int64) * height + y // K) * width + x // K
-    return ((small * K + y % K) * K + x % K) * E
-
-
-@triton.jit
-def split(p, height, width, K: tl.constexpr):
-    """Image, row and column of pixels p of the large map."""
-    line, lines = width * K, height * K
-    return p // (line * lines), p // line % lines, p % line
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def group(
-    wide, taps, bias, out, slope, pixels, height, width,
-    K: tl.constexpr, E: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """out = GELU of the grouped 3x3 convolution of GELU(wide), slope its derivative there."""
-    half: tl.constexpr = E // 2
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    image, y, x = split(p, height, width, K)
-    value = tl.zeros([BP, BC], tl.float32)
-    value += tl.load(bias + c, c < half, 0.0).to(tl.float32)[None, :]
-    for tap in range(9):  # unrolled it spills
-        row, column = y + tap // 3 - 1, x + tap % 3 - 1
-        there = (row >= 0) & (row < height * K) & (column >= 0) & (column < width * K)
-        full = (there & (p < pixels))[:, None] & (c < half)[None, :]
-        at = place(image, row, column, height, width, K, E)[:, None] + 2 * c[None, :]
-        for pair in tl.static_range(2):
-            by = tl.load(taps + tap * E + 2 * c + pair, c < half, 0.0).to(tl.float32)
-            from_ = tl.load(wide + at + pair, full, 0.0).to(tl.float32)
-            value += from_ * below(from_) * by[None, :]
-    full = (p < pixels)[:, None] & (c < half)[None, :]
-    to = p.to(tl.int64)[:, None] * half + c[None, :]
-    tl.store(out + to, (value * below(value)).to(out.dtype.element_ty), full)
-    if slope is not None:
-        tl.store(slope + to, gelu_slope(value).to(slope.dtype.element_ty), full)
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def spread(
-    grad, wide, taps, out, pixels, height, width,
-    K: tl.constexpr, E: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """out = gradient of `wide` for that of what the grouped convolution gave, before its GELU."""
-    half: tl.constexpr = E // 2
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    image, y, x = split(p, height, width, K)
-    value = tl.zeros([BP, BC], tl.float32)
-    for tap in tl.static_range(9):
-        row, column = y + 1 - tap // 3, x + 1 - tap % 3
-        there = (row >= 0) & (row < height * K) & (column >= 0) & (column < width * K)
-        full = (there & (p < pixels))[:, None] & (c < E)[None, :]
-        from_ = ((image.to(tl.int64) * height * K + row) * width * K + column)[:, None] * half
-        by = tl.load(taps + tap * E + c, c < E, 0.0).to(tl.float32)
-        value += tl.load(grad + from_ + c[None, :] // 2, full, 0.0).to(tl.float32) * by[None, :]
-    full = (p < pixels)[:, None] & (c < E)[None, :]
-    at = place(image, y, x, height, width, K, E)[:, None] + c[None, :]
-    value *= gelu_slope(tl.load(wide + at, full, 0.0).to(tl.float32))
-    tl.store(out + at, value.to(out.dtype.element_ty), full)
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def tap_gradients(
-    grad, wide, parts, pixels, height, width, span,
-    K: tl.constexpr, E: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """parts [programs, 9, E]: gradients of one tap of the taps over `span` pixels."""
-    program, tap = tl.program_id(0), tl.program_id(2)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    total = tl.zeros([BC], tl.float32)
-    begin = program * span
-    end = tl.minimum(begin + span, pixels)
-    while begin < end:
-        p = begin + tl.arange(0, BP)
-        image, y, x = split(p, height, width, K)
-        row, column = y + tap // 3 - 1, x + tap % 3 - 1
-        there = (row >= 0) & (row < height * K) & (column >= 0) & (column < width * K)
-        full = (there & (p < end))[:, None] & (c < E)[None, :]
-        at = place(image, row, column, height, width, K, E)[:, None] + c[None, :]
-        from_ = tl.load(wide + at, full, 0.0).to(tl.float32)
-        by = p.to(tl.int64)[:, None] * (E // 2) + c[None, :] // 2
-        total += tl.sum(tl.load(grad + by, full, 0.0).to(tl.float32) * from_ * below(from_), 0)
-        begin += BP
-    tl.store(parts + (program.to(tl.int64) * 9 + tap) * E + c, total, c < E)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -154,7 +54,7 @@ class _Head(NamedTuple):
         return _Head(
             expand.permute(0, 2, 3, 1).flatten(1),
             expand_bias.repeat(up * up),
-            grouped.permute(2, 3, 0, 1).reshape(9, -1).contiguous(),
+            taps_of(grouped),
             grouped_bias.contiguous(),
             mix.flatten(1).t(),
             mix_bias,
@@ -180,27 +80,10 @@ class _Part:
     def __init__(self, head: _Head, x: Tensor, wide: Tensor | None = None) -> None:
         self.head, self.x = head, x.flatten(0, 2)
         self.images, self.height, self.width, _ = x.shape
-        self.pixels = len(self.x) * head.up**2
-        self.wide = head.expanded(self.x) if wide is None else wide.flatten(0, 2)
-        self.sizes = (self.pixels, self.height, self.width)
-        self.tile = {"K": head.up, "E": head.channels, "BP": _PIXELS}
-
-    def _grid(self, channels: int, *more: int) -> tuple[dict[str, int], tuple[int, ...]]:
-        block = min(_CHANNELS, triton.next_power_of_2(channels))
-        across = triton.cdiv(channels, block)
-        return {**self.tile, "BC": block}, (triton.cdiv(self.pixels, _PIXELS), across, *more)
-
-    def grouped(self, *, slope: bool) -> tuple[Tensor, Tensor | None]:
-        """[pixels, E/2] behind the grouped convolution's GELU, and the derivative there."""
-        half = self.head.channels // 2
-        out = self.x.new_empty(self.pixels, half)
-        slopes = torch.empty_like(out) if slope else None
-        tile, grid = self._grid(half)
-        launch(
-            group, grid, self.wide, self.head.taps, self.head.taps_bias, out, slopes, *self.sizes,
-            **tile,
-        )  # fmt: skip
-        return out, slopes
+        if wide is None:
+            wide = head.expanded(self.x).view(*x.shape[:3], -1)
+        self.conv = Grouped(wide, head.taps, head.taps_bias, head.up)
+        self.pixels = self.conv.pixels
 
     def mixed(self, half: Tensor, *, slope: bool) -> tuple[Tensor, Tensor | None]:
         """[pixels, M] behind the third GELU, and the derivative there."""
@@ -224,32 +107,6 @@ class _Part:
         values: Tensor = parts.permute(0, 1, 3, 2, 4, 5).reshape(self.pixels, -1)
         return values
 
-    def spread(self, half_grad: Tensor) -> Tensor:
-        """The gradient of `wide`."""
-        out = torch.empty_like(self.wide)
-        tile, grid = self._grid(self.head.channels)
-        launch(spread, grid, half_grad, self.wide, self.head.taps, out, *self.sizes, **tile)
-        return out
-
-    def tap_gradients(self, half_grad: Tensor) -> Tensor:
-        """Of the grouped convolution's weight, [9, E] in float32."""
-        channels = self.head.channels
-        span = max(_LEAST, triton.cdiv(self.pixels, _MOST))
-        programs = triton.cdiv(self.pixels, span)
-        parts = self.x.new_empty(programs, 9 * channels, dtype=torch.float32)
-        tile, (_, across) = self._grid(channels)
-        launch(
-            tap_gradients, (programs, across, 9),
-            half_grad, self.wide, parts, *self.sizes, span, **tile,
-        )  # fmt: skip
-        total = parts.new_empty(9, channels)
-        block = min(16, triton.next_power_of_2(9 * channels))
-        launch(
-            join_sums, (triton.cdiv(9 * channels, block),),
-            parts, total, programs, 9 * channels, BN=_JOINED, BC=block,
-        )  # fmt: skip
-        return total
-
 
 def _parts(head: _Head, x: Tensor, wide: Tensor | None = None) -> Iterator[tuple[slice, _Part]]:
     rows = x.permute(0, 2, 3, 1).contiguous()
@@ -272,7 +129,7 @@ def pixel_head(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     bands = weights[6].shape[1]
     out = x.new_empty(len(x), x.shape[2] * scale, x.shape[3] * scale, bands)
     for images, part in _parts(head, x, wide):
-        half, _ = part.grouped(slope=False)
+        half, _ = part.conv.forward(slope=False)
         mixed, _ = part.mixed(half, slope=False)
         out[images] = part.pixels_of(torch.addmm(head.project_bias, mixed, head.project))
     return out.permute(0, 3, 1, 2), x.new_empty(0) if wide is None else wide
@@ -286,7 +143,7 @@ def _gradients(head: _Head, part: _Part, grad: Tensor, wanted: Sequence[bool]) -
 
     found: dict[int, Tensor] = {}
     to_mix, to_group, to_expand = (any(wanted[:stage]) for stage in (7, 5, 3))
-    half, half_slope = part.grouped(slope=to_group)
+    half, half_slope = part.conv.forward(slope=to_group)
     mixed, mixed_slope = part.mixed(half, slope=to_mix)
     values = part.values_of(grad)
     if wanted[7]:
@@ -306,12 +163,12 @@ def _gradients(head: _Head, part: _Part, grad: Tensor, wanted: Sequence[bool]) -
         return found
     half_grad = (mixed_grad @ head.mix.t()).mul_(half_slope)
     if wanted[3]:
-        found[3] = part.tap_gradients(half_grad)
+        found[3] = part.conv.tap_gradients(half_grad)
     if wanted[4]:
         found[4] = of_rows(half_grad)
     if not to_expand:
         return found
-    wide_grad = part.spread(half_grad)
+    wide_grad = part.conv.spread(half_grad).flatten(0, 2)
     if wanted[1]:
         found[1] = (part.x.t() @ wide_grad).float()
     if wanted[2]:
@@ -344,7 +201,7 @@ def pixel_head_backward(output_grads: Sequence[Tensor | None], *values: Any) -> 
     layouts = {
         1: lambda g: g.unflatten(1, (up, up, -1)).permute(0, 3, 1, 2),
         2: lambda g: g.unflatten(0, (up * up, -1)).sum(0),
-        3: lambda g: g.view(3, 3, -1, 2).permute(2, 3, 0, 1),
+        3: weight_of,
         5: lambda g: g.t()[:, :, None, None],
         7: lambda g: g.unflatten(1, (down, down, -1)).permute(0, 3, 1, 2),
         8: lambda g: g.unflatten(0, (down * down, -1)).sum(0),

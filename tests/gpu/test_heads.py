@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectralx_kernels.reconstruction.heads import CHANNEL_NORM, CHANNEL_NORM_CONV2D, PIXEL_HEAD
+from spectralx_kernels.reconstruction.heads import (
+    CHANNEL_NORM,
+    CHANNEL_NORM_CONV2D,
+    GELU_GROUPED_CONV2D,
+    PIXEL_HEAD,
+)
 from tests.kernels import ladder
+from tests.kernels.reconstruction.test_grouped_convolution import arguments as grouped_arguments
 from tests.kernels.reconstruction.test_heads import (
     ACTIVATIONS,
     conv_arguments,
@@ -38,6 +44,17 @@ def test_pixels(dtype: torch.dtype) -> None:
         ladder.check_accuracy(PIXEL_HEAD, args, dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_convolutions(dtype: torch.dtype) -> None:
+    for args in (
+        grouped_arguments(),
+        grouped_arguments(35, (5, 33)),
+        grouped_arguments(256, (28, 28), batch=1),
+    ):
+        ladder.check_accuracy(GELU_GROUPED_CONV2D, args, dtype, "cuda")
+
+
 def test_same_bits() -> None:
+    ladder.check_repeats(GELU_GROUPED_CONV2D, grouped_arguments(64, (28, 28)), "cuda")
     ladder.check_repeats(CHANNEL_NORM, norm_arguments((2, 52, 40, 40), "gelu", "gelu"), "cuda")
     ladder.check_repeats(PIXEL_HEAD, head_arguments((9, 7), ins=64, wide=64, mixed=64), "cuda")

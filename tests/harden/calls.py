@@ -215,6 +215,15 @@ def channel_norm_conv2d(draw: Draw) -> Sequence[Any]:
     )
 
 
+def gelu_grouped_conv2d(draw: Draw) -> Sequence[Any]:
+    half = draw.size(high=4)
+    return (
+        draw.normal(draw.batch(), 2 * half, draw.size(high=5), draw.size(high=5)),
+        draw.normal(half, 2, 3, 3),
+        draw.normal(half),
+    )
+
+
 def pixel_head(draw: Draw) -> Sequence[Any]:
     ins, half, mixed, bands = (draw.size(high=4) for _ in range(4))
     up, down = draw.size(high=3), draw.size(high=3)

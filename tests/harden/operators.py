@@ -22,6 +22,7 @@ from spectralx_kernels.linear.ops import LINEAR
 from spectralx_kernels.reconstruction.heads import (
     CHANNEL_NORM,
     CHANNEL_NORM_CONV2D,
+    GELU_GROUPED_CONV2D,
     PIXEL_HEAD,
 )
 from spectralx_kernels.reconstruction.masking import (
@@ -118,6 +119,7 @@ ENTRIES = (
     Entry(BAND_RECONSTRUCTION_LOSS, calls.band_reconstruction_loss),
     Entry(CHANNEL_NORM, calls.channel_norm),
     Entry(CHANNEL_NORM_CONV2D, calls.channel_norm_conv2d),
+    Entry(GELU_GROUPED_CONV2D, calls.gelu_grouped_conv2d),
     Entry(PIXEL_HEAD, calls.pixel_head),
     Entry(MATCH, calls.match_argmax),
     Entry(GATHER_NORM, calls.gather_norm),

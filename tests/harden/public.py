@@ -88,6 +88,19 @@ def _norm_convolution_arguments(named: Named) -> Named:
     return {"x": x, "norm": norm, "convolution": convolution, **given}
 
 
+def _grouped_arguments(named: Named) -> Named:
+    return {
+        "x": named["x"],
+        "weight of grouped": named["weight"],
+        "bias of grouped": named["bias"],
+    }
+
+
+def _gelu_grouped_conv2d(backend: str | None, x: Any, **flat: Any) -> Any:
+    grouped = flat["weight of grouped"], flat["bias of grouped"]
+    return kernels.gelu_grouped_conv2d(x, grouped, backend=backend)
+
+
 PIXEL_PAIRS = ("expand", "grouped", "mix", "project")
 
 
@@ -126,6 +139,7 @@ PUBLIC: dict[str, Public] = {
     "band_reconstruction_loss": Public(_plain(kernels.band_reconstruction_loss)),
     "channel_norm": Public(_plain(kernels.channel_norm), _norm_arguments),
     "channel_norm_conv2d": Public(_plain(kernels.channel_norm_conv2d), _norm_convolution_arguments),
+    "gelu_grouped_conv2d": Public(_gelu_grouped_conv2d, _grouped_arguments),
     "pixel_head": Public(_pixel_head, _pixel_arguments),
     "match_argmax": Public(_plain(kernels.match_argmax)),
     "gather_norm": Public(_plain(kernels.gather_norm)),

@@ -64,6 +64,7 @@ FREE: dict[tuple[str, str], tuple[int, ...] | str] = {
     ("band_reconstruction_loss", "images"): (2, 3),
     ("channel_norm", "x"): (0, 2, 3),
     ("channel_norm_conv2d", "x"): (0, 2, 3),
+    ("gelu_grouped_conv2d", "x"): (0, 2, 3),
     ("pixel_head", "x"): (0, 2, 3),
     ("pixel_head", "weight of mix"): (0,),
     ("pixel_head", "weight of project"): (1,),

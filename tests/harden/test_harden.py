@@ -72,7 +72,9 @@ def test_a_wrong_operator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_sum_that_cancels_is_judged_by_its_condition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample 4240: -0.31 as a sum of 45 terms. Its order is free; a part in ten thousand is not."""
-    operator = REGISTRY["batch_norm_relu"].operator
+    entry = REGISTRY["batch_norm_relu"]
+    operator = entry.operator
+    monkeypatch.setattr(accuracy, "ENTRIES", (entry,) * 31)  # whatever the library has
     right = type(operator).__call__
 
     def off(self, x, moments, weight, *rest, backend=None):

@@ -10,8 +10,8 @@
 
 #include "cpu/common/accumulation.h"
 #include "cpu/common/linear.h"
+#include "cpu/common/operand_type.h"
 #include "cpu/hypert/attention.h"
-#include "cpu/hypert/operands.h"
 
 namespace {
 

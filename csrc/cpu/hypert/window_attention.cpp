@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "cpu/common/accumulation.h"
+#include "cpu/common/operand_type.h"
 #include "cpu/hypert/attention.h"
-#include "cpu/hypert/operands.h"
 
 namespace {
 

@@ -4,6 +4,8 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "cpu/reconstruction/heads.h"
 
@@ -154,108 +156,209 @@ void norm_gradient(const S* grad, const S* x, int64_t rows, const RowNorm<A>& no
   }
 }
 
-template <typename S, typename A>
-void gelu(const S* x, int64_t count, S* out, S* slope) {
-  if (slope == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const A value = widen(x[i]);
-      store(value * normal(value).below, out[i]);
-    }
-    return;
-  }
+// out = GELU(v(i)) and slope(i) its derivative there, of a row.
+template <typename A, typename Value, typename Out, typename Slope>
+inline void gelu_row(int64_t count, const Value& v, const Out& out, const Slope& slope) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const A value = widen(x[i]);
+    const A value = v(i);
     const Normal<A> at = normal(value);
-    store(value * at.below, out[i]);
-    store(at.below + value * at.density, slope[i]);
+    out(i, value * at.below);
+    slope(i, at.below + value * at.density);
   }
 }
 
-// sums [channels] = what the taps around a pixel give, a channel each.
-template <typename S, typename A>
-inline void taps_at(const S* const* lines, int64_t pixel, int64_t width, int64_t channels,
-                    const A* weight, A* sums) {
-  std::fill(sums, sums + channels, A(0));
-  const int64_t left = pixel == 0 ? 1 : 0, right = pixel == width - 1 ? 2 : 3;
-  for (int64_t y = 0; y < 3; ++y) {
-    if (lines[y] == nullptr) continue;
-    for (int64_t x = left; x < right; ++x) {
-      const S* from = lines[y] + (pixel + x - 1) * channels;
-      const A* by = weight + (3 * y + x) * channels;
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) sums[c] += by[c] * widen(from[c]);
-    }
-  }
-}
+constexpr auto unwanted = [](int64_t, auto) {};
 
 template <typename S, typename A>
-void grouped(const S* const* lines, int64_t width, int64_t channels, const A* weight, const A* bias,
-             A* sums, S* out, S* slope) {
-  for (int64_t pixel = 0; pixel < width; ++pixel, out += channels) {
-    taps_at(lines, pixel, width, 2 * channels, weight, sums);
-    // In place: value j is read from 2j and 2j + 1.
-    for (int64_t j = 0; j < channels; ++j) sums[j] = sums[2 * j] + sums[2 * j + 1] + bias[j];
+void biased_gelu(const A* sums, const A* bias, int64_t rows, int64_t channels, int64_t stride, S* out,
+                 S* slope) {
+  for (int64_t row = 0; row < rows; ++row, sums += channels, out += stride) {
+    const auto value = [&](int64_t c) { return sums[c] + bias[c]; };
+    const auto to = [&](int64_t c, A found) { store(found, out[c]); };
     if (slope == nullptr) {
-#pragma omp simd
-      for (int64_t j = 0; j < channels; ++j) store(sums[j] * normal(sums[j]).below, out[j]);
+      gelu_row<A>(channels, value, to, unwanted);
       continue;
     }
-#pragma omp simd
-    for (int64_t j = 0; j < channels; ++j) {
-      const Normal<A> at = normal(sums[j]);
-      store(sums[j] * at.below, out[j]);
-      store(at.below + sums[j] * at.density, slope[j]);
-    }
+    gelu_row<A>(channels, value, to, [&](int64_t c, A found) { store(found, slope[c]); });
     slope += channels;
   }
 }
 
 template <typename S, typename A>
-void twice(const S* grad, const S* slope, int64_t count, S* out) {
+void biased(const A* sums, const A* bias, int64_t count, S* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    S value;
-    store(widen(grad[i]) * widen(slope[i]), value);
-    out[2 * i] = value;
-    out[2 * i + 1] = value;
+  for (int64_t i = 0; i < count; ++i) store(sums[i] + bias[i], out[i]);
+}
+
+template <typename S, typename G>
+void scaled(const G* grad, const S* slope, int64_t count, S* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) store(widen(grad[i]) * widen(slope[i]), out[i]);
+}
+
+template <typename S, typename A>
+void split_gelu(const S* x, int64_t pixels, int64_t channels, A* row, S* out, S* slope) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, x += 2 * channels, out += 2 * channels) {
+    const auto value = [&](int64_t c) { return widen(x[c]); };
+    const auto to = [&](int64_t c, A found) { row[c] = found; };
+    if (slope == nullptr) {
+      gelu_row<A>(2 * channels, value, to, unwanted);
+    } else {
+      gelu_row<A>(2 * channels, value, to, [&](int64_t c, A found) { store(found, slope[c]); });
+      slope += 2 * channels;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < channels; ++j) {
+      store(row[2 * j], out[j]);
+      store(row[2 * j + 1], out[channels + j]);
+    }
+  }
+}
+
+// A vector of 64 bytes, which narrower instruction sets hold in parts.
+template <typename A>
+struct Vector {
+  static constexpr int64_t kLanes = 64 / sizeof(A);
+  typedef A Lanes __attribute__((vector_size(64)));
+  Lanes lanes;
+};
+
+template <typename A>
+inline Vector<A> load(const A* from) {
+  Vector<A> to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+inline Vector<float> load(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Vector<float> to;
+  std::memcpy(&to, &words, sizeof(to));
+  return to;
+}
+
+// use(line, place of the pixel in it, tap) for the taps around a pixel.
+template <typename S, typename Use>
+inline void for_taps(const S* const* lines, int64_t pixel, int64_t width, const Use& use) {
+  const int64_t left = pixel == 0 ? 1 : 0, right = pixel == width - 1 ? 2 : 3;
+  for (int64_t y = 0; y < 3; ++y) {
+    if (lines[y] == nullptr) continue;
+    for (int64_t x = left; x < right; ++x) use(lines[y], pixel + x - 1, 3 * y + x);
+  }
+}
+
+// run(channel, vectors) for all channels, four vectors or one at a time; the first channel that no whole
+// vector holds.
+template <typename A, typename Run>
+inline int64_t for_vectors(int64_t channels, const Run& run) {
+  constexpr int64_t kLanes = Vector<A>::kLanes;
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) run(c, std::integral_constant<int, 4>());
+  for (; c + kLanes <= channels; c += kLanes) run(c, std::integral_constant<int, 1>());
+  return c;
+}
+
+template <typename S, typename A>
+void grouped(const S* const* lines, int64_t width, int64_t channels, int64_t first, int64_t last,
+             const A* weight, const A* bias, A* sums, int64_t stride, S* out, S* slope) {
+  for (int64_t pixel = first; pixel < last; ++pixel, out += stride) {
+    // A few vectors of sums stay in registers over all taps.
+    int64_t c = for_vectors<A>(channels, [&](int64_t from, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      Vector<A> sum[kVectors] = {};
+      for_taps(lines, pixel, width, [&](const S* line, int64_t place, int64_t tap) {
+        const S* values = line + place * 2 * channels + from;
+        const A* by = weight + tap * 2 * channels + from;
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = v * Vector<A>::kLanes;
+          sum[v].lanes += load(values + at).lanes * load(by + at).lanes;
+          sum[v].lanes += load(values + channels + at).lanes * load(by + channels + at).lanes;
+        }
+      });
+      std::memcpy(sums + from, sum, sizeof(sum));
+    });
+    for (; c < channels; ++c) {
+      A sum = 0;
+      for_taps(lines, pixel, width, [&](const S* line, int64_t place, int64_t tap) {
+        const S* values = line + place * 2 * channels + c;
+        const A* by = weight + tap * 2 * channels + c;
+        sum += widen(values[0]) * by[0] + widen(values[channels]) * by[channels];
+      });
+      sums[c] = sum;
+    }
+    biased_gelu<S, A>(sums, bias, 1, channels, 0, out, slope);
+    if (slope != nullptr) slope += channels;
   }
 }
 
 template <typename S, typename A>
-void depthwise(const S* const* lines, int64_t width, int64_t channels, const A* weight,
-               const S* slope, int64_t together, int64_t stride, A* sums, S* out) {
-  for (int64_t pixel = 0; pixel < width; ++pixel, slope += channels) {
-    taps_at(lines, pixel, width, channels, weight, sums);
-    S* to = out + pixel / together * stride + pixel % together * channels;
+void spread(const S* const* grad, int64_t width, int64_t channels, const A* weight, const S* slope,
+            int64_t together, int64_t step, A* sums, S* out) {
+  for (int64_t pixel = 0; pixel < width; ++pixel, slope += 2 * channels) {
+    int64_t c = for_vectors<A>(channels, [&](int64_t from, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      Vector<A> even[kVectors] = {}, odd[kVectors] = {};
+      for_taps(grad, pixel, width, [&](const S* line, int64_t place, int64_t tap) {
+        const S* values = line + place * channels + from;
+        const A* by = weight + tap * 2 * channels + from;
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = v * Vector<A>::kLanes;
+          const Vector<A> value = load(values + at);
+          even[v].lanes += value.lanes * load(by + at).lanes;
+          odd[v].lanes += value.lanes * load(by + channels + at).lanes;
+        }
+      });
+      std::memcpy(sums + from, even, sizeof(even));
+      std::memcpy(sums + channels + from, odd, sizeof(odd));
+    });
+    for (; c < channels; ++c) {
+      A even = 0, odd = 0;
+      for_taps(grad, pixel, width, [&](const S* line, int64_t place, int64_t tap) {
+        const A value = widen(line[place * channels + c]);
+        const A* by = weight + tap * 2 * channels + c;
+        even += value * by[0];
+        odd += value * by[channels];
+      });
+      sums[c] = even;
+      sums[channels + c] = odd;
+    }
+    S* to = out + pixel / together * step + pixel % together * 2 * channels;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) store(sums[c] * widen(slope[c]), to[c]);
+    for (int64_t j = 0; j < channels; ++j) {
+      store(sums[j] * widen(slope[2 * j]), to[2 * j]);
+      store(sums[channels + j] * widen(slope[2 * j + 1]), to[2 * j + 1]);
+    }
   }
 }
 
 template <typename S, typename A>
 void tap_gradients(const S* grad, const S* const* lines, int64_t width, int64_t channels,
                    int64_t first, int64_t last, A* sums) {
-  for (int64_t y = 0; y < 3; ++y) {
-    if (lines[y] == nullptr) continue;
-    for (int64_t x = 0; x < 3; ++x) {
-      A* to = sums + (3 * y + x) * channels;
-      const int64_t begin = x == 0 ? 1 : 0, end = x == 2 ? width - 1 : width;
-      for (int64_t pixel = begin; pixel < end; ++pixel) {
-        const S* by = grad + pixel * channels;
-        const S* from = lines[y] + (pixel + x - 1) * channels;
+  for (int64_t pixel = 0; pixel < width; ++pixel) {
+    const S* by = grad + pixel * channels;
+    for_taps(lines, pixel, width, [&](const S* line, int64_t place, int64_t tap) {
+      for (int64_t part = 0; part < 2; ++part) {
+        const S* values = line + (2 * place + part) * channels;
+        A* to = sums + (2 * tap + part) * channels;
 #pragma omp simd
-        for (int64_t c = first; c < last; ++c) to[c] += widen(by[c]) * widen(from[c]);
+        for (int64_t c = first; c < last; ++c) to[c] += widen(by[c]) * widen(values[c]);
       }
-    }
+    });
   }
 }
 
 template <typename S, typename A>
 constexpr HeadKernels<S, A> table(const char* name) {
-  return {name,           norm_rows<S, A>, norm_gradient<S, A>, gelu<S, A>, grouped<S, A>,
-          twice<S, A>,    depthwise<S, A>, tap_gradients<S, A>};
+  return {name,         norm_rows<S, A>, norm_gradient<S, A>, biased_gelu<S, A>,
+          biased<S, A>, scaled<S, A>,    scaled<S, S>,        split_gelu<S, A>,
+          grouped<S, A>, spread<S, A>,   tap_gradients<S, A>};
 }
 
 }  // namespace

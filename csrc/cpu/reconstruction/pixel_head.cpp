@@ -1,10 +1,12 @@
 // spectralx::pixel_head on the CPU. Maths: spectralx_kernels/reconstruction/README.md.
 //
 // A map of 4 h x 4 w pixels is several times the size of what comes in. It is made a strip at a time,
-// from the first convolution to the last. Backward makes it again, but for the first product's result
-// where the caller keeps that. A strip goes as far as the lines at hand allow, since a 3x3 convolution
-// wants a line above and one below; `Window` keeps those that the next strip needs. Strips run in order
-// and their sums are added in order.
+// from the first convolution to the last: a strip's first product and GELU, then a line from the 3x3
+// convolution to the pixels while it is in a core's cache. Backward makes strips again, but for the
+// first product's result where the caller keeps that, and of their lines those pixels alone whose
+// gradient is not zero: a loss of masked patches leaves out the others. A strip goes as far as the
+// lines at hand allow, since a 3x3 convolution wants a line above and one below; `Window` keeps those
+// that the next strip needs. Strips run in order and their sums are added in order.
 //
 // h x w: what comes in; k, the first stride: k h x k w, the lines; last stride: pixels.
 #include "cpu/torch.h"
@@ -15,6 +17,7 @@
 #include <vector>
 
 #include "cpu/common/linear.h"
+#include "cpu/common/operand_type.h"
 #include "cpu/reconstruction/channel_norm.h"
 #include "cpu/reconstruction/pixel_head.h"
 
@@ -38,18 +41,23 @@ class PixelHead {
     const Tensor out = at::empty({s_.batch, s_.bands, s_.down * s_.lines, s_.down * s_.line},
                                  options_, kChannelsLast);
     for (int64_t image = 0; image < s_.batch; ++image) {
-      Window<S> hidden = window();
+      Window<S> hidden = window(s_.wide);
       int64_t from = 0;
       for (int64_t row = 0; row < s_.height; row += s_.strip) {
         const int64_t end = std::min(row + s_.strip, s_.height);
         expand(x, expanded, image, row, end, hidden, nullptr);
         const int64_t to = end == s_.height ? s_.lines : end * s_.up - 1;
         if (to <= from) continue;
-        const Tensor half = lines(to - from, s_.half);
-        group(hidden, from, to, half, Tensor());
-        Tensor mixed = linear_layer(half, w_.mix, w_.mix_bias);
-        gelu(mixed, Tensor());
-        scatter(linear_layer(mixed, w_.project, w_.project_bias), out, image, from, to);
+        for_lines(from, to, [&] { return Scratch(s_); }, [&](int64_t line, Scratch& scratch) {
+          group(hidden, line, 0, s_.line, scratch, scratch.half.data(), nullptr);
+          mix(scratch.half.data(), s_.line, scratch, scratch.mixed.data(), nullptr);
+          multiply(scratch.mixed.data(), s_.line, s_.mixed, w_.project, s_.points, scratch);
+          const A* values = scratch.sums.data();
+          for_pixels(image, line, [&](int64_t pixel, int64_t part, int64_t at, int64_t count) {
+            kernels().biased(values + pixel * s_.points + part,
+                             w_.project_bias.const_data_ptr<A>() + part, count, data<S>(out) + at);
+          });
+        });
         hidden.drop(to - 1);
         from = to;
       }
@@ -58,103 +66,110 @@ class PixelHead {
   }
 
   // Gradients by the order of the schema, undefined where not wanted. grad: channels last; those of
-  // weights lie as `Weights` has them.
+  // weights lie as `Weights` has them, [out, in].
   std::array<Tensor, 9> backward(const Tensor& grad, const Tensor& x, const Tensor& expanded,
                                  const std::array<bool, 9>& wanted) const {
     std::array<Tensor, 9> found;
     const auto sums = options_.dtype(sum_type(options_.dtype().toScalarType()));
-    const std::array<const Tensor*, 9> likes{&x,       &w_.expand,   &w_.expand_bias,
-                                             &w_.taps, &w_.taps_bias, &w_.mix,
-                                             &w_.mix_bias, &w_.project, &w_.project_bias};
+    const std::array<std::vector<int64_t>, 9> shapes{{{},
+                                                      w_.expand.sizes().vec(),
+                                                      w_.expand_bias.sizes().vec(),
+                                                      w_.taps.sizes().vec(),
+                                                      w_.taps_bias.sizes().vec(),
+                                                      {s_.mixed, s_.half},
+                                                      {s_.mixed},
+                                                      {s_.points, s_.mixed},
+                                                      {s_.points}}};
     for (int i = 1; i < 9; ++i) {
-      if (wanted[i]) found[i] = at::zeros(likes[i]->sizes(), sums);
+      if (wanted[i]) found[i] = at::zeros(shapes[i], sums);
     }
     if (wanted[0]) found[0] = at::empty_like(x);
     const auto any = [&](int stages) {
       return std::any_of(wanted.begin(), wanted.begin() + stages, [](bool want) { return want; });
     };
     const Backward to{wanted, any(3), any(5), any(7), wanted[0] ? turned(w_.expand) : Tensor(),
-                      any(5) ? turned(w_.mix) : Tensor(), any(7) ? turned(w_.project) : Tensor(),
                       w_.taps.flip({0})};
+    Rows rows(s_, options_);
     for (int64_t image = 0; image < s_.batch; ++image) {
-      backward_of(image, grad, x, expanded, to, found);
+      backward_of(image, grad, x, expanded, to, rows, found);
     }
     return found;
   }
 
  private:
+  using Scratch = strips::Scratch<S, A>;
+
   // What of backward is wanted: anything before the 3x3 convolution, up to it, up to `mix`.
   struct Backward {
     std::array<bool, 9> wanted;
     bool expand, group, mix;
-    Tensor expand_turned, mix_turned, project_turned, flipped;
+    Tensor expand_turned, flipped;
   };
 
   void backward_of(int64_t image, const Tensor& grad, const Tensor& x, const Tensor& expanded,
-                   const Backward& to, std::array<Tensor, 9>& found) const {
+                   const Backward& to, Rows& rows, std::array<Tensor, 9>& found) const {
     const std::array<bool, 9>& wanted = to.wanted;
-    Window<S> hidden = window(), slope = window(), twice = window();
+    Window<S> hidden = window(s_.wide), slope = window(s_.wide), back = window(s_.half);
     Window<S> wide(s_.strip + 2, s_.up * s_.line * s_.wide, options_);
     // Lines whose gradient is known behind the 3x3 convolution and before it; rows of x.
-    int64_t known = 0, reached = 0, rows = 0;
+    int64_t known = 0, reached = 0, finished = 0;
     for (int64_t row = 0; row < s_.height; row += s_.strip) {
       const int64_t end = std::min(row + s_.strip, s_.height);
       const bool last = end == s_.height;
       expand(x, expanded, image, row, end, hidden, to.expand ? &slope : nullptr);
       const int64_t next = last ? s_.lines : end * s_.up - 1;
       if (next == known) continue;
-      const Tensor half = lines(next - known, s_.half);
-      const Tensor half_slope = to.group ? at::empty_like(half) : Tensor();
-      group(hidden, known, next, half, half_slope);
-      Tensor mixed = linear_layer(half, w_.mix, w_.mix_bias);
-      const Tensor mixed_slope = to.mix ? at::empty_like(mixed) : Tensor();
-      gelu(mixed, mixed_slope);
-      const Tensor out_grad = gathered(grad, image, known, next);
-      if (wanted[7]) found[7].add_(at::mm(out_grad.t(), mixed));
-      if (wanted[8]) add_rows(out_grad, found[8]);
-      if (to.mix) {
-        const Tensor mixed_grad = input_gradient(out_grad, to.project_turned).mul_(mixed_slope);
-        if (wanted[5]) found[5].add_(at::mm(mixed_grad.t(), half));
-        if (wanted[6]) add_rows(mixed_grad, found[6]);
-        if (to.group) {
-          const Tensor half_grad = input_gradient(mixed_grad, to.mix_turned);
-          double_lines(half_grad, half_slope, known, next, twice);
-          if (wanted[3]) add_taps(twice, hidden, known, next, found[3]);
-          if (wanted[4]) add_rows(half_grad.mul_(half_slope), found[4]);
-        }
+      choose(grad, image, known, next, rows);
+      back.extend(next);
+      for_lines(known, next, [&] { return Scratch(s_); }, [&](int64_t line, Scratch& scratch) {
+        backward_line(grad, image, line, line - known, hidden, to, scratch, rows, back);
+      });
+      const auto add = [&](int weight, const Tensor& from, int64_t outs, const Tensor& in,
+                           int64_t ins) {
+        if (rows.count() == 0) return;
+        const Tensor of = rows.of(from, outs);
+        if (wanted[weight]) found[weight].add_(weight_gradient(of, rows.of(in, ins)));
+        if (wanted[weight + 1]) add_rows(of, found[weight + 1]);
+      };
+      add(7, rows.out_grad, s_.points, rows.mixed, s_.mixed);
+      add(5, rows.mixed_grad, s_.mixed, rows.half, s_.half);
+      if (wanted[3]) {
+        add_tap_gradients<S, A>(back, hidden, known, next, s_.lines, s_.line, s_.half, found[3]);
       }
+      if (wanted[4]) add_rows(back.rows(known, next - known).view({-1, s_.half}), found[4]);
       known = next;
       hidden.drop(known - 1);
       if (!to.expand) {
-        twice.drop(known);
+        back.drop(known);
         continue;
       }
       const int64_t before = last ? s_.lines : std::max(known - 1, reached);
       wide.extend((before + s_.up - 1) / s_.up);
-      spread(twice, slope, to.flipped, reached, before, wide);
+      spread(back, slope, to.flipped, reached, before, wide);
       reached = before;
-      twice.drop(reached - 1);
+      back.drop(reached - 1);
       slope.drop(reached);
-      const int64_t done = reached / s_.up, first = (image * s_.height + rows) * s_.width;
-      if (done == rows) continue;
-      const int64_t count = (done - rows) * s_.width;
-      const Tensor wide_grad = wide.rows(rows, done - rows).view({count, w_.expand.size(0)});
+      const int64_t done = reached / s_.up;
+      const int64_t first = (image * s_.height + finished) * s_.width;
+      if (done == finished) continue;
+      const int64_t count = (done - finished) * s_.width;
+      const Tensor wide_grad =
+          wide.rows(finished, done - finished).view({count, w_.expand.size(0)});
       if (wanted[1]) found[1].add_(at::mm(wide_grad.t(), x.narrow(0, first, count)));
       if (wanted[2]) add_rows(wide_grad, found[2]);
       if (wanted[0]) {
         found[0].narrow(0, first, count).copy_(input_gradient(wide_grad, to.expand_turned));
       }
-      rows = done;
-      wide.drop(rows);
+      finished = done;
+      wide.drop(finished);
     }
   }
 
   static const HeadKernels<S, A>& kernels() { return head_kernels<S, A>(); }
 
-  Window<S> window() const { return {s_.strip * s_.up + 4, s_.line * s_.wide, options_}; }
-
-  Tensor lines(int64_t count, int64_t channels) const {
-    return at::empty({count * s_.line, channels}, options_);
+  // Of lines with so many channels.
+  Window<S> window(int64_t channels) const {
+    return {s_.strip * s_.up + 4, s_.line * channels, options_};
   }
 
   // The lines of rows [row, end) of an image of x, behind GELU, and its derivative there.
@@ -166,104 +181,126 @@ class PixelHead {
     hidden.extend(end * s_.up);
     if (slope != nullptr) slope->extend(end * s_.up);
     const int64_t chunk = s_.up * s_.wide;  // of a line, from a pixel of x
-    for_lines(row * s_.up, end * s_.up, [&](int64_t line) {
-      const S* values = made.const_data_ptr<S>() +
-                        ((line / s_.up - row) * s_.width * s_.up + line % s_.up) * chunk;
-      for (int64_t pixel = 0; pixel < s_.width; ++pixel) {
-        kernels().gelu(values + pixel * s_.up * chunk, chunk, hidden.at(line) + pixel * chunk,
-                       slope == nullptr ? nullptr : slope->at(line) + pixel * chunk);
+    for_lines(row * s_.up, end * s_.up, [&] { return std::vector<A>(s_.wide); },
+              [&](int64_t line, std::vector<A>& scratch) {
+                const S* values =
+                    made.const_data_ptr<S>() +
+                    ((line / s_.up - row) * s_.width * s_.up + line % s_.up) * chunk;
+                for (int64_t pixel = 0; pixel < s_.width; ++pixel) {
+                  kernels().split_gelu(values + pixel * s_.up * chunk, s_.up, s_.half,
+                                       scratch.data(), hidden.at(line) + pixel * chunk,
+                                       slope == nullptr ? nullptr : slope->at(line) + pixel * chunk);
+                }
+              });
+  }
+
+  // Rows of GELU of the 3x3 convolution at pixels [first, last) of a line, and of its derivative.
+  void group(const Window<S>& hidden, int64_t line, int64_t first, int64_t last, Scratch& scratch,
+             S* out, S* slope) const {
+    kernels().grouped(hidden.around(line, s_.lines).data(), s_.line, s_.half, first, last,
+                      w_.taps.const_data_ptr<A>(), w_.taps_bias.const_data_ptr<A>(),
+                      scratch.taps.data(), even(s_.half), out, slope);
+  }
+
+  // scratch.sums [rows, outs] = x [rows, even(ins)] times `weight`.
+  void multiply(const S* x, int64_t rows, int64_t ins, const Tensor& weight, int64_t outs,
+                Scratch& scratch) const {
+    product(rows, outs, even(ins), x, even(ins), weight.const_data_ptr<S>(), outs,
+            scratch.sums.data(), outs, false);
+  }
+
+  // GELU of the 1x1 convolution, and its derivative there.
+  void mix(const S* half, int64_t rows, Scratch& scratch, S* out, S* slope) const {
+    multiply(half, rows, s_.half, w_.mix, s_.mixed, scratch);
+    kernels().biased_gelu(scratch.sums.data(), w_.mix_bias.const_data_ptr<A>(), rows, s_.mixed,
+                          even(s_.mixed), out, slope);
+  }
+
+  // The pixels of lines [first, last) any of whose gradients is not 0.
+  void choose(const Tensor& grad, int64_t image, int64_t first, int64_t last, Rows& rows) const {
+    const S* values = grad.const_data_ptr<S>();
+    rows.pixels.assign(last - first, {});
+    at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+      std::vector<char> there(s_.line);
+      for (int64_t line = begin; line < end; ++line) {
+        std::fill(there.begin(), there.end(), 0);
+        for_pixels(image, line, [&](int64_t pixel, int64_t, int64_t at, int64_t count) {
+          bool any = false;
+          for (int64_t i = at; i < at + count; ++i) any |= values[i] != S(0);
+          there[pixel] |= any;
+        });
+        for (int64_t pixel = 0; pixel < s_.line; ++pixel) {
+          if (there[pixel]) rows.pixels[line - first].push_back(pixel);
+        }
       }
     });
+    rows.first.assign(1, 0);
+    for (const auto& pixels : rows.pixels) rows.first.push_back(rows.count() + pixels.size());
   }
 
-  // GELU of the 3x3 convolution at lines [first, last), and its derivative if defined.
-  void group(const Window<S>& hidden, int64_t first, int64_t last, const Tensor& out,
-             const Tensor& slope) const {
-    const int64_t length = s_.line * s_.half;
-    for_lines(first, last, [&](int64_t line) {
-      std::vector<A> scratch(s_.wide);
-      const int64_t to = (line - first) * length;
-      kernels().grouped(hidden.around(line, s_.lines).data(), s_.line, s_.half,
-                        w_.taps.const_data_ptr<A>(), w_.taps_bias.const_data_ptr<A>(),
-                        scratch.data(), data<S>(out) + to,
-                        slope.defined() ? data<S>(slope) + to : nullptr);
-    });
-  }
-
-  static void gelu(const Tensor& x, const Tensor& slope) {
-    at::parallel_for(0, x.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-      kernels().gelu(x.const_data_ptr<S>() + begin, end - begin, data<S>(x) + begin,
-                     slope.defined() ? data<S>(slope) + begin : nullptr);
-    });
-  }
-
-  // Lines of the gradient behind the 3x3 convolution, each channel for both that it comes of.
-  void double_lines(const Tensor& grad, const Tensor& slope, int64_t first, int64_t last,
-                    Window<S>& twice) const {
-    twice.extend(last);
-    const int64_t length = s_.line * s_.half;
-    for_lines(first, last, [&](int64_t line) {
-      const int64_t from = (line - first) * length;
-      kernels().twice(grad.const_data_ptr<S>() + from, slope.const_data_ptr<S>() + from, length,
-                      twice.at(line));
-    });
+  // From the gradient of a line's pixels to that of its 3x3 convolution, in `back`; `place`: of the line
+  // in `rows`, which are filled.
+  void backward_line(const Tensor& grad, int64_t image, int64_t line, int64_t place,
+                     const Window<S>& hidden, const Backward& to, Scratch& scratch, const Rows& rows,
+                     const Window<S>& back) const {
+    const std::vector<int64_t>& pixels = rows.pixels[place];
+    const int64_t count = pixels.size();
+    const auto row = [&](const Tensor& all, int64_t i) {
+      return data<S>(all) + (rows.first[place] + i) * all.size(1);
+    };
+    if (to.group) std::fill_n(back.at(line), s_.line * s_.half, S(0));
+    if (count == 0) return;
+    for (int64_t i = 0, end; i < count; i = end) {
+      for (end = i + 1; end < count && pixels[end] == pixels[end - 1] + 1;) ++end;
+      group(hidden, line, pixels[i], pixels[end - 1] + 1, scratch, row(rows.half, i),
+            to.group ? row(rows.half_slope, i) : nullptr);
+    }
+    mix(row(rows.half, 0), count, scratch, row(rows.mixed, 0),
+        to.mix ? scratch.slope.data() : nullptr);
+    const S* values = grad.const_data_ptr<S>();
+    const int64_t chunk = s_.down * s_.bands;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t y = 0; y < s_.down; ++y) {
+        const int64_t at = ((image * s_.lines + line) * s_.down + y) * s_.line + pixels[i];
+        std::memcpy(row(rows.out_grad, i) + y * chunk, values + at * chunk, chunk * sizeof(S));
+      }
+    }
+    if (!to.mix) return;
+    multiply(row(rows.out_grad, 0), count, s_.points, w_.project_back, s_.mixed, scratch);
+    for (int64_t i = 0; i < count; ++i) {
+      kernels().scaled(scratch.sums.data() + i * s_.mixed, scratch.slope.data() + i * s_.mixed,
+                       s_.mixed, row(rows.mixed_grad, i));
+    }
+    if (!to.group) return;
+    multiply(row(rows.mixed_grad, 0), count, s_.mixed, w_.mix_back, s_.half, scratch);
+    for (int64_t i = 0; i < count; ++i) {
+      kernels().scaled(scratch.sums.data() + i * s_.half, row(rows.half_slope, i), s_.half,
+                       back.at(line) + pixels[i] * s_.half);
+    }
   }
 
   // Lines [first, last) of the gradient before the first GELU, as the first product made them.
-  void spread(const Window<S>& twice, const Window<S>& slope, const Tensor& taps, int64_t first,
+  void spread(const Window<S>& back, const Window<S>& slope, const Tensor& taps, int64_t first,
               int64_t last, const Window<S>& wide) const {
     const int64_t chunk = s_.up * s_.wide;
-    for_lines(first, last, [&](int64_t line) {
-      std::vector<A> scratch(s_.wide);
-      kernels().depthwise(twice.around(line, s_.lines).data(), s_.line, s_.wide,
-                          taps.const_data_ptr<A>(), slope.at(line), s_.up, s_.up * chunk,
-                          scratch.data(), wide.at(line / s_.up) + line % s_.up * chunk);
-    });
+    for_lines(first, last, [&] { return std::vector<A>(s_.wide); },
+              [&](int64_t line, std::vector<A>& scratch) {
+                kernels().spread(back.around(line, s_.lines).data(), s_.line, s_.half,
+                                 taps.const_data_ptr<A>(), slope.at(line), s_.up, s_.up * chunk,
+                                 scratch.data(),
+                                 wide.at(line / s_.up) + line % s_.up * chunk);
+              });
   }
 
-  void add_taps(const Window<S>& twice, const Window<S>& hidden, int64_t first, int64_t last,
-                const Tensor& sums) const {
-    constexpr int64_t kChannels = 32;
-    at::parallel_for(0, (s_.wide + kChannels - 1) / kChannels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t line = first; line < last; ++line) {
-        kernels().tap_gradients(twice.at(line), hidden.around(line, s_.lines).data(), s_.line,
-                                s_.wide, begin * kChannels, std::min(end * kChannels, s_.wide),
-                                data<A>(sums));
-      }
-    });
-  }
-
-  static void add_rows(const Tensor& rows, const Tensor& sums) {
-    sums.add_(rows.sum(0, false, sums.scalar_type()));
-  }
-
-  // use(first value in [pixels, down down bands], pixels of the map, values) for every line of
-  // pixels that comes of lines [first, last).
+  // use(pixel of the line, first of its values [down down bands], where they lie in the map, how many)
+  // for every run of values of a line's pixels that lie side by side in the map.
   template <typename Use>
-  void for_pixels(int64_t image, int64_t first, int64_t last, const Use& use) const {
+  void for_pixels(int64_t image, int64_t line, const Use& use) const {
     const int64_t chunk = s_.down * s_.bands;
-    for_lines(first, last, [&](int64_t line) {
-      for (int64_t y = 0; y < s_.down; ++y) {
-        const int64_t at = ((image * s_.lines + line) * s_.down + y) * s_.line * chunk;
-        const int64_t from = ((line - first) * s_.line * s_.down + y) * chunk;
-        for (int64_t x = 0; x < s_.line; ++x) use(from + x * s_.down * chunk, at + x * chunk, chunk);
-      }
-    });
-  }
-
-  void scatter(const Tensor& values, const Tensor& out, int64_t image, int64_t first,
-               int64_t last) const {
-    for_pixels(image, first, last, [&](int64_t from, int64_t to, int64_t count) {
-      std::memcpy(data<S>(out) + to, values.const_data_ptr<S>() + from, count * sizeof(S));
-    });
-  }
-
-  Tensor gathered(const Tensor& grad, int64_t image, int64_t first, int64_t last) const {
-    const Tensor values = lines(last - first, s_.down * s_.down * s_.bands);
-    for_pixels(image, first, last, [&](int64_t to, int64_t from, int64_t count) {
-      std::memcpy(data<S>(values) + to, grad.const_data_ptr<S>() + from, count * sizeof(S));
-    });
-    return values;
+    for (int64_t y = 0; y < s_.down; ++y) {
+      const int64_t at = ((image * s_.lines + line) * s_.down + y) * s_.line * chunk;
+      for (int64_t x = 0; x < s_.line; ++x) use(x, y * chunk, at + x * chunk, chunk);
+    }
   }
 
   const Sizes& s_;
@@ -275,7 +312,7 @@ using Given = std::array<Tensor, 8>;
 
 template <typename Run>
 void with_head(const Tensor& x, const Given& weights, const Run& run) {
-  const auto type = map_type(x.scalar_type());
+  const auto type = operand_type(x);
   const Sizes sizes(x, weights[0], weights[2], weights[4], weights[6], at::elementSize(type));
   const Weights made(sizes, type, weights);
   SPECTRALX_DISPATCH(type, [&] {
@@ -325,14 +362,14 @@ std::vector<Tensor> pixel_head_backward(const c10::List<OptionalTensor>& output_
                           "saved: expected the first product's result");
         expanded = saved[0].to(rows.scalar_type()).view({rows.size(0), width});
       }
-      found = head.backward(as_map(*given), rows, expanded, wanted);
+      found = head.backward(as_map(given->to(rows.scalar_type())), rows, expanded, wanted);
       // Back from the layouts of products.
       const auto map = [&](Tensor& grad, at::IntArrayRef view, at::IntArrayRef order) {
         if (grad.defined()) grad = grad.view(view).permute(order);
       };
       map(found[0], {s.batch, s.height, s.width, s.ins}, {0, 3, 1, 2});
       map(found[1], {s.up, s.up, s.wide, s.ins}, {3, 2, 0, 1});
-      map(found[3], {3, 3, s.half, 2}, {2, 3, 0, 1});
+      if (found[3].defined()) found[3] = weight_of_taps(found[3]);
       map(found[5], {s.mixed, s.half, 1, 1}, {0, 1, 2, 3});
       map(found[7], {s.down, s.down, s.bands, s.mixed}, {3, 2, 0, 1});
       if (found[2].defined()) found[2] = found[2].view({-1, s.wide}).sum(0);

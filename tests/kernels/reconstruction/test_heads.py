@@ -143,6 +143,25 @@ def test_a_map_of_many_strips(up: int, keep: bool) -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_pixels_without_a_gradient(keep: bool) -> None:
+    """A loss of some patches alone: runs of pixels in a line, lines without any, none at all."""
+    args = head_arguments((4, 5), wide=38, mixed=7, bands=1, keep=keep)
+    scored = torch.zeros(2, 1, 16, 20, dtype=torch.float64)
+    scored[:, :, 4:8] = scored[1, :, 12:, 3:6] = scored[1, :, 15, 19] = 1
+    for weight in (scored, torch.zeros_like(scored)):
+
+        def masked(run: Any, weight: Tensor = weight) -> Any:
+            return lambda *given: run(*given) * weight
+
+        found, exact = (
+            ladder.run_with_gradients(masked(run), ladder.cast(args, torch.float64, grad=True))[1]
+            for run in (PIXEL_HEAD, PIXEL_HEAD.reference)
+        )
+        torch.testing.assert_close(found, exact)
+    assert not any(grad.any() for grad in found.values())
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 6), st.integers(1, 6)), half=st.integers(1, 20),

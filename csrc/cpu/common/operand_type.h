@@ -1,4 +1,4 @@
-// The type attention's products run in, and tensors in it.
+// The type that products of tensors run in, and tensors in it.
 #pragma once
 
 #include <ATen/ATen.h>
