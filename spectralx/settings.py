@@ -256,6 +256,10 @@ class Stage2Settings:
     decoder
         What makes logits of the feature maps: "upernet" (the paper's), or "linear", one linear
         layer for each token, for few labels that change from patch to patch; it has no neck.
+    decoder_kernel
+        Side, odd, of a kernel over tokens that the linear decoder adds to each channel, for what a
+        sensor blurs and for labels a little beside the image; 1 is none. Where labels are beside
+        it to one side, data.flips and data.turns hide to which.
     head_channels
         Width of the UPerNet head.
     neck_channels
@@ -279,6 +283,7 @@ class Stage2Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     init_from: str | None = FROM_STAGE1
     decoder: Literal["upernet", "linear"] = "upernet"
+    decoder_kernel: int = 1
     head_channels: int = 512
     neck_channels: int | None = None
     neck_scales: list[float] | None = None
@@ -289,6 +294,13 @@ class Stage2Settings:
 
     def __post_init__(self) -> None:
         _require(0 <= self.cutmix <= 1, "stage2.cutmix", self.cutmix, "0 to 1")
+        kernel = self.decoder_kernel
+        _require(
+            kernel % 2 == 1 and (kernel == 1 or (kernel > 1 and self.decoder == "linear")),
+            "stage2.decoder_kernel",
+            kernel,
+            "an odd number, and 1 with UPerNet",
+        )
         for name in ("neck_channels", "neck_scales"):
             found = getattr(self, name)
             _require(
