@@ -56,6 +56,10 @@ class DataSettings:
         "image" scales each band of each image to [0, 1] by its own extremes (the paper's);
         "fixed" by the mean and deviation of each band over the training images; "whitened" takes
         the correlation of the bands away as well, for hyperspectral images.
+    label_offset
+        Rows down and columns to the right, in pixels, from where a label stands to the place in
+        the image that it describes, where the two are not laid over each other exactly. Images are
+        resampled to their labels, in training and in tests; maps of scenes are where the scene is.
     official
         The published protocol: selection on the target domain, scores at the model's size,
         classes absent from the truth dropped, scores never reset between validations.
@@ -87,6 +91,7 @@ class DataSettings:
     turns: bool = True
     spectral_jitter: float = 0.0
     normalisation: Literal["image", "fixed", "whitened"] = "image"
+    label_offset: tuple[float, float] = (0.0, 0.0)
     official: bool = False
     cache: bool = False
     cache_folder: str | None = None
