@@ -9,6 +9,8 @@ from spectralx.data import Task, build_task, write_raster
 from spectralx.data.cache import DiskCache
 from spectralx.data.registration import at_offset
 from spectralx.data.tiles import TileDataset
+from spectralx.datamodule import TaskData
+from spectralx.settings import DataSettings, RunSettings
 
 SIZE, NODATA = 16, -1.0
 
@@ -81,6 +83,11 @@ def test_a_task_resamples_training_and_tests_alike(tmp_path: Path) -> None:
         assert_array_equal(mask == 0, np.isnan(expected).all(axis=0))
         assert (mask == 0).sum() == 4
     assert_array_equal(plain.train.raw[0][0][:, 0], pixels[:, 0])
+    settings = DataSettings(
+        str(tmp_path), "folder", SIZE, wavelengths=[0.5, 0.6], label_offset=(0.25, -0.25)
+    )
+    read = TaskData(settings, RunSettings()).task.train.raw[0][0]
+    assert_array_equal(read, moved.train.raw[0][0])
 
 
 def test_a_disk_cache_tells_offsets_apart(tmp_path: Path) -> None:
