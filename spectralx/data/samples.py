@@ -230,9 +230,7 @@ class ImageDataset(Dataset[Sample], ABC):
             valid = valid_values(pixels, nodata)
         else:
             values, valid = as_values(pixels, nodata)
-        mask_values = classes.astype(np.int64)
-        mask_values[~valid.any(axis=0)] = 0
-        mask = torch.from_numpy(mask_values)
+        mask = torch.from_numpy(np.where(valid.any(axis=0), classes, 0).astype(np.int64))
         generator = torch.Generator()
         if self.transform is not None or self.jitter:
             generator.manual_seed(int(torch.randint(2**62, ())))
