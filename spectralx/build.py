@@ -73,6 +73,7 @@ def segmentation_model(
         tokenizer_heads=model.tokenizer_heads,
         low_rank=model.low_rank,
         decoder=stage.decoder,
+        decoder_kernel=stage.decoder_kernel,
         neck_channels=stage.neck_channels,
         neck_scales=stage.neck_scales,
         head_channels=stage.head_channels,

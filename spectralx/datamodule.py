@@ -95,6 +95,7 @@ class TaskData(pl.LightningDataModule):
             turns=settings.turns,
             spectral_jitter=settings.spectral_jitter,
             normalisation="image" if normalisation is not None else settings.normalisation,
+            label_offset=settings.label_offset,
             official=settings.official,
             wavelengths=settings.wavelengths,
             class_names=settings.class_names,

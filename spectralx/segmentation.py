@@ -66,6 +66,7 @@ class Segmentation(OfficialNames):
     stem_dim, tokenizer_heads, low_rank : of `HyperT`.
     storage_tokens : of DINOv3.
     decoder : "upernet" (SpectralX), or "linear", a `LinearDecoder` on the same feature maps.
+    decoder_kernel : side of the linear decoder's kernel over tokens, odd; 1 is none.
     neck_channels, head_channels : of `UPerNet`.
     dropout : of either decoder.
     neck_scales : size of each map of UPerNet's pyramid over the map of tokens, finest first, one a
@@ -108,6 +109,7 @@ class Segmentation(OfficialNames):
         low_rank: int | None = 16,
         storage_tokens: int = 4,
         decoder: Decoder = "upernet",
+        decoder_kernel: int = 1,
         neck_channels: int | None = None,
         head_channels: int = 512,
         neck_scales: Sequence[float] | None = None,
@@ -191,7 +193,9 @@ class Segmentation(OfficialNames):
         self.neck: MultiLevelNeck | None = None
         self.head: UPerHead | LinearDecoder
         if decoder == "linear":
-            self.head = LinearDecoder(widths, num_classes, dropout=dropout)
+            self.head = LinearDecoder(
+                widths, num_classes, dropout=dropout, kernel_size=decoder_kernel
+            )
         else:
             upernet = UPerNet(
                 widths,

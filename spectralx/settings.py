@@ -56,6 +56,10 @@ class DataSettings:
         "image" scales each band of each image to [0, 1] by its own extremes (the paper's);
         "fixed" by the mean and deviation of each band over the training images; "whitened" takes
         the correlation of the bands away as well, for hyperspectral images.
+    label_offset
+        Rows down and columns to the right, in pixels, from where a label stands to the place in
+        the image that it describes, where the two are not laid over each other exactly. Images are
+        resampled to their labels, in training and in tests; maps of scenes are where the scene is.
     official
         The published protocol: selection on the target domain, scores at the model's size,
         classes absent from the truth dropped, scores never reset between validations.
@@ -87,6 +91,7 @@ class DataSettings:
     turns: bool = True
     spectral_jitter: float = 0.0
     normalisation: Literal["image", "fixed", "whitened"] = "image"
+    label_offset: tuple[float, float] = (0.0, 0.0)
     official: bool = False
     cache: bool = False
     cache_folder: str | None = None
@@ -256,6 +261,10 @@ class Stage2Settings:
     decoder
         What makes logits of the feature maps: "upernet" (the paper's), or "linear", one linear
         layer for each token, for few labels that change from patch to patch; it has no neck.
+    decoder_kernel
+        Side, odd, of a kernel over tokens that the linear decoder adds to each channel, for what a
+        sensor blurs and for labels a little beside the image; 1 is none. Where labels are beside
+        it to one side, data.flips and data.turns hide to which.
     head_channels
         Width of the UPerNet head.
     neck_channels
@@ -279,6 +288,7 @@ class Stage2Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     init_from: str | None = FROM_STAGE1
     decoder: Literal["upernet", "linear"] = "upernet"
+    decoder_kernel: int = 1
     head_channels: int = 512
     neck_channels: int | None = None
     neck_scales: list[float] | None = None
@@ -289,6 +299,13 @@ class Stage2Settings:
 
     def __post_init__(self) -> None:
         _require(0 <= self.cutmix <= 1, "stage2.cutmix", self.cutmix, "0 to 1")
+        kernel = self.decoder_kernel
+        _require(
+            kernel % 2 == 1 and (kernel == 1 or (kernel > 1 and self.decoder == "linear")),
+            "stage2.decoder_kernel",
+            kernel,
+            "an odd number, and 1 with UPerNet",
+        )
         for name in ("neck_channels", "neck_scales"):
             found = getattr(self, name)
             _require(

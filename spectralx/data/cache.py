@@ -41,9 +41,9 @@ class DiskCache:
     """Decoded samples of a dataset in a folder, one safetensors file each.
 
     A file is named by a hash of what its sample is made of: paths, sizes and times of change of
-    image and labels, window, bands, nodata value and classes. Whatever changes makes another file;
-    old ones may be deleted at any time. Files are replaced in one step, so any number of processes
-    may share the folder. One that is damaged is said and made anew.
+    image and labels, window, bands, nodata value, classes and offset of labels. Whatever
+    changes makes another file; old ones may be deleted at any time. Files are replaced in one step,
+    so any number of processes may share the folder. One that is damaged is said and made anew.
 
     Parameters
     ----------
@@ -76,6 +76,7 @@ class DiskCache:
             mapping,
             dataset.other_labels,
             dataset.num_classes,
+            dataset.label_offset,
             f"{reader.__module__}.{reader.__qualname__}",
         ]
 

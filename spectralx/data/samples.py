@@ -28,6 +28,7 @@ from .normalise import (
     extremes,
 )
 from .raster import Array, as_values, data_error, valid_values
+from .registration import at_offset
 
 UNLABELLED = "unlabelled"
 # Types that stay as they are until the device; of others float32 takes no more.
@@ -97,6 +98,7 @@ class ImageDataset(Dataset[Sample], ABC):
     ----------
     raw_samples : whether samples are `RawSample`, for `finish`.
     jitter : deviation of the random offset of each band of an image, in scaled values.
+    label_offset : see `with_label_offset`.
     cache : of stored samples; None reads them anew.
     """
 
@@ -116,6 +118,7 @@ class ImageDataset(Dataset[Sample], ABC):
         self.transform = transform
         self.raw_samples = False
         self.jitter = 0.0
+        self.label_offset = (0.0, 0.0)
         self.cache: Cache | None = None
 
     @abstractmethod
@@ -174,6 +177,10 @@ class ImageDataset(Dataset[Sample], ABC):
             raise ValueError(f"spectral_jitter: found {deviation}; expected at least 0")
         return self._replaced(jitter=deviation)
 
+    def with_label_offset(self, offset: tuple[float, float]) -> Self:
+        """The same, images resampled to labels of places `offset` (rows, columns) away."""
+        return self._replaced(label_offset=offset)
+
     def with_cache(self, cache: Cache | None) -> Self:
         """The same dataset that keeps what it reads in `cache`."""
         return self._replaced(cache=cache)
@@ -192,7 +199,7 @@ class ImageDataset(Dataset[Sample], ABC):
         return found
 
     def _read(self, index: int) -> Stored:
-        pixels, nodata = self.read_pixels(index)
+        pixels, nodata = self._placed_pixels(index)
         classes = self.read_classes(index)
         self.check_sizes(index, pixels, classes)
         return Stored(pixels, classes, nodata)
@@ -207,8 +214,11 @@ class ImageDataset(Dataset[Sample], ABC):
             )
 
     def read_values(self, index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """Image `index` as on disk: values [C, H, W] (0 where missing) and where they are valid."""
-        return as_values(*self.read_pixels(index))
+        """Image `index` unscaled: values [C, H, W] (0 where missing) and where they are valid."""
+        return as_values(*self._placed_pixels(index))
+
+    def _placed_pixels(self, index: int) -> tuple[Array, float | None]:
+        return at_offset(*self.read_pixels(index), self.label_offset)
 
     def __getitem__(self, index: int) -> Sample:
         pixels, classes, nodata = self.read(index)
@@ -220,9 +230,7 @@ class ImageDataset(Dataset[Sample], ABC):
             valid = valid_values(pixels, nodata)
         else:
             values, valid = as_values(pixels, nodata)
-        mask_values = classes.astype(np.int64)
-        mask_values[~valid.any(axis=0)] = 0
-        mask = torch.from_numpy(mask_values)
+        mask = torch.from_numpy(np.where(valid.any(axis=0), classes, 0).astype(np.int64))
         generator = torch.Generator()
         if self.transform is not None or self.jitter:
             generator.manual_seed(int(torch.randint(2**62, ())))

@@ -102,6 +102,7 @@ def build_task(
     turns: bool = True,
     spectral_jitter: float = 0.0,
     normalisation: str = "image",
+    label_offset: tuple[float, float] = (0.0, 0.0),
     official: bool = False,
     wavelengths: Sequence[float] | None = None,
     class_names: Sequence[str] | None = None,
@@ -125,6 +126,8 @@ def build_task(
     normalisation : "image" (each band of each image by its own minimum and maximum), "fixed" (by
         the mean and deviation of each band over the training files, read once here) or "whitened"
         (by their mean, deviation and correlation of bands; see :mod:`spectralx.data.normalise`).
+    label_offset : rows down and columns to the right, in pixels, from where a label stands to the
+        place in the image that it describes; all images are resampled to their labels.
     official : the published protocol: validation on the target, masks of validation and test
         resized to `image_size`, DFC2020's raw labels 3 and 8 kept. By default validation is on the
         source and these masks keep the files' size.
@@ -169,9 +172,10 @@ def build_task(
         parts = _folder(root, wavelengths, class_names, nodata)
     else:
         parts = builders[name](root, official)
-    train, validation, source_test = parts.source
-    if official and parts.targets:
-        validation = _together(parts.targets)
+    train, validation, source_test = (part.with_label_offset(label_offset) for part in parts.source)
+    targets = {key: part.with_label_offset(label_offset) for key, part in parts.targets.items()}
+    if official and targets:
+        validation = _together(targets)
     if skip is not None:
         train, validation = skip("train", train), skip("validation", validation)
     scaling: Normalisation = train.normalisation
@@ -187,7 +191,7 @@ def build_task(
         train=finish(train, training).with_jitter(spectral_jitter),
         validation=finish(validation, evaluation),
         source_test=finish(source_test, evaluation),
-        target_tests={key: finish(part, evaluation) for key, part in parts.targets.items()},
+        target_tests={key: finish(part, evaluation) for key, part in targets.items()},
         skipped={} if skip is None else skip.skipped,
     )
 

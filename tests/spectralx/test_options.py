@@ -104,6 +104,7 @@ def test_mistakes_in_a_file_name_it(tmp_path: Path, text: str, message: str) -> 
         (["--config"], "--config: found nothing; expected a file"),
         (["--stage1.run.steps=0"], "run.steps: found 0; expected at least 1"),
         (["--stage2.cutmix=2"], "stage2.cutmix: found 2.0; expected 0 to 1"),
+        (["--stage2.decoder_kernel=3"], "stage2.decoder_kernel: found 3; expected an odd number"),
         (
             ["--stage2.decoder=linear", "--stage2.neck_channels=8"],
             "stage2.neck_channels: found 8; expected null",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectralx.linear_decoder import LinearDecoder
 from spectralx.segmentation import Segmentation
 
 BANDS = 5
@@ -179,6 +180,32 @@ def test_the_linear_decoder_is_one_linear_layer_a_token() -> None:
     assert layer.weight.grad is not None
     with pytest.raises(ValueError, match="decoder: got 'mlp', expected one of upernet, linear"):
         small(decoder="mlp")
+
+
+def test_the_linear_decoder_with_a_kernel_adds_what_stands_around() -> None:
+    plain = small(depth=2, decoder="linear").eval()
+    model = small(depth=2, decoder="linear", decoder_kernel=3).eval()
+    found = model.load_state_dict(plain.state_dict(), strict=False)
+    assert found.missing_keys == ["head.neighbours.weight"]
+    images, labels = batch()
+    assert torch.equal(model(images), plain(images))  # the kernel starts at zero
+    model.loss(images, labels).backward()
+    assert isinstance(model.head, LinearDecoder)
+    assert model.head.neighbours is not None
+    weight = model.head.neighbours.weight
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        weight.zero_()[:, 0, 1, 0] = 0.5  # half of the token on the left, at the border of itself
+        x = torch.cat(model.features(images), dim=1)
+        left = torch.cat([x[..., :1], x[..., :-1]], dim=-1)
+        expected = model.head.conv_seg(x + 0.5 * left)
+    torch.testing.assert_close(model(images), expected)
+    again = Segmentation(**model.config).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images), model(images))
+    with pytest.raises(ValueError, match="kernel_size: got 2, expected an odd number"):
+        small(decoder="linear", decoder_kernel=2)
 
 
 def test_are_adapter_refines_what_the_next_block_sees():
