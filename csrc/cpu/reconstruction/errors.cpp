@@ -10,6 +10,7 @@ namespace spectralx::cpu {
 namespace {
 
 constexpr int64_t kTile = 1024;  // values, about, that are compared at a time
+constexpr int64_t kPixels = 16;   // of so many, or more, tiles are multiples: they end as cache lines do
 constexpr int64_t kJoin = 4096;  // values, about, of a cell that are summed in T
 
 // Cells of a row that are treated alike, or a part of one: `pixels` of each of `cells`, from column x.
@@ -60,6 +61,7 @@ struct Worker {
       }
     }
     if (totals) join(totals);
+    gradient.finish();
   }
 
   void join(double* totals) { kernels.join(sums.data(), pixels.columns(), totals); }
@@ -67,7 +69,9 @@ struct Worker {
   // Pieces of at most kTile values, and the factor of each cell's gradient.
   void cut(const double* weights) {
     pieces.clear();
-    const int64_t most = std::max<int64_t>(kTile / channels, 1), width = pixels.cell_width;
+    int64_t most = std::max<int64_t>(kTile / channels, 1);
+    if (most > kPixels) most -= most % kPixels;
+    const int64_t width = pixels.cell_width;
     const double slope = pass.factor * (pass.absolute ? 1 : 2);
     for (int64_t cell = 0; cell < pixels.columns(); ++cell) {
       const double share = weights ? weights[cell] : 1.0;
@@ -96,32 +100,23 @@ struct Worker {
       return;
     }
     const int64_t width = cells * piece.pixels;
-    const T* wanted = planar ? target->run(band, y, piece.x, width, made.data())
-                             : target->line(y, piece.x, width, made.data());
+    const Lines<T> wanted = planar ? target->run(band, y, piece.x, width, made.data())
+                                   : target->line(y, piece.x, width, made.data());
     const T* p = prediction.read(at, 0, predicted.data());
     const bool converted = p == predicted.data();
     for (int64_t i = 0; i < runs && converted; ++i) {
       prediction.read(at + i * step, length, predicted.data() + i * length);
     }
+    const int64_t behind = converted ? n : step;
     if (errors) {
-      (pass.absolute ? kernels.absolutes : kernels.squares)(
-          p, converted ? n : step, wanted, cells, n, sums.data() + piece.cell * kPartial);
+      const auto add = pass.absolute ? kernels.absolutes : kernels.squares;
+      add(p, behind, wanted, cells, n, sums.data() + piece.cell * kPartial);
     }
     if (!gradient.wanted()) return;
-    const auto slopes = pass.absolute ? kernels.sign : kernels.difference;
-    const T* factor = factors.data() + piece.cell;
-    T* to = gradient.place(at, out.data());
-    // The gradient lies as the prediction, but one of the two may have passed a buffer.
-    if ((to == out.data()) == converted) {
-      slopes(p, converted ? n : step, wanted, cells, n, factor, to);
-    } else {
-      for (int64_t i = 0; i < cells; ++i) {
-        slopes(p + i * (converted ? n : step), n, wanted + i * n, 1, n, factor + i,
-               to + i * (converted ? step : n));
-      }
-    }
-    for (int64_t i = 0; i < runs && to == out.data(); ++i) {
-      gradient.flush(at + i * step, length, to + i * length);
+    (pass.absolute ? kernels.sign : kernels.difference)(
+        p, behind, wanted, cells, n, factors.data() + piece.cell, out.data());
+    for (int64_t i = 0; i < runs; ++i) {
+      gradient.write(at + i * step, length, out.data() + i * length);
     }
   }
 };

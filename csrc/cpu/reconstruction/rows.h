@@ -20,21 +20,29 @@ constexpr int64_t kPartial = 32;
 // many values that may be read and written.
 constexpr int64_t kSpill = 8;
 
+// A target, value by value, as lines that lie in memory: x; or first a + second b where x is null; or
+// x less that where none is.
+template <typename T>
+struct Lines {
+  const T *x = nullptr, *a = nullptr, *b = nullptr;
+  T first = 0, second = 0;
+};
+
 template <typename T>
 struct RowKernels {
   const char* instruction_set;
 
   // Of `cells` runs of n values: predictions, of which a run begins `step` behind the one before, and
   // targets, run behind run. sums [cells, kPartial] += (p - t)^2, and |p - t|.
-  void (*squares)(const T* p, int64_t step, const T* t, int64_t cells, int64_t n, T* sums);
-  void (*absolutes)(const T* p, int64_t step, const T* t, int64_t cells, int64_t n, T* sums);
+  void (*squares)(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n, T* sums);
+  void (*absolutes)(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n, T* sums);
 
-  // Of the same runs, out as p: factor[cell] (p - t), and factor[cell] sign(p - t), which is 0 at 0
-  // and for NaN.
-  void (*difference)(const T* p, int64_t step, const T* t, int64_t cells, int64_t n,
+  // Of the same runs, run behind run: factor[cell] (p - t), and factor[cell] sign(p - t), which is 0
+  // at 0 and for NaN.
+  void (*difference)(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n,
                      const T* factor, T* out);
-  void (*sign)(const T* p, int64_t step, const T* t, int64_t cells, int64_t n, const T* factor,
-               T* out);
+  void (*sign)(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n,
+               const T* factor, T* out);
 
   // sums [cells, kPartial] to zero, their totals added to `totals`.
   void (*join)(T* sums, int64_t cells, double* totals);
@@ -43,10 +51,7 @@ struct RowKernels {
   T (*sum)(const T* x, int64_t n);
   T (*centred)(const T* x, int64_t n, T mean);
 
-  // out = first_weight a + second_weight b, and x less that; out = scale (x - mean).
-  void (*combine)(const T* a, const T* b, int64_t n, T first_weight, T second_weight, T* out);
-  void (*subtract)(const T* x, const T* a, const T* b, int64_t n, T first_weight, T second_weight,
-                   T* out);
+  // out = scale (x - mean).
   void (*normalize)(const T* x, int64_t n, T mean, T scale, T* out);
 
   // out += weight x.
@@ -67,6 +72,10 @@ struct RowKernels {
 
   void (*widen)(const c10::BFloat16* x, int64_t n, T* out);
   void (*narrow)(const T* x, int64_t n, c10::BFloat16* out);
+
+  // Copies past the caches, which read no line that they write; `fence` before another thread reads.
+  void (*stream)(const void* from, int64_t bytes, void* to);
+  void (*fence)();
 };
 
 // The best table this processor runs.

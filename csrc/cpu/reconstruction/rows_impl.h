@@ -8,6 +8,10 @@
 
 #include "cpu/reconstruction/rows.h"
 
+#if SPECTRALX_X86_TARGETS
+#include <emmintrin.h>
+#endif
+
 // After the headers: their inline functions keep the portable instruction set.
 SPECTRALX_BEGIN_TARGET
 
@@ -18,6 +22,7 @@ namespace {
 using c10::BFloat16;
 using spectralx::cpu::kPartial;
 using spectralx::cpu::kSpill;
+using spectralx::cpu::Lines;
 using spectralx::cpu::RowKernels;
 
 // partial[i % kPartial] += of(i)
@@ -46,44 +51,63 @@ inline T sum_of(int64_t n, Of of) {
   return total_of(partial);
 }
 
+// use(target), where target(i) is value i.
+template <typename T, typename Use>
+inline void with_target(const Lines<T>& t, Use use) {
+  const T *x = t.x, *a = t.a, *b = t.b;
+  const T first = t.first, second = t.second;
+  if (a == nullptr) return use([=](int64_t i) { return x[i]; });
+  if (x == nullptr) return use([=](int64_t i) { return first * a[i] + second * b[i]; });
+  use([=](int64_t i) { return x[i] - (first * a[i] + second * b[i]); });
+}
+
 template <typename T, typename Of>
-inline void sums_of(const T* p, int64_t step, const T* t, int64_t cells, int64_t n, T* sums, Of of) {
-  for (int64_t cell = 0; cell < cells; ++cell, p += step, t += n, sums += kPartial) {
-    alignas(64) T partial[kPartial];
-    std::memcpy(partial, sums, sizeof(partial));
-    add_to(partial, n, [=](int64_t i) { return of(p[i] - t[i]); });
-    std::memcpy(sums, partial, sizeof(partial));
-  }
+inline void sums_of(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n, T* sums,
+                    Of of) {
+  with_target(t, [=](auto target) {
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      const T* from = p + cell * step;
+      const int64_t at = cell * n;
+      alignas(64) T partial[kPartial];
+      std::memcpy(partial, sums + cell * kPartial, sizeof(partial));
+      add_to(partial, n, [=](int64_t i) { return of(from[i] - target(at + i)); });
+      std::memcpy(sums + cell * kPartial, partial, sizeof(partial));
+    }
+  });
 }
 
 template <typename T>
-void squares(const T* p, int64_t step, const T* t, int64_t cells, int64_t n, T* sums) {
+void squares(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n, T* sums) {
   sums_of(p, step, t, cells, n, sums, [](T d) { return d * d; });
 }
 
 template <typename T>
-void absolutes(const T* p, int64_t step, const T* t, int64_t cells, int64_t n, T* sums) {
+void absolutes(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n, T* sums) {
   sums_of(p, step, t, cells, n, sums, [](T d) { return std::fabs(d); });
 }
 
 template <typename T, typename Of>
-inline void slopes_of(const T* p, int64_t step, const T* t, int64_t cells, int64_t n,
+inline void slopes_of(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n,
                       const T* factor, T* out, Of of) {
-  for (int64_t cell = 0; cell < cells; ++cell, p += step, t += n, out += step) {
-    const T scale = factor[cell];
+  with_target(t, [=](auto target) {
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      const T *from = p + cell * step, scale = factor[cell];
+      const int64_t at = cell * n;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = of(p[i], t[i], scale);
-  }
+      for (int64_t i = 0; i < n; ++i) out[at + i] = of(from[i], target(at + i), scale);
+    }
+  });
 }
 
 template <typename T>
-void difference(const T* p, int64_t step, const T* t, int64_t cells, int64_t n, const T* factor,
-                T* out) {
+void difference(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n,
+                const T* factor, T* out) {
   slopes_of(p, step, t, cells, n, factor, out, [](T a, T b, T scale) { return scale * (a - b); });
 }
 
 template <typename T>
-void sign(const T* p, int64_t step, const T* t, int64_t cells, int64_t n, const T* factor, T* out) {
+void sign(const T* p, int64_t step, const Lines<T>& t, int64_t cells, int64_t n, const T* factor,
+          T* out) {
   slopes_of(p, step, t, cells, n, factor, out, [](T a, T b, T scale) {
     return (a > b ? scale : T(0)) - (a < b ? scale : T(0));
   });
@@ -121,19 +145,6 @@ void sign(const T* p, const T* t, int64_t n, T factor, T* out) {
   for (int64_t i = 0; i < n; ++i) {
     out[i] = (p[i] > t[i] ? factor : T(0)) - (p[i] < t[i] ? factor : T(0));
   }
-}
-
-template <typename T>
-void combine(const T* a, const T* b, int64_t n, T first_weight, T second_weight, T* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = first_weight * a[i] + second_weight * b[i];
-}
-
-template <typename T>
-void subtract(const T* x, const T* a, const T* b, int64_t n, T first_weight, T second_weight,
-              T* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] - (first_weight * a[i] + second_weight * b[i]);
 }
 
 template <typename T>
@@ -250,12 +261,39 @@ void narrow(const T* x, int64_t n, BFloat16* out) {  // to the nearest, ties to 
   for (int64_t i = 0; i < n; ++i) store(static_cast<float>(x[i]), out[i]);
 }
 
+inline void stream(const void* from, int64_t bytes, void* to) {
+#if SPECTRALX_X86_TARGETS
+  const auto* source = static_cast<const char*>(from);
+  auto* target = static_cast<char*>(to);
+  const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64);
+  const int64_t head = std::min(past == 0 ? 0 : 64 - past, bytes);
+  std::memcpy(target, source, head);
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64) {
+#pragma GCC unroll 4
+    for (int64_t j = i; j < i + 64; j += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + j),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j)));
+    }
+  }
+  std::memcpy(target + i, source + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+inline void fence() {
+#if SPECTRALX_X86_TARGETS
+  _mm_sfence();
+#endif
+}
+
 template <typename T>
 constexpr RowKernels<T> table(const char* name) {
-  return {name,          squares<T>,   absolutes<T>,  difference<T>,  sign<T>,
-          join<T>,       sum<T>,       centred<T>,    combine<T>,     subtract<T>,
-          normalize<T>,  add<T>,       take<T>,       interpolate<T>, take_twice<T>,
-          interpolate_twice<T>, interleave<T>, widen<T>, narrow<T>};
+  return {name,         squares<T>, absolutes<T>,   difference<T>, sign<T>,
+          join<T>,      sum<T>,     centred<T>,     normalize<T>,  add<T>,
+          take<T>,      interpolate<T>, take_twice<T>, interpolate_twice<T>,
+          interleave<T>, widen<T>,  narrow<T>,      stream,        fence};
 }
 
 }  // namespace

@@ -48,19 +48,10 @@ struct Target {
   virtual ~Target() = default;
   // Rows [begin, end) of `image_` are next.
   virtual void open(int64_t image_, int64_t /*begin*/, int64_t /*end*/) { image = image_; }
-  // Values [x, x + n) of a row: in place, or in `buffer`.
-  virtual const T* run(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) = 0;
-  // Pixels [x, x + n) of a row, [n, bands]: in place, or in `buffer`.
-  virtual const T* line(int64_t y, int64_t x, int64_t n, T* buffer) {
-    T* planes = room(n * bands);
-    for (int64_t band = 0; band < bands; ++band) {
-      T* to = planes + band * n;
-      const T* from = run(band, y, x, n, to);
-      if (from != to) std::copy_n(from, n, to);
-    }
-    kernels.interleave(planes, bands, n, n, buffer);
-    return buffer;
-  }
+  // Values [x, x + n) of a row; `buffer` has room for as many, for those that lie nowhere.
+  virtual Lines<T> run(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) = 0;
+  // Pixels [x, x + n) of a row, [n, bands]; the same.
+  virtual Lines<T> line(int64_t y, int64_t x, int64_t n, T* buffer) = 0;
 
  protected:
   T* room(int64_t size) {
@@ -112,14 +103,14 @@ struct PatchTarget : Target<T> {
     }
   }
 
-  const T* run(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) override {
+  Lines<T> run(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) override {
     const T* row = from.row(this->image, band, y, x, n, buffer);
-    return normalize ? normalized(row, x, n, 1, buffer) : row;
+    return {normalize ? normalized(row, x, n, 1, buffer) : row};
   }
 
-  const T* line(int64_t y, int64_t x, int64_t n, T* buffer) override {
-    from.line(this->image, y, x, n, this->room(n * from.bands), buffer);
-    return normalize ? normalized(buffer, x, n, from.bands, buffer) : buffer;
+  Lines<T> line(int64_t y, int64_t x, int64_t n, T* buffer) override {
+    from.line(this->image, y, x, n, this->room(n * this->bands), buffer);
+    return {normalize ? normalized(buffer, x, n, this->bands, buffer) : buffer};
   }
 
  private:
@@ -222,29 +213,22 @@ struct ResizedTarget : Target<T> {
     wide.forget();
   }
 
-  const T* run(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) override {
-    const auto row = [&](int64_t at) { return wide.row(this->image, band, at) + x; };
-    return mixed(y, row, [&](const T* top, const T* bottom, T first, T second) {
-      this->kernels.combine(top, bottom, n, first, second, buffer);
-      return buffer;
-    });
+  Lines<T> run(int64_t band, int64_t y, int64_t x, int64_t, T*) override {
+    return mixed(y, [&](int64_t at) { return wide.row(this->image, band, at) + x; });
   }
 
-  const T* line(int64_t y, int64_t x, int64_t n, T* buffer) override {
-    const auto row = [&](int64_t at) { return wide.line(this->image, at) + x * this->bands; };
-    return mixed(y, row, [&](const T* top, const T* bottom, T first, T second) {
-      this->kernels.combine(top, bottom, n * this->bands, first, second, buffer);
-      return buffer;
-    });
+  Lines<T> line(int64_t y, int64_t x, int64_t, T*) override {
+    return mixed(y, [&](int64_t at) { return wide.line(this->image, at) + x * this->bands; });
   }
 
-  // Row y in place if it is `row(at)`, else mix(top, bottom, weight of top, of bottom).
-  template <typename Row, typename Mix>
-  const T* mixed(int64_t y, const Row& row, const Mix& mix) const {
+ private:
+  template <typename Row>
+  Lines<T> mixed(int64_t y, const Row& row) const {
     const T* top = row(rows.first[y]);
-    if (rows.step == 0) return top;
+    if (rows.step == 0) return {top};
     const T* bottom = row(std::min(rows.first[y] + rows.step, rows.length - 1));
-    return mix(top, bottom, static_cast<T>(1.0 - rows.weight[y]), static_cast<T>(rows.weight[y]));
+    const double weight = rows.weight[y];
+    return {nullptr, top, bottom, static_cast<T>(1.0 - weight), static_cast<T>(weight)};
   }
 };
 
@@ -294,7 +278,27 @@ struct AverageTarget : Target<T> {
       : Target<T>(images.size(1)), from(images), rows(images.size(2), full_height, height),
         columns(images.size(3), full_width, width), source(from.width), sum(from.width) {}
 
-  const T* run(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) override {
+  Lines<T> run(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) override {
+    return {values(band, y, x, n, buffer)};
+  }
+
+  Lines<T> line(int64_t y, int64_t x, int64_t n, T* buffer) override {
+    T* planes = this->room(n * this->bands);
+    if (copies()) {
+      from.line(this->image, y, x, n, planes, buffer);
+    } else {
+      for (int64_t band = 0; band < this->bands; ++band) {
+        values(band, y, x, n, planes + band * n);
+      }
+      this->kernels.interleave(planes, this->bands, n, n, buffer);
+    }
+    return {buffer};
+  }
+
+  bool copies() const { return rows.copies && columns.copies; }
+
+  // In place, or in `buffer`.
+  const T* values(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) {
     if (copies()) return from.row(this->image, band, y, x, n, buffer);
     const int64_t begin = columns.source[x], last = x + n - 1;
     const int64_t end = columns.source[last] + columns.first[last + 1] - columns.first[last];
@@ -314,14 +318,6 @@ struct AverageTarget : Target<T> {
     }
     return buffer;
   }
-
-  const T* line(int64_t y, int64_t x, int64_t n, T* buffer) override {
-    if (!copies()) return Target<T>::line(y, x, n, buffer);
-    from.line(this->image, y, x, n, this->room(n * from.bands), buffer);
-    return buffer;
-  }
-
-  bool copies() const { return rows.copies && columns.copies; }
 };
 
 // The image, repeated to height x width, less `base` resized bilinearly.
@@ -341,29 +337,20 @@ struct DetailTarget : Target<T> {
     base.open(image_, begin, end);
   }
 
-  const T* run(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) override {
-    const T* sharp = wide.row(this->image, band, rows[y]) + x;
-    const auto smooth = [&](int64_t at) { return base.wide.row(this->image, band, at) + x; };
-    return less(sharp, y, smooth, n, buffer);
+  Lines<T> run(int64_t band, int64_t y, int64_t x, int64_t n, T* buffer) override {
+    return less(wide.row(this->image, band, rows[y]) + x, base.run(band, y, x, n, buffer));
   }
 
-  const T* line(int64_t y, int64_t x, int64_t n, T* buffer) override {
+  Lines<T> line(int64_t y, int64_t x, int64_t n, T* buffer) override {
     const T* sharp = wide.line(this->image, rows[y]) + x * this->bands;
-    const auto smooth = [&](int64_t at) {
-      return base.wide.line(this->image, at) + x * this->bands;
-    };
-    return less(sharp, y, smooth, n * this->bands, buffer);
+    return less(sharp, base.line(y, x, n, buffer));
   }
 
  private:
-  template <typename Smooth>
-  const T* less(const T* sharp, int64_t y, const Smooth& smooth, int64_t n, T* buffer) const {
-    const T* same = base.mixed(y, smooth, [&](const T* top, const T* bottom, T first, T second) {
-      this->kernels.subtract(sharp, top, bottom, n, first, second, buffer);
-      return buffer;
-    });
-    if (same != buffer) this->kernels.combine(sharp, same, n, T(1), T(-1), buffer);
-    return buffer;
+  static Lines<T> less(const T* sharp, Lines<T> smooth) {
+    if (smooth.a == nullptr) return {sharp, smooth.x, smooth.x, T(0.5), T(0.5)};  // x, also if inf
+    smooth.x = sharp;
+    return smooth;
   }
 };
 
