@@ -9,8 +9,8 @@
 namespace spectralx::cpu {
 namespace {
 
-constexpr int64_t kTile = 1024;  // values, about, that are compared at a time
-constexpr int64_t kPixels = 16;   // of so many, or more, tiles are multiples: they end as cache lines do
+constexpr int64_t kTile = 1024;  // values at most that are compared at a time, but of one pixel
+constexpr int64_t kPixels = 16;  // larger tiles are multiples of so many: they end as cache lines do
 constexpr int64_t kJoin = 4096;  // values, about, of a cell that are summed in T
 
 // Cells of a row that are treated alike, or a part of one: `pixels` of each of `cells`, from column x.
@@ -99,6 +99,8 @@ struct Worker {
       for (int64_t i = 0; i < runs && gradient.wanted(); ++i) gradient.clear(at + i * step, length);
       return;
     }
+    // On their way while the target is made.
+    for (int64_t i = 0; i < runs; ++i) prediction.prefetch(at + i * step, length);
     const int64_t width = cells * piece.pixels;
     const Lines<T> wanted = planar ? target->run(band, y, piece.x, width, made.data())
                                    : target->line(y, piece.x, width, made.data());

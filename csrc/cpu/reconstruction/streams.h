@@ -16,7 +16,16 @@ template <typename T>
 class Reader {
  public:
   explicit Reader(const at::Tensor& tensor)
-      : type_(tensor.scalar_type()), data_(tensor.const_data_ptr()) {}
+      : type_(tensor.scalar_type()), size_(static_cast<int64_t>(tensor.element_size())),
+        data_(tensor.const_data_ptr()) {}
+
+  // Values [at, at + n) are read soon.
+  void prefetch(int64_t at, int64_t n) const {
+#if defined(__GNUC__)
+    const auto* from = static_cast<const char*>(data_) + at * size_;
+    for (int64_t i = 0; i < n * size_; i += 64) __builtin_prefetch(from + i);
+#endif
+  }
 
   // Values [at, at + n): where they lie if they are T already, else converted into `buffer`.
   const T* read(int64_t at, int64_t n, T* buffer) const {
@@ -46,6 +55,7 @@ class Reader {
   }
 
   at::ScalarType type_;
+  int64_t size_;
   const void* data_;
 };
 
