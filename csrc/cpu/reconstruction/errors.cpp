@@ -1,5 +1,6 @@
 // The pass of errors.h. A task is a row of cells of one image; every cell's sum is its own, so the
-// bits of the result are the same for any number of threads.
+// bits of the result are the same for any number of threads. Predictions are read in the order they
+// lie in, a band of the row of cells after the other where they are planar.
 #include "cpu/torch.h"
 
 #include "cpu/reconstruction/errors.h"
@@ -9,7 +10,7 @@
 namespace spectralx::cpu {
 namespace {
 
-constexpr int64_t kTile = 1024;  // values at most that are compared at a time, but of one pixel
+constexpr int64_t kTile = 1024;  // values at most that are compared at a time, or those of a pixel
 constexpr int64_t kPixels = 16;  // larger tiles are multiples of so many: they end as cache lines do
 constexpr int64_t kJoin = 4096;  // values, about, of a cell that are summed in T
 
@@ -31,8 +32,8 @@ struct Worker {
   const double* weight = pass.weight.defined() ? pass.weight.const_data_ptr<double>() : nullptr;
   double* errors = pass.errors.defined() ? pass.errors.mutable_data_ptr<double>() : nullptr;
   std::unique_ptr<Target<T>> target;
-  std::vector<Piece> pieces;        // of a row of this row of cells
-  std::vector<T> factors, sums;     // [columns], [columns, kPartial]
+  std::vector<Piece> pieces;     // of a row of this row of cells
+  std::vector<T> factors, sums;  // [columns], [columns, kPartial]
   std::vector<T> made, predicted, out;
 
   Worker(const ErrorPass& pass_, const MakeTarget<T>& make_target)
