@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.accuracy import by_part, compare
 from benchmarks.case import Case, Runner, Setting
 from benchmarks.clock import Stopwatch, interleave, stopwatch_for
-from benchmarks.memory import SavedBytes, peak_bytes
+from benchmarks.memory import SavedBytes, keep_freed_memory, peak_bytes
 from benchmarks.shapes import FORWARD, STEP, Shape
 
 # Not capturable, or not to be captured twice.
@@ -139,7 +139,8 @@ def timed(
     budget: Budget,
     stopwatch: Stopwatch | None = None,
 ) -> dict[str, list[float]]:
-    """Samples of `runs`, taken in turns."""
+    """Samples of `runs`, taken in turns, on memory that the process has already."""
+    keep_freed_memory()
     watch = stopwatch or stopwatch_for(setting.device)
     return interleave(
         runs, watch, seconds=budget.seconds, rounds=budget.rounds, warm_up=watch.warm_up

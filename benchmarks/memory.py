@@ -1,4 +1,5 @@
-"""Memory of one run: its peak, and what autograd keeps from the forward pass for the backward."""
+"""Memory of one run: its peak, and what autograd keeps from the forward pass for the backward; what
+the process keeps of freed memory."""
 
 from __future__ import annotations
 
@@ -11,6 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# The largest block that glibc may come to keep when it is freed, less what it puts around one.
+KEPT_BYTES = 32 * 2**20 - 2**16
+
+
+def keep_freed_memory() -> None:
+    """Makes the process keep freed blocks of up to 32 MiB, as one that has run for a while does.
+
+    glibc maps a large block anew at each allocation until a larger one has been freed, so the time
+    of whatever allocates would depend on what ran before. Other C libraries are left as they are.
+    """
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)
 
 
 class SavedBytes:

@@ -1,5 +1,6 @@
 // The pass of errors.h. A task is a row of cells of one image; every cell's sum is its own, so the
-// bits of the result are the same for any number of threads.
+// bits of the result are the same for any number of threads. Predictions are read in the order they
+// lie in, a band of the row of cells after the other where they are planar.
 #include "cpu/torch.h"
 
 #include "cpu/reconstruction/errors.h"
@@ -9,25 +10,38 @@
 namespace spectralx::cpu {
 namespace {
 
-constexpr int64_t kTile = 64;  // pixels whose bands are brought side by side at a time
+constexpr int64_t kTile = 1024;  // values at most that are compared at a time, or those of a pixel
+constexpr int64_t kPixels = 16;  // larger tiles are multiples of so many: they end as cache lines do
+constexpr int64_t kJoin = 4096;  // values, about, of a cell that are summed in T
+
+// Cells of a row that are treated alike, or a part of one: `pixels` of each of `cells`, from column x.
+struct Piece {
+  int64_t cell, cells, x, pixels;
+  bool counts;  // the weight is not 0
+};
 
 template <typename T>
 struct Worker {
   const ErrorPass& pass;
   const Pixels& pixels = pass.pixels;
+  const bool planar = pixels.layout == Layout::kPlanar;
+  const int64_t channels = planar ? 1 : pixels.bands;  // values of a pixel that lie side by side
   const RowKernels<T>& kernels = row_kernels<T>();
   Reader<T> prediction{pass.prediction};
   Writer<T> gradient{pass.gradient};
   const double* weight = pass.weight.defined() ? pass.weight.const_data_ptr<double>() : nullptr;
   double* errors = pass.errors.defined() ? pass.errors.mutable_data_ptr<double>() : nullptr;
   std::unique_ptr<Target<T>> target;
-  std::vector<T> planar, turned, predicted, out;
+  std::vector<Piece> pieces;     // of a row of this row of cells
+  std::vector<T> factors, sums;  // [columns], [columns, kPartial]
+  std::vector<T> made, predicted, out;
 
   Worker(const ErrorPass& pass_, const MakeTarget<T>& make_target)
-      : pass(pass_), target(make_target()) {
-    const int64_t run = pixels.layout == Layout::kPlanar ? pixels.cell_width
-                                                         : kTile * pixels.bands;
-    for (std::vector<T>* buffer : {&planar, &turned, &predicted, &out}) buffer->resize(run);
+      : pass(pass_), target(make_target()), factors(pixels.columns()),
+        sums(pixels.columns() * kPartial) {
+    for (std::vector<T>* buffer : {&made, &predicted, &out}) {
+      buffer->resize(std::max(kTile, channels));
+    }
   }
 
   void task(int64_t index) {
@@ -36,65 +50,77 @@ struct Worker {
     const int64_t end = std::min(begin + pixels.cell_height, pixels.height);
     const int64_t first = index * pixels.columns();  // cell
     target->open(image, begin, end);
-    for (int64_t cell = 0; cell < pixels.columns() && errors; ++cell) errors[first + cell] = 0;
-    for (int64_t y = begin; y < end; ++y) {
-      for (int64_t cell = 0; cell < pixels.columns(); ++cell) {
-        const double share = weight ? weight[first + cell] : 1.0;
-        const double sum = pixels.layout == Layout::kPlanar ? planes(image, y, cell, share)
-                                                            : bands(image, y, cell, share);
-        if (errors) errors[first + cell] += sum;
+    cut(weight ? weight + first : nullptr);
+    double* totals = errors ? errors + first : nullptr;
+    if (totals) std::fill_n(totals, pixels.columns(), 0.0);
+    int64_t summed = 0;
+    for (int64_t band = 0; band < (planar ? pixels.bands : 1); ++band) {
+      for (int64_t y = begin; y < end; ++y) {
+        for (const Piece& piece : pieces) compare(image, band, y, piece);
+        summed += pixels.cell_width * channels;
+        if (totals && summed >= kJoin) join(totals), summed = 0;
       }
     }
+    if (totals) join(totals);
+    gradient.finish();
   }
 
-  // A row of a cell, band after band.
-  double planes(int64_t image, int64_t y, int64_t cell, double share) {
-    double sum = 0;
-    const int64_t n = pixels.cell_width, x = cell * n;
-    for (int64_t band = 0; band < pixels.bands; ++band) {
-      const int64_t at = pixels.at(image, band, y, x, cell);
-      sum += share == 0 ? skip(at, n)
-                        : compare(at, n, target->run(band, y, x, n, planar.data()), share);
-    }
-    return sum;
-  }
+  void join(double* totals) { kernels.join(sums.data(), pixels.columns(), totals); }
 
-  // A row of a cell, all bands of kTile pixels at once.
-  double bands(int64_t image, int64_t y, int64_t cell, double share) {
-    double sum = 0;
-    const int64_t left = cell * pixels.cell_width, right = left + pixels.cell_width;
-    for (int64_t x = left; x < right; x += kTile) {
-      const int64_t n = std::min(kTile, right - x), at = pixels.at(image, 0, y, x, cell);
-      if (share == 0) {
-        skip(at, n * pixels.bands);
+  // Pieces of at most kTile values, and the factor of each cell's gradient.
+  void cut(const double* weights) {
+    pieces.clear();
+    int64_t most = std::max<int64_t>(kTile / channels, 1);
+    if (most > kPixels) most -= most % kPixels;
+    const int64_t width = pixels.cell_width;
+    const double slope = pass.factor * (pass.absolute ? 1 : 2);
+    for (int64_t cell = 0; cell < pixels.columns(); ++cell) {
+      const double share = weights ? weights[cell] : 1.0;
+      factors[cell] = static_cast<T>(share * slope);
+      const bool counts = share != 0;
+      if (!pieces.empty() && width * (pieces.back().cells + 1) <= most &&
+          pieces.back().counts == counts) {
+        ++pieces.back().cells;
         continue;
       }
-      for (int64_t band = 0; band < pixels.bands; ++band) {
-        T* to = planar.data() + band * n;
-        const T* run = target->run(band, y, x, n, to);
-        if (run != to) std::copy_n(run, n, to);
+      for (int64_t x = 0; x < width; x += most) {
+        pieces.push_back({cell, 1, cell * width + x, std::min(most, width - x), counts});
       }
-      kernels.transpose(planar.data(), pixels.bands, n, n, turned.data());
-      sum += compare(at, n * pixels.bands, turned.data(), share);
     }
-    return sum;
   }
 
-  double skip(int64_t at, int64_t n) {
-    if (gradient.wanted()) gradient.clear(at, n);
-    return 0;
-  }
-
-  double compare(int64_t at, int64_t n, const T* wanted, double share) {
-    const T* p = prediction.read(at, n, predicted.data());
-    if (gradient.wanted()) {
-      T* to = gradient.place(at, out.data());
-      const auto factor = static_cast<T>(share * pass.factor * (pass.absolute ? 1 : 2));
-      (pass.absolute ? kernels.sign : kernels.difference)(p, wanted, n, factor, to);
-      gradient.flush(at, n, to);
+  void compare(int64_t image, int64_t band, int64_t y, const Piece& piece) {
+    const int64_t n = piece.pixels * channels, cells = piece.cells;
+    const int64_t at = pixels.at(image, band, y, piece.x, piece.cell);
+    const int64_t step =
+        pixels.layout == Layout::kPatches ? pixels.cell_height * pixels.cell_width * channels : n;
+    // Runs of cells that lie behind each other are one.
+    const int64_t runs = step == n ? 1 : cells, length = cells * n / runs;
+    if (!piece.counts) {
+      for (int64_t i = 0; i < runs && gradient.wanted(); ++i) gradient.clear(at + i * step, length);
+      return;
     }
-    if (!errors) return 0;
-    return static_cast<double>((pass.absolute ? kernels.absolutes : kernels.squares)(p, wanted, n));
+    // On their way while the target is made.
+    for (int64_t i = 0; i < runs; ++i) prediction.prefetch(at + i * step, length);
+    const int64_t width = cells * piece.pixels;
+    const Lines<T> wanted = planar ? target->run(band, y, piece.x, width, made.data())
+                                   : target->line(y, piece.x, width, made.data());
+    const T* p = prediction.read(at, 0, predicted.data());
+    const bool converted = p == predicted.data();
+    for (int64_t i = 0; i < runs && converted; ++i) {
+      prediction.read(at + i * step, length, predicted.data() + i * length);
+    }
+    const int64_t behind = converted ? n : step;
+    if (errors) {
+      const auto add = pass.absolute ? kernels.absolutes : kernels.squares;
+      add(p, behind, wanted, cells, n, sums.data() + piece.cell * kPartial);
+    }
+    if (!gradient.wanted()) return;
+    (pass.absolute ? kernels.sign : kernels.difference)(
+        p, behind, wanted, cells, n, factors.data() + piece.cell, out.data());
+    for (int64_t i = 0; i < runs; ++i) {
+      gradient.write(at + i * step, length, out.data() + i * length);
+    }
   }
 };
 

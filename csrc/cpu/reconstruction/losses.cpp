@@ -202,8 +202,8 @@ struct BandLoss {
         target->open(plane / bands, 0, height);
         for (int64_t y = 0; y < height; ++y) {
           T* out = to + (plane * height + y) * width;
-          const T* run = target->run(plane % bands, y, 0, width, out);
-          if (run != out) std::copy_n(run, width, out);
+          const T* values = target->values(plane % bands, y, 0, width, out);
+          if (values != out) std::copy_n(values, width, out);
         }
       }
     });

@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "cpu/reconstruction/rows.h"
 
@@ -14,7 +16,16 @@ template <typename T>
 class Reader {
  public:
   explicit Reader(const at::Tensor& tensor)
-      : type_(tensor.scalar_type()), data_(tensor.const_data_ptr()) {}
+      : type_(tensor.scalar_type()), size_(static_cast<int64_t>(tensor.element_size())),
+        data_(tensor.const_data_ptr()) {}
+
+  // Values [at, at + n) are read soon.
+  void prefetch(int64_t at, int64_t n) const {
+#if defined(__GNUC__)
+    const auto* from = static_cast<const char*>(data_) + at * size_;
+    for (int64_t i = 0; i < n * size_; i += 64) __builtin_prefetch(from + i);
+#endif
+  }
 
   // Values [at, at + n): where they lie if they are T already, else converted into `buffer`.
   const T* read(int64_t at, int64_t n, T* buffer) const {
@@ -44,56 +55,71 @@ class Reader {
   }
 
   at::ScalarType type_;
+  int64_t size_;
   const void* data_;
 };
 
-// A contiguous tensor, written in T; an undefined one is not written.
+// Bytes of a tensor from which on it is written past the caches: whoever reads it next would find
+// little of a larger one there, and each line would have been read before it is written.
+constexpr int64_t kStreamed = 16 << 20;
+
+// A contiguous tensor, written from T; an undefined one is not written.
 template <typename T>
 class Writer {
  public:
   explicit Writer(const at::Tensor& tensor) {
     if (!tensor.defined()) return;
     type_ = tensor.scalar_type();
-    data_ = tensor.mutable_data_ptr();
+    size_ = static_cast<int64_t>(tensor.element_size());
+    data_ = static_cast<char*>(tensor.mutable_data_ptr());
+    streamed_ = static_cast<int64_t>(tensor.nbytes()) >= kStreamed;
   }
 
   bool wanted() const { return data_ != nullptr; }
 
-  // Where to put values [at, at + n): their place if they are T, else `buffer`, for `flush`.
-  T* place(int64_t at, T* buffer) const {
-    return type_ == c10::CppTypeToScalarType<T>::value ? static_cast<T*>(data_) + at : buffer;
-  }
-
-  void flush(int64_t at, int64_t n, const T* from) const {
+  // Values [at, at + n).
+  void write(int64_t at, int64_t n, const T* from) {
+    if (type_ == c10::CppTypeToScalarType<T>::value) return put(at, n, from);
+    narrowed_.resize(std::max<int64_t>(narrowed_.size(), n * size_));
+    void* to = streamed_ ? narrowed_.data() : data_ + at * size_;
     switch (type_) {
       case at::kBFloat16:
-        return row_kernels<T>().narrow(from, n, static_cast<at::BFloat16*>(data_) + at);
+        row_kernels<T>().narrow(from, n, static_cast<at::BFloat16*>(to));
+        break;
       case at::kHalf:
-        return copy<at::Half>(at, n, from);
+        std::copy_n(from, n, static_cast<at::Half*>(to));
+        break;
       case at::kFloat:
-        return copy<float>(at, n, from);
+        std::copy_n(from, n, static_cast<float*>(to));
+        break;
       default:
-        return copy<double>(at, n, from);
+        std::copy_n(from, n, static_cast<double*>(to));
     }
+    if (streamed_) put(at, n, to);
   }
 
-  void clear(int64_t at, int64_t n) const {
-    const auto size = static_cast<int64_t>(c10::elementSize(type_));
-    std::fill_n(static_cast<char*>(data_) + at * size, n * size, char(0));
+  void clear(int64_t at, int64_t n) {
+    zeros_.resize(std::max<int64_t>(zeros_.size(), n * size_));
+    put(at, n, zeros_.data());
+  }
+
+  // Before another thread reads.
+  void finish() const {
+    if (streamed_) row_kernels<T>().fence();
   }
 
  private:
-  template <typename S>
-  void copy(int64_t at, int64_t n, const T* from) const {
-    S* to = static_cast<S*>(data_) + at;
-    if constexpr (std::is_same_v<S, T>) {
-      if (to == from) return;
-    }
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<S>(from[i]);
+  void put(int64_t at, int64_t n, const void* from) const {
+    char* to = data_ + at * size_;
+    streamed_ ? row_kernels<T>().stream(from, n * size_, to)
+              : static_cast<void>(std::memcpy(to, from, n * size_));
   }
 
   at::ScalarType type_ = at::kFloat;
-  void* data_ = nullptr;
+  int64_t size_ = 0;
+  char* data_ = nullptr;
+  bool streamed_ = false;
+  std::vector<char> narrowed_, zeros_;
 };
 
 }  // namespace spectralx::cpu
