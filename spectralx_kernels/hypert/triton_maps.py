@@ -44,17 +44,26 @@ def through(grad, z, GELU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "span"])
-def add_moments(x, parts, rows, span, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """parts [programs, 2, C]: sums of x - x[0] and of its square over `span` rows."""
+def add_moments(
+    x, parts, table, rows, span, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """parts [programs, 2, C]: sums of x - near and of its square over `span` rows.
+
+    `near` is the mean of the first rows, which goes into the table in the mean's place: a single
+    row may lie several deviations aside, and the variance be a small difference then.
+    """
     program, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     there = c < C
-    first = tl.load(x + c, there, 0.0).to(tl.float32)[None, :]
+    at, full = addresses(0, rows, c, there, C, BR)
+    near = tl.sum(wide(x, at, full), 0) / tl.minimum(rows, BR)
+    if program == 0:
+        tl.store(table + c, near, there)
     one, two = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
     row = program * span
     end = tl.minimum(row + span, rows)
     while row < end:
         at, full = addresses(row, end, c, there, C, BR)
-        d = tl.where(full, wide(x, at, full) - first, 0.0)
+        d = tl.where(full, wide(x, at, full) - near[None, :], 0.0)
         one += tl.sum(d, 0)
         two += tl.sum(d * d, 0)
         row += BR
@@ -104,10 +113,10 @@ def _totals(parts, c, there, programs, C: tl.constexpr, BP: tl.constexpr, BC: tl
 
 @triton.jit(do_not_specialize=["rows", "programs"])
 def make_table(
-    x, parts, weight, bias, table, rows, programs, eps, C: tl.constexpr, BP: tl.constexpr,
+    parts, weight, bias, table, rows, programs, eps, C: tl.constexpr, BP: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """The table of a batch norm from the parts of `add_moments`."""
+    """The table of a batch norm from what `add_moments` left."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     there = c < C
     one, two = _totals(parts, c, there, programs, C, BP, BC)
@@ -115,7 +124,7 @@ def make_table(
     variance = two / rows - off * off
     variance = tl.where(variance < 0.0, 0.0, variance)  # NaN stays
     scale = tl.load(weight + c, there, 0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    tl.store(table + c, tl.load(x + c, there, 0.0).to(tl.float32) + off, there)
+    tl.store(table + c, tl.load(table + c, there, 0.0) + off, there)
     tl.store(table + C + c, variance, there)
     tl.store(table + 2 * C + c, scale, there)
     tl.store(table + 3 * C + c, tl.load(bias + c, there, 0.0).to(tl.float32), there)

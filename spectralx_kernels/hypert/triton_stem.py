@@ -70,10 +70,10 @@ def _table(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return table.fill_(torch.nan)
     parts, programs, span = _parts(x)
     grid = (programs, _grid(x)[1])
-    launch(kernels.add_moments, grid, x, parts, _rows(x), span, **_tile(x))
+    launch(kernels.add_moments, grid, x, parts, table, _rows(x), span, **_tile(x))
     grid_final, tile = _final(x)
     launch(
-        kernels.make_table, grid_final, x, parts, weight.contiguous(), bias.contiguous(), table,
+        kernels.make_table, grid_final, parts, weight.contiguous(), bias.contiguous(), table,
         _rows(x), programs, eps, **tile,
     )  # fmt: skip
     return table

@@ -216,7 +216,7 @@ def gelu_grouped_conv2d_backward(
     if grad is None or x.numel() == 0:
         return [torch.zeros_like(v) for v, wants in zip(inputs, wanted, strict=True) if wants]
     call = _call(*inputs)
-    half_grad = grad.permute(0, 2, 3, 1).reshape(call.pixels, -1)
+    half_grad = grad.permute(0, 2, 3, 1).contiguous().view(call.pixels, -1)
     _, slopes = call.forward(slope=True)
     assert slopes is not None
     half_grad = half_grad * slopes

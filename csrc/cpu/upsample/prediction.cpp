@@ -252,8 +252,10 @@ struct Worker {
       }
     });
     if (!p.gradient.defined() && !p.class_sums.defined()) return;
+    // Of one class the softmax is 1 whatever the logits: its gradient is 0, not the round-off of a sum.
+    const bool constant = job.classes == 1;
     for (int64_t s = 0; s < slots; ++s) {
-      const T scale = hot[s] < 0 ? T(0) : upstream ? upstream[column[s]] : T(1);
+      const T scale = hot[s] < 0 || constant ? T(0) : upstream ? upstream[column[s]] : T(1);
       of_hot[s] = hot[s] < 0 ? T(0) : scale * job.hot_share * hot_weight[s];
       of_weight[s] = scale * job.smooth_share;
       of_softmax[s] = of_hot[s] + of_weight[s] * job.weight_total;

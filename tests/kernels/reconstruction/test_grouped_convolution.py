@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from spectralx_kernels import gelu_grouped_conv2d
+from spectralx_kernels import _backends, gelu_grouped_conv2d
 from spectralx_kernels.reconstruction.heads import GELU_GROUPED_CONV2D
 from tests.kernels import ladder
 from tests.kernels.reconstruction.test_heads import DTYPES, draw
@@ -88,6 +88,18 @@ def test_like_modules_one_after_another() -> None:
         assert out.is_contiguous(memory_format=torch.channels_last)
         (grad,) = torch.autograd.grad(out.sum(), x)
         assert grad.stride() == x.stride()
+
+
+def test_gradients_in_either_layout() -> None:
+    """Of one image a planar gradient can be seen as rows of pixels without a copy."""
+    args = ladder.cast(arguments(batch=1), torch.float32, grad=True)
+    grad = draw(1, 3, 4, 3, seed=3).float()
+    expected = torch.autograd.grad(GELU_GROUPED_CONV2D.reference(*args), args, grad)
+    for backend in _backends.available(GELU_GROUPED_CONV2D.name, "cpu"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            out = GELU_GROUPED_CONV2D(*args, backend=backend)
+            found = torch.autograd.grad(out, args, grad.contiguous(memory_format=layout))
+            torch.testing.assert_close(found, expected)
 
 
 def test_nothing_is_kept_but_x() -> None:
