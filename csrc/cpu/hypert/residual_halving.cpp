@@ -38,12 +38,16 @@ class Maps final : public spectralx::StemMaps {
                double eps) const override {
     const int64_t channels = x.size(1), rows = rows_of(x);
     Tensor found = at::zeros({4, channels}, wide(x));
-    // Moments about the first pixel: differences of large means cancel nothing then.
-    Tensor first = at::zeros({channels}, wide(x));
-    if (rows > 0) first.copy_(x.select(0, 0).select(1, 0).select(1, 0));
+    // Moments about the mean of some lines: differences of large means cancel nothing then. A single
+    // pixel may lie several deviations aside.
+    Tensor near = at::zeros({channels}, wide(x));
+    if (rows > 0) {
+      const Tensor lines = x.select(0, 0).narrow(1, 0, std::min<int64_t>(x.size(2), 16));
+      near = lines.mean({1, 2}, false, near.scalar_type());
+    }
     const std::vector<double> sums = sums_of(rows, channels, [&](int64_t row, int64_t n, A* to) {
       map_kernels<S, A>().add_moments(x.const_data_ptr<S>() + row * channels, n, channels,
-                                      data<A>(first), to, to + channels);
+                                      data<A>(near), to, to + channels);
     });
     const Tensor weights = weight.to(found.scalar_type()).contiguous();
     A* to = data<A>(found);
@@ -52,7 +56,7 @@ class Maps final : public spectralx::StemMaps {
       const double variance =
           std::max(sums[channels + c] / static_cast<double>(rows) - off * off, 0.0);
       // The largest of a NaN and 0 is 0: `off` brings the NaN back.
-      to[c] = static_cast<A>(data<A>(first)[c] + off);
+      to[c] = static_cast<A>(data<A>(near)[c] + off);
       to[channels + c] = static_cast<A>(variance + (off - off));
       to[2 * channels + c] =
           static_cast<A>(data<A>(weights)[c] / std::sqrt(variance + (off - off) + eps));

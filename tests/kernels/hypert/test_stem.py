@@ -118,6 +118,15 @@ def test_tables_are_statistics(backend):
     assert half_table.shape == (4, 4)
 
 
+def test_a_first_pixel_far_aside_takes_nothing_from_the_variance(backend):
+    args = ladder.cast(stem_args(None, batch=6, size=(8, 8)), torch.float32)
+    args[0][0, :, 0, 0] *= 100
+    _, table, _ = RESIDUAL_HALVING(*args, backend=backend)
+    convolved = F.conv2d(args[0].double(), args[3].double(), args[4].double(), padding=1)
+    variance = convolved.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(table[1].double(), variance, rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("bands", [1, 2, 5, None])
 def test_padding_is_zero_after_the_lift(backend, bands):
     """The lift's bias does not reach into the padding."""
