@@ -43,6 +43,12 @@ def split(p, height, width, K: tl.constexpr):
     return p // (line * lines), p // line % lines, p % line
 
 
+@triton.jit
+def inside(row, column, height, width, K: tl.constexpr):
+    """Whether the large map has these pixels."""
+    return (row >= 0) & (row < height * K) & (column >= 0) & (column < width * K)
+
+
 @triton.jit(do_not_specialize=_COUNTS)
 def group(
     wide, taps, bias, out, slope, pixels, height, width,
@@ -57,7 +63,7 @@ def group(
     value += tl.load(bias + c, c < half, 0.0).to(tl.float32)[None, :]
     for tap in range(9):  # unrolled it spills
         row, column = y + tap // 3 - 1, x + tap % 3 - 1
-        there = (row >= 0) & (row < height * K) & (column >= 0) & (column < width * K)
+        there = inside(row, column, height, width, K)
         full = (there & (p < pixels))[:, None] & (c < half)[None, :]
         at = place(image, row, column, height, width, K, E)[:, None] + 2 * c[None, :]
         for pair in tl.static_range(2):
@@ -84,7 +90,7 @@ def spread(
     value = tl.zeros([BP, BC], tl.float32)
     for tap in range(9):  # unrolled it spills
         row, column = y + 1 - tap // 3, x + 1 - tap % 3
-        there = (row >= 0) & (row < height * K) & (column >= 0) & (column < width * K)
+        there = inside(row, column, height, width, K)
         full = (there & (p < pixels))[:, None] & (c < E)[None, :]
         from_ = ((image.to(tl.int64) * height * K + row) * width * K + column)[:, None] * half
         by = tl.load(taps + tap * E + c, c < E, 0.0).to(tl.float32)
@@ -110,7 +116,7 @@ def tap_gradients(
         p = begin + tl.arange(0, BP)
         image, y, x = split(p, height, width, K)
         row, column = y + tap // 3 - 1, x + tap % 3 - 1
-        there = (row >= 0) & (row < height * K) & (column >= 0) & (column < width * K)
+        there = inside(row, column, height, width, K)
         full = (there & (p < end))[:, None] & (c < E)[None, :]
         at = place(image, row, column, height, width, K, E)[:, None] + c[None, :]
         from_ = tl.load(wide + at, full, 0.0).to(tl.float32)

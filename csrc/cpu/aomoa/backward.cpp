@@ -301,7 +301,7 @@ void to_projections(const Backward<Op>& l, const Gradients& grads) {
   over(up_blocks + l.experts * fc1_blocks, [&](int64_t begin, int64_t end) {
     const Tensor operand = l.op_empty({l.rank, kPanel}), up = l.wide_empty({l.rank, kPanel}),
                  products = l.wide_empty({l.rank, kPanel}), up_grad = l.wide_empty({l.rank, kPanel}),
-                 hidden = l.wide_empty({l.hidden, kPanel}), row = l.op_empty({kPanel});
+                 hidden = l.wide_empty({l.hidden, kPanel}), turned = l.op_empty({l.hidden, kPanel});
     for (int64_t task = begin; task < end; ++task) {
       if (task >= up_blocks) {
         const int64_t e = (task - up_blocks) / fc1_blocks;
@@ -309,10 +309,8 @@ void to_projections(const Backward<Op>& l, const Gradients& grads) {
         const W* from = data<W>(l.fc1_t_grad) +
                         (l.grouped ? (e * l.rank + i) * l.hidden : i * l.all_hidden + e * l.hidden);
         k.transpose(from, count, l.grouped ? l.hidden : l.all_hidden, l.hidden, data<W>(hidden));
-        for (int64_t j = 0; j < l.hidden; ++j) {
-          k.to_features(data<W>(hidden) + j * kPanel, 1, data<Op>(row), kPanel);
-          std::copy_n(data<Op>(row), count, data<Op>(grads.fc1_weight) + (e * l.hidden + j) * l.rank + i);
-        }
+        to_columns(l, data<W>(hidden), count, l.hidden, data<Op>(turned),
+                   data<Op>(grads.fc1_weight) + e * l.hidden * l.rank + i, l.rank);
         continue;
       }
       const int64_t o = task * kPanel, count = std::min(kPanel, l.out - o);

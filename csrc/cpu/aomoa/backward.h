@@ -5,6 +5,16 @@
 
 namespace spectralx::cpu {
 
+// The first `count` lanes of a panel [features][32] to rows [features][stride] of operands; `operand`
+// [features][32] is scratch.
+template <typename Op>
+void to_columns(const Layer<Op>& l, const Wide<Op>* panel, int64_t count, int64_t features, Op* operand,
+                Op* to, int64_t stride) {
+  if (count == kPanel) return l.k.to_features(panel, features, to, stride);
+  l.k.to_features(panel, features, operand, kPanel);
+  for (int64_t i = 0; i < features; ++i) std::copy_n(operand + i * kPanel, count, to + i * stride);
+}
+
 // Weights as backward's products take them, and the sums over all chunks. Wide unless said.
 template <typename Op>
 struct Backward : Layer<Op> {
@@ -69,10 +79,7 @@ struct Backward : Layer<Op> {
         l.k.widen(data<Op>(operand), width, data<W>(panel));
       };
       const auto write = [&](const Tensor& from, int64_t count, int64_t width, Op* to, int64_t stride) {
-        if (count == kPanel) return l.k.to_features(data<W>(from), width, to, stride);
-        l.k.to_features(data<W>(from), width, data<Op>(operand), kPanel);
-        for (int64_t i = 0; i < width; ++i)
-          std::copy_n(data<Op>(operand) + i * kPanel, count, to + i * stride);
+        to_columns(l, data<W>(from), count, width, data<Op>(operand), to, stride);
       };
       for (int64_t task = begin; task < end; ++task) {
         if (task < up_tasks) {

@@ -134,20 +134,6 @@ T centred(const T* x, int64_t n, T mean) {
 }
 
 template <typename T>
-void difference(const T* p, const T* t, int64_t n, T factor, T* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = factor * (p[i] - t[i]);
-}
-
-template <typename T>
-void sign(const T* p, const T* t, int64_t n, T factor, T* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = (p[i] > t[i] ? factor : T(0)) - (p[i] < t[i] ? factor : T(0));
-  }
-}
-
-template <typename T>
 void normalize(const T* x, int64_t n, T mean, T scale, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = scale * (x[i] - mean);
