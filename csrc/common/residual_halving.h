@@ -299,7 +299,7 @@ class ResidualHalving {
                         .sum(0, false, wide())
                         .view_as(*w_.lift));
     }
-    if (wanted[2]) add(found[2], rows.sum({0, 1}, false, wide()));
+    if (wanted[2]) add(found[2], rows.sum(at::IntArrayRef{0, 1}, false, wide()));
     if (wanted[0]) {
       const Tensor across = matrix.t().expand({x.size(0), -1, -1});
       strips_.put(found[0], strip, at::bmm(across, rows.transpose(1, 2)).view(x.sizes()));
