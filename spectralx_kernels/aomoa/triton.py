@@ -19,9 +19,12 @@ from spectralx_kernels._triton import ARCHITECTURES, Compilation, architecture, 
 from spectralx_kernels.aomoa import triton_gradients as gradients
 from spectralx_kernels.aomoa import triton_mixture as mixture
 from spectralx_kernels.aomoa import triton_products as products
+from spectralx_kernels.aomoa import triton_whole as whole
 from spectralx_kernels.aomoa.triton_backward import mixture_backward
 from spectralx_kernels.aomoa.triton_layer import (
     FLAT,
+    MANY,
+    ONES,
     Arguments,
     Layer,
     Prepared,
@@ -52,46 +55,114 @@ def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) 
 
 # The interpreter's time goes by operations, whatever their size.
 _SMALL = Tiles(64, 256, 64) if INTERPRETED else Tiles(32, 32, 32, joint=32, warps=8)
-_MANY = 2048  # tokens from which on tiles of 16 are more than a GPU runs at once
 
 
 def _forward_tiles(layer: Layer) -> Tiles:
     if not layer.large:
         return _SMALL
     # Longer tiles read less of the experts' weights, which are few where the rank is small.
-    return Tiles(32 if layer.tokens >= _MANY and layer.rank > 128 else 16, 64, 64)
+    return Tiles(32 if layer.tokens >= MANY and layer.rank > 128 else 16, 64, 64)
 
 
 def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, gates, load, and normed and statistics for backward: ``reference.aomoa_saving``."""
     layer = Layer(values)
-    given = layer.given
     attributes, tokens, experts = layer.attributes, layer.tokens, layer.experts
-    gates = layer.wide(attributes, tokens, experts)
-    load = layer.wide(attributes, experts)
-    normed = layer.wide(tokens, attributes, layer.rank)
-    statistics = layer.wide(3, attributes, tokens)
-    frozen = given.weight.t()
-    out = given.x @ frozen if given.bias is None else torch.addmm(given.bias, given.x, frozen)
+    kept = _Kept(
+        gates=layer.wide(attributes, tokens, experts),
+        load=layer.wide(attributes, experts),
+        normed=layer.wide(tokens, attributes, layer.rank),
+        statistics=layer.wide(3, attributes, tokens),
+    )
     if tokens == 0:
-        return out, gates, load.zero_(), normed, statistics
+        return _frozen(layer), kept.gates, kept.load.zero_(), kept.normed, kept.statistics
+    if layer.whole and layer.joint:
+        return _joint(layer, kept), *kept
+    out = _frozen(layer)
     prepared = prepare(layer, counts=True)
-    _down(layer, prepared, statistics, normed)
+    mixed = layer.plain(tokens, attributes, layer.rank)
+    if layer.whole:
+        _adapt(layer, prepared, kept, mixed, attributes * layer.rank, layer.rank, None)
+    else:
+        _down(layer, prepared, kept.statistics, kept.normed)
+        _mix(layer, prepared, kept, mixed)
+    by_attribute = out.view(tokens, attributes, layer.out).transpose(0, 1)
+    by_attribute.baddbmm_(mixed.transpose(0, 1), prepared.right.transpose(1, 2))
+    return out, *kept
+
+
+class _Kept(NamedTuple):
+    """What forward returns beside its output."""
+
+    gates: Tensor  # [A, T, E]
+    load: Tensor  # [A, E]
+    normed: Tensor  # [T, A, r]
+    statistics: Tensor  # [3, A, T]
+
+
+def _frozen(layer: Layer) -> Tensor:
+    given = layer.given
+    frozen = given.weight.t()
+    return given.x @ frozen if given.bias is None else torch.addmm(given.bias, given.x, frozen)
+
+
+def _mix(layer: Layer, prepared: Prepared, kept: _Kept, mixed: Tensor) -> None:
+    given = layer.given
     tiles = _forward_tiles(layer)
     grid = layer.grid(tiles.tokens)
-    mixed = layer.plain(tokens, attributes, layer.rank)
     launch(
         mixture.mixture, grid,
-        normed, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise, layer.noise,
-        given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
-        gates, layer.wide(grid[0], attributes, experts), load, prepared.counter,
-        layer.plain(layer.rows, experts, layer.hidden), mixed,
-        tokens, attributes, layer.rank, layer.hidden,
-        EXPERTS=experts, TOP_K=given.top_k, NOISY=given.noise is not None, **layer.tiles(tiles),
+        kept.normed, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise,
+        layer.noise, given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
+        kept.gates, layer.wide(grid[0], layer.attributes, layer.experts), kept.load,
+        prepared.counter, layer.plain(layer.rows, layer.experts, layer.hidden), mixed,
+        layer.tokens, layer.attributes, layer.rank, layer.hidden,
+        EXPERTS=layer.experts, TOP_K=given.top_k, NOISY=given.noise is not None,
+        **layer.tiles(tiles),
     )  # fmt: skip
-    by_attribute = out.view(tokens, attributes, layer.out).transpose(0, 1)
-    by_attribute.baddbmm_(mixed.transpose(0, 1), prepared.scaled_up.transpose(1, 2))
-    return out, gates, load, normed, statistics
+
+
+def _whole_tiles(layer: Layer) -> Tiles:
+    return Tiles(64, 0, 64) if INTERPRETED else Tiles(16, 0, 64, stages=3)
+
+
+def _adapt(
+    layer: Layer, prepared: Prepared, kept: _Kept, mixed: Tensor, row: int, step: int,
+    beside: Tensor | None,
+) -> None:  # fmt: skip
+    """`whole.adapt`: the log-sum-exp to `mixed`, rows `row` apart and attributes `step`."""
+    given = layer.given
+    tiles = _whole_tiles(layer)
+    grid = layer.grid(tiles.tokens)
+    launch(
+        whole.adapt, grid,
+        given.x, prepared.folded, prepared.column_sums, prepared.shift, given.norm2_weight,
+        given.norm2_bias, given.gate, given.gate_noise, layer.noise, given.fc1_weight,
+        given.fc1_bias, given.fc2_weight, given.fc2_bias,
+        kept.statistics, kept.normed, kept.gates,
+        layer.wide(grid[0], layer.attributes, layer.experts), kept.load, prepared.counter, mixed,
+        beside, layer.tokens, layer.attributes, layer.width, layer.rank, layer.hidden,
+        given.norm_eps, ROW=row, STEP=step, ONES=ONES, EXPERTS=layer.experts, TOP_K=given.top_k,
+        NOISY=given.noise is not None, SHIFTED=not layer.narrow, BM=tiles.tokens,
+        BR=padded(layer.rank), BK=tiles.hidden, BH=padded(layer.hidden), EP=layer.padded_experts,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+def _joint(layer: Layer, kept: _Kept) -> Tensor:
+    """The output as one product: of [c_0 | x | 1, 0 ... | c_1] every attribute takes a window, with
+    up, the frozen weight and the bias as `prepare` lays them out."""
+    rank, width = layer.rank, layer.in_width
+    columns = rank + width + ONES
+    step = columns if layer.attributes == 2 else 0
+    prepared = prepare(layer, counts=True, joint=True)
+    left = layer.plain(layer.tokens, columns + (rank if step else 0))
+    row = left.shape[1]
+    _adapt(layer, prepared, kept, left, row, step, left[:, rank:])
+    windows = left.as_strided((layer.attributes, layer.tokens, columns), (rank, row, 1))
+    out = layer.plain(layer.tokens, layer.attributes, layer.out)
+    torch.bmm(windows, prepared.right.transpose(1, 2), out=out.transpose(0, 1))
+    return out.view(layer.tokens, -1)
 
 
 def _backward_tiles(layer: Layer) -> Tiles:
@@ -142,7 +213,7 @@ def _through_the_mixture(
     grid = layer.grid(tiles.tokens)
     combined = layer.wide(tokens, attributes, rank)
     back = _Rows(
-        mixed_grad=torch.bmm(by_attribute, prepared.scaled_up),
+        mixed_grad=torch.bmm(by_attribute, prepared.right),
         hidden_rows=layer.plain(rows, layer.experts, layer.hidden),
         hidden_grad=layer.plain(rows, layer.experts, layer.hidden),
         combined=combined,
@@ -313,7 +384,7 @@ def compilations() -> Iterator[Compilation]:
     cases = [("bfloat16", name) for name in _SHAPES] + [("float32", "fc2"), ("float16", "fc2")]
     for (dtype, name), assumed in itertools.product(cases, ARCHITECTURES):
         seen = set()
-        for tokens in (394, _MANY):
+        for tokens in (394, MANY):
             given = _example(getattr(torch, dtype), tokens, **_SHAPES[name])
             for found in _launches(given, assumed):
                 # Numbers of tokens are no part of what is compiled.

@@ -15,6 +15,8 @@ from spectralx_kernels.aomoa import triton_products as products
 
 MOST_EXPERTS = 256  # a tile's logits stay in registers
 MOST_UNROLLED = 8  # experts whose code stands one after the other
+MOST_WHOLE = 128  # of a rank that a program's registers hold
+MANY = 2048  # tokens from which on tiles of 16 are more than a GPU runs at once
 FLAT = 1024  # elements of a program that takes a tensor as a flat one
 
 
@@ -89,6 +91,22 @@ class Layer:
         sizes = (self.width, self.out, self.rank, self.hidden)
         self.large = self.narrow and all(size % 8 == 0 for size in sizes)
         self.padded_experts = padded(self.experts)
+        # All experts run on all rows, unrolled.
+        self.dense = (
+            (self.large or INTERPRETED)
+            and self.experts < 4 * given.top_k
+            and self.experts <= MOST_UNROLLED
+        )
+        # A program takes a row's rank and an expert's hidden layer whole.
+        self.whole = (
+            self.dense
+            and padded(self.rank) <= MOST_WHOLE
+            and padded(self.hidden) <= MOST_WHOLE // 2
+        )
+        # The up product is more K of the frozen one: x is copied for it, and W at every call.
+        self.joint = self.attributes <= 2 and (
+            INTERPRETED or (self.tokens >= MANY and self.out * self.attributes >= 2 * self.in_width)
+        )
 
     def plain(self, *shape: int) -> Tensor:
         """Memory in the type of x."""
@@ -107,9 +125,7 @@ class Layer:
             "BC": min(padded(self.rank), given.columns),
             "BH": min(padded(self.hidden), given.hidden),
             "BN": min(padded(self.experts * self.hidden), given.joint),
-            "DENSE": (self.large or INTERPRETED)
-            and self.experts < 4 * self.given.top_k
-            and self.experts <= MOST_UNROLLED,
+            "DENSE": self.dense,
             "EP": self.padded_experts,
             "num_warps": given.warps,
             "num_stages": given.stages,
@@ -127,20 +143,27 @@ class Prepared(NamedTuple):
     folded: Tensor  # [r, d]
     column_sums: Tensor  # [r], of folded as it was rounded
     shift: Tensor  # [r]
-    scaled_up: Tensor  # [A, out / A, r]
+    # [A, out / A, r], scaler folded in; or, `joint`, [A, out / A, K] with the frozen weight and
+    # bias, K = r + in + ONES.
+    right: Tensor
     counter: Tensor | None  # [1], 0
 
 
-def prepare(layer: Layer, *, counts: bool) -> Prepared:
+ONES = 64  # columns of the bias in a joint product, of which one counts: rows stay aligned
+
+
+def prepare(layer: Layer, *, counts: bool, joint: bool = False) -> Prepared:
     given = layer.given
-    scaled_up = layer.plain(layer.attributes, layer.out, layer.rank)
+    columns = layer.rank + (layer.in_width + ONES if joint else 0)
+    right = layer.plain(layer.attributes, layer.out, columns)
     prepared = Prepared(
         layer.plain(layer.rank, layer.width), layer.wide(layer.rank), layer.wide(layer.rank),
-        scaled_up, given.x.new_empty(1, dtype=torch.int32) if counts else None,
+        right, given.x.new_empty(1, dtype=torch.int32) if counts else None,
     )  # fmt: skip
     launch(
-        products.prepare, (layer.rank + triton.cdiv(scaled_up.numel(), FLAT),),
-        given.norm1_weight, given.norm1_bias, given.down, given.up, given.scaler, *prepared,
-        layer.width, layer.rank, layer.out, layer.attributes, BLOCK=FLAT,
+        products.prepare, (layer.rank + triton.cdiv(right.numel(), FLAT),),
+        given.norm1_weight, given.norm1_bias, given.down, given.up, given.scaler,
+        given.weight if joint else None, given.bias if joint else None, *prepared,
+        layer.width, layer.rank, layer.out, layer.attributes, ONES=ONES, BLOCK=FLAT,
     )  # fmt: skip
     return prepared

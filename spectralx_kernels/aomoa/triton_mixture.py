@@ -195,18 +195,20 @@ def output_layer(
 
 
 @triton.jit
-def _add_expert(
-    peak, total, hidden_rows, fc2, fc2_bias, gate, e, row, here, c,
-    rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """One more term of a running log-sum-exp [BM, BC]: peak + log(total)."""
+def add_term(peak, total, y, gate):
+    """One more term of a running log-sum-exp [BM, BC], peak + log(total): outputs y of an expert
+    with gates [BM]."""
     taken = gate != 0
-    y = output_layer(hidden_rows, fc2, fc2_bias, e, row, here, c, rank, hidden, EXPERTS, BM, BC, BH)
     term = tl.where(taken[:, None], y + tl.log(tl.where(taken, gate, 1.0))[:, None], float("-inf"))
     higher = tl.where(term > peak, term, peak)  # a NaN comes in through the total
     base = tl.where(higher == float("-inf"), 0.0, higher)
     return higher, total * tl.exp(peak - base) + tl.exp(term - base)
+
+
+@triton.jit
+def log_sum(peak, total):
+    """What `add_term` has added up; of no term at all the published constant."""
+    return tl.where(total == 0, _LOG_EPSILON, peak + tl.log(tl.where(total == 0, 1.0, total)))
 
 
 @triton.jit
@@ -222,35 +224,67 @@ def combine(
         # Unrolled: what the experts read is under way at once.
         for e in tl.static_range(EXPERTS):
             gate = gate_of(gates, place, here, e, EXPERTS)
-            peak, total = _add_expert(
-                peak, total, hidden_rows, fc2, fc2_bias, gate, e, row, here, c, rank, hidden,
-                EXPERTS, BM, BC, BH,
-            )  # fmt: skip
+            y = output_layer(
+                hidden_rows, fc2, fc2_bias, e, row, here, c, rank, hidden, EXPERTS, BM, BC, BH
+            )
+            peak, total = add_term(peak, total, y, gate)
     else:
         for e in range(EXPERTS):
             gate = gate_of(gates, place, here, e, EXPERTS)
             if any_row(gate != 0):
-                peak, total = _add_expert(
-                    peak, total, hidden_rows, fc2, fc2_bias, gate, e, row, here, c, rank, hidden,
-                    EXPERTS, BM, BC, BH,
-                )  # fmt: skip
-    return tl.where(total == 0, _LOG_EPSILON, peak + tl.log(tl.where(total == 0, 1.0, total)))
+                y = output_layer(
+                    hidden_rows, fc2, fc2_bias, e, row, here, c, rank, hidden, EXPERTS, BM, BC, BH
+                )
+                peak, total = add_term(peak, total, y, gate)
+    return log_sum(peak, total)
 
 
 @triton.jit
-def _sum_load(load_partial, load, tiles, slots: tl.constexpr):
-    """load [A E] from the tiles' [tiles, A E], in their order; past the L1 cache, as other
-    multiprocessors wrote them."""
-    for s0 in range(0, slots, 64):
-        s = s0 + tl.arange(0, 64)
-        sums = tl.zeros([32, 64], tl.float32)
-        i = tl.arange(0, 32)
-        while tl.max(tiles - i, 0) > 0:
-            inside = (i < tiles)[:, None] & (s < slots)[None, :]
-            at = load_partial + i[:, None] * slots + s[None, :]
-            sums += tl.load(at, inside, 0.0, cache_modifier=".cg")
-            i += 32
-        tl.store(load + s, tl.sum(sums, 0), s < slots)
+def give_gates(
+    clean, raw, noise, gates, load_partial, a, place, here, attributes: tl.constexpr,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NOISY: tl.constexpr,
+    BM: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """Gates [BM, EP] from clean logits and raw deviations, to gates [A, T, E] too; the tile's load
+    to load_partial [tiles, A, E]."""
+    e = tl.arange(0, EP)
+    full = here[:, None] & (e < EXPERTS)[None, :]
+    at = place[:, None] * EXPERTS + e[None, :]
+    std = softplus(raw) + _NOISE_FLOOR
+    logits = clean
+    if NOISY:
+        logits = clean + tl.load(noise + at, full, 0.0) * std
+    chosen, weight, last, following = route(logits, EXPERTS, TOP_K, BM, EP)
+    weight = tl.where(weight <= _GATE_FLOOR, 0.0, weight)
+    tl.store(gates + at, weight, full)
+    stays = tl.where(weight != 0, 1.0, 0.0)
+    if NOISY and TOP_K < EXPERTS:
+        high = pick(logits, following, EP)
+        low = pick(logits, last, EP)
+        u = (clean - tl.where(chosen, high[:, None], low[:, None])) / std
+        stays = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
+    slot = (tl.program_id(0) * attributes + a) * EXPERTS + e
+    tl.store(load_partial + slot, tl.sum(tl.where(full, stays, 0.0), 0), e < EXPERTS)
+    return weight
+
+
+@triton.jit
+def finish_load(load_partial, load, counter, slots: tl.constexpr):
+    """load [A E] from the tiles' [tiles, A E], in their order, by the program that comes last, told
+    by `counter`, 0 before; past the L1 cache, as other multiprocessors wrote them."""
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    if before == tl.num_programs(0) * tl.num_programs(1) - 1:
+        tiles = tl.num_programs(0)
+        for s0 in range(0, slots, 64):
+            s = s0 + tl.arange(0, 64)
+            sums = tl.zeros([32, 64], tl.float32)
+            i = tl.arange(0, 32)
+            while tl.max(tiles - i, 0) > 0:
+                inside = (i < tiles)[:, None] & (s < slots)[None, :]
+                at = load_partial + i[:, None] * slots + s[None, :]
+                sums += tl.load(at, inside, 0.0, cache_modifier=".cg")
+                i += 32
+            tl.store(load + s, tl.sum(sums, 0), s < slots)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -267,28 +301,14 @@ def mixture(
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     here = t < tokens
     row = t.to(tl.int64) * attributes + a
-    e = tl.arange(0, EP)
-    full = here[:, None] & (e < EXPERTS)[None, :]
     place = a.to(tl.int64) * tokens + t
-    at = place[:, None] * EXPERTS + e[None, :]
     clean, raw = score(
         normed, gamma, beta, gate, gate_noise, a, row, here, rank, EXPERTS, NOISY, BM, BC, EP
     )
-    std = softplus(raw) + _NOISE_FLOOR
-    logits = clean
-    if NOISY:
-        logits = clean + tl.load(noise + at, full, 0.0) * std
-    chosen, weight, last, following = route(logits, EXPERTS, TOP_K, BM, EP)
-    weight = tl.where(weight <= _GATE_FLOOR, 0.0, weight)
-    tl.store(gates + at, weight, full)
-    stays = tl.where(weight != 0, 1.0, 0.0)
-    if NOISY and TOP_K < EXPERTS:
-        high = pick(logits, following, EP)
-        low = pick(logits, last, EP)
-        u = (clean - tl.where(chosen, high[:, None], low[:, None])) / std
-        stays = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
-    slot = (tl.program_id(0) * attributes + a) * EXPERTS + e
-    tl.store(load_partial + slot, tl.sum(tl.where(full, stays, 0.0), 0), e < EXPERTS)
+    give_gates(
+        clean, raw, noise, gates, load_partial, a, place, here, attributes, EXPERTS, TOP_K, NOISY,
+        BM, EP,
+    )  # fmt: skip
     tl.debug_barrier()
     hidden_layer(
         normed, gamma, beta, fc1, fc1_bias, hidden_rows, gates, row, place, here, rank, hidden,
@@ -306,6 +326,4 @@ def mixture(
             total.to(mixed.dtype.element_ty),
             here[:, None] & (c < rank)[None, :],
         )
-    before = tl.atomic_add(counter, 1, sem="acq_rel")
-    if before == tl.num_programs(0) * tl.num_programs(1) - 1:
-        _sum_load(load_partial, load, tl.num_programs(0), attributes * EXPERTS)
+    finish_load(load_partial, load, counter, attributes * EXPERTS)

@@ -15,12 +15,14 @@ import triton.language as tl
 
 @triton.jit
 def prepare(
-    gamma, beta, down, up, scaler, folded, column_sums, shift, scaled_up, counter,
+    gamma, beta, down, up, scaler, frozen, bias, folded, column_sums, shift, right, counter,
     width: tl.constexpr, rank: tl.constexpr, out: tl.constexpr, attributes: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ONES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program to a row of `down`: gamma folded in, its sum after rounding, beta down^T. The
-    programs after them fold `scaler` into `up`: [A, out, r]. `counter` is set to 0."""
+    programs after them fold `scaler` into `up`: right [A, out, r], or, with `frozen`, beside its
+    rows: [A, out, K] of [up | W | bias, 0 ...] for the first attribute and [W | bias, 0 ... | up]
+    for the second, where the bias has ONES columns. `counter` is set to 0."""
     pid = tl.program_id(0)
     if counter is not None:  # noqa: SIM102 (decided when compiling, the inner one is not)
         if pid == 0:
@@ -41,11 +43,71 @@ def prepare(
         tl.store(shift + pid, tl.sum(moved, 0))
     else:
         at = (pid - rank) * BLOCK + tl.arange(0, BLOCK)
-        plane = out * rank
-        inside = at < plane * attributes
-        scale = tl.load(scaler + at // rank, inside, 0.0).to(tl.float32)
-        value = tl.load(up + at % plane, inside, 0.0).to(tl.float32)
-        tl.store(scaled_up + at, (scale * value).to(scaled_up.dtype.element_ty), inside)
+        columns: tl.constexpr = rank if frozen is None else rank + attributes * width + ONES
+        row = at // columns
+        inside = row < out * attributes
+        place = at % columns
+        if frozen is not None:
+            # Of both attributes: the rank, the frozen layer's columns, the bias's.
+            place = tl.where(row < out, place, (place + rank) % columns)
+        of_up = inside & (place < rank)
+        scale = tl.load(scaler + row, of_up, 0.0).to(tl.float32)
+        value = tl.load(up + (row % out) * rank + place, of_up, 0.0).to(tl.float32)
+        value = (scale * value).to(right.dtype.element_ty)
+        if frozen is not None:
+            k = place - rank
+            of_frozen = inside & (k >= 0) & (k < attributes * width)
+            value += tl.load(frozen + row * (attributes * width) + k, of_frozen, 0.0)
+            if bias is not None:
+                value += tl.load(bias + row, inside & (k == attributes * width), 0.0)
+        tl.store(right + at, value, inside)
+
+
+@triton.jit
+def down_product(
+    x, folded, copy, copy_at, row, here, n, width: tl.constexpr, rank: tl.constexpr, eps,
+    SHIFTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x folded^T [BM, BN] at columns n, the mean of each row's first block, and norm1's mean and
+    1 / deviation [BM] from the same pass over x.
+
+    The variance is of x less the mean of the row's first block, so that a large mean does not
+    cancel; SHIFTED takes that off before the product too. With `copy` rows go to copy + copy_at.
+    """
+    k = tl.arange(0, BK)
+    first = tl.load(
+        x + row[:, None] * width + k[None, :], here[:, None] & (k < width)[None, :], 0.0
+    )
+    origin = tl.sum(first.to(tl.float32), 1) / tl.minimum(width, BK)
+    acc = tl.zeros([BM, BN], tl.float32)
+    sums = tl.zeros([BM, BK], tl.float32)
+    squares = tl.zeros([BM, BK], tl.float32)
+    for k0 in range(0, width, BK):
+        inside = (k0 + k) < width
+        full = here[:, None] & inside[None, :]
+        at = x + row[:, None] * width + (k0 + k)[None, :]
+        values = tl.load(at, full, 0.0)
+        # For the moments from the cache again, which another policy keeps from being one load
+        # with the product's: shared by both, it is overwritten while the product reads it
+        # (_triton_races.py).
+        apart = tl.load(at, full, 0.0, eviction_policy="evict_last")
+        weight = tl.load(
+            folded + n[None, :] * width + (k0 + k)[:, None],
+            inside[:, None] & (n < rank)[None, :],
+            0.0,
+        )
+        if copy is not None:
+            tl.store(copy + copy_at + (k0 + k)[None, :], apart, full)
+        moved = tl.where(full, apart.to(tl.float32) - origin[:, None], 0.0)
+        sums += moved
+        squares += moved * moved
+        if SHIFTED:
+            values = moved.to(x.dtype.element_ty)
+        acc = tl.dot(values, weight, acc, input_precision="ieee")
+    distance = tl.sum(sums, 1) / width
+    variance = tl.sum(squares, 1) / width - distance * distance
+    rstd = tl.rsqrt(tl.where(variance < 0, 0.0, variance) + eps)
+    return acc, origin, origin + distance, rstd
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -55,55 +117,23 @@ def down_norm(
     SHIFTED: tl.constexpr, WHOLE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """x folded^T with norm1's statistics from the same pass over x, and norm2.
-
-    The variance is of x less the mean of the row's first block, so that a large mean does not
-    cancel; SHIFTED takes that off before the product too. WHOLE: a tile holds the whole rank.
-    """
+    """x folded^T with norm1's statistics from the same pass over x, and norm2. WHOLE: a tile holds
+    the whole rank."""
     a = tl.program_id(1)
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     here = t < tokens
     row = t.to(tl.int64) * attributes + a
-    k = tl.arange(0, BK)
-    first = tl.load(
-        x + row[:, None] * width + k[None, :], here[:, None] & (k < width)[None, :], 0.0
-    )
-    origin = tl.sum(first.to(tl.float32), 1) / tl.minimum(width, BK)
-    mean = origin
-    rstd = origin
+    mean = tl.zeros([BM], tl.float32)
+    rstd = tl.zeros([BM], tl.float32)
     for n0 in range(0, rank, BN):
         n = n0 + tl.arange(0, BN)
-        acc = tl.zeros([BM, BN], tl.float32)
-        sums = tl.zeros([BM, BK], tl.float32)
-        squares = tl.zeros([BM, BK], tl.float32)
-        for k0 in range(0, width, BK):
-            inside = (k0 + k) < width
-            full = here[:, None] & inside[None, :]
-            at = x + row[:, None] * width + (k0 + k)[None, :]
-            values = tl.load(at, full, 0.0)
-            # For the moments from the cache again, which another policy keeps from being one load
-            # with the product's: shared by both, it is overwritten while the product reads it
-            # (_triton_races.py).
-            apart = tl.load(at, full, 0.0, eviction_policy="evict_last")
-            weight = tl.load(
-                folded + n[None, :] * width + (k0 + k)[:, None],
-                inside[:, None] & (n < rank)[None, :],
-                0.0,
-            )
-            moved = tl.where(full, apart.to(tl.float32) - origin[:, None], 0.0)
-            sums += moved
-            squares += moved * moved
-            if SHIFTED:
-                values = moved.to(x.dtype.element_ty)
-            acc = tl.dot(values, weight, acc, input_precision="ieee")
-        distance = tl.sum(sums, 1) / width
-        variance = tl.sum(squares, 1) / width - distance * distance
-        rstd = tl.rsqrt(tl.where(variance < 0, 0.0, variance) + eps)
-        mean = origin + distance
+        acc, origin, mean, rstd = down_product(
+            x, folded, None, 0, row, here, n, width, rank, eps, SHIFTED, BM, BN, BK
+        )
         known = n < rank
         sum_n = tl.load(column_sums + n, known, 0.0)
         shift_n = tl.load(shift + n, known, 0.0)
-        off = distance if SHIFTED else mean
+        off = mean - origin if SHIFTED else mean
         z0 = rstd[:, None] * (acc - off[:, None] * sum_n[None, :]) + shift_n[None, :]
         if WHOLE:
             mean2 = tl.sum(tl.where(known[None, :], z0, 0.0), 1) / rank
