@@ -76,14 +76,19 @@ def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     )
     if tokens == 0:
         return _frozen(layer), kept.gates, kept.load.zero_(), kept.normed, kept.statistics
-    if layer.whole and layer.joint:
+    small = layer.whole and padded(layer.rank) <= _IN_ONE
+    if small and layer.joint:
         return _joint(layer, kept), *kept
     out = _frozen(layer)
-    prepared = prepare(layer, counts=True)
     mixed = layer.plain(tokens, attributes, layer.rank)
-    if layer.whole:
+    if small:
+        prepared = prepare(layer, counts=True)
         _adapt(layer, prepared, kept, mixed, attributes * layer.rank, layer.rank, None)
+    elif layer.whole:
+        prepared = prepare(layer, counts=True, statistics=kept.statistics)
+        _adapt_product(layer, prepared, kept, mixed)
     else:
+        prepared = prepare(layer, counts=True)
         _down(layer, prepared, kept.statistics, kept.normed)
         _mix(layer, prepared, kept, mixed)
     by_attribute = out.view(tokens, attributes, layer.out).transpose(0, 1)
@@ -122,6 +127,9 @@ def _mix(layer: Layer, prepared: Prepared, kept: _Kept, mixed: Tensor) -> None:
     )  # fmt: skip
 
 
+_IN_ONE = 128  # rank up to which the down product is in the same program
+
+
 def _whole_tiles(layer: Layer) -> Tiles:
     return Tiles(64, 0, 64) if INTERPRETED else Tiles(16, 0, 64, stages=3)
 
@@ -145,6 +153,39 @@ def _adapt(
         given.norm_eps, ROW=row, STEP=step, ONES=ONES, EXPERTS=layer.experts, TOP_K=given.top_k,
         NOISY=given.noise is not None, SHIFTED=not layer.narrow, BM=tiles.tokens,
         BR=padded(layer.rank), BK=tiles.hidden, BH=padded(layer.hidden), EP=layer.padded_experts,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+def _product_tiles(layer: Layer) -> Tiles:
+    if INTERPRETED:
+        return Tiles(64, 512, 512, joint=256)
+    return Tiles(16, 64, 256, joint=256, warps=8, stages=2)
+
+
+def _adapt_product(layer: Layer, prepared: Prepared, kept: _Kept, mixed: Tensor) -> None:
+    """`whole.adapt_product` behind the vendor's down product."""
+    given = layer.given
+    rows = given.x.view(layer.rows, layer.width)
+    if not layer.narrow:
+        # float32 keeps its digits where a row's mean is far from 0.
+        rows = rows - kept.statistics[0].t().reshape(-1, 1)
+    tiles = _product_tiles(layer)
+    grid = layer.grid(tiles.tokens)
+    launch(
+        whole.adapt_product, grid,
+        _wide_mm(rows, prepared.folded.t()), prepared.column_sums, prepared.shift,
+        given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise, layer.noise,
+        given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
+        kept.statistics, kept.normed, kept.gates,
+        layer.wide(grid[0], layer.attributes, layer.experts), kept.load, prepared.counter,
+        layer.plain(layer.rows, layer.rank), layer.plain(layer.rows, layer.experts, layer.hidden),
+        mixed, layer.tokens, layer.attributes, layer.rank, layer.hidden, given.norm_eps,
+        CENTRED=not layer.narrow, EXPERTS=layer.experts, TOP_K=given.top_k,
+        NOISY=given.noise is not None, BM=tiles.tokens, BR=padded(layer.rank),
+        BC=min(padded(layer.rank), tiles.columns),
+        BN=min(padded(layer.experts * layer.hidden), tiles.joint), BH=padded(layer.hidden),
+        BY=min(padded(layer.rank), tiles.hidden), EP=layer.padded_experts,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 

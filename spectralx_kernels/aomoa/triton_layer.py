@@ -15,8 +15,10 @@ from spectralx_kernels.aomoa import triton_products as products
 
 MOST_EXPERTS = 256  # a tile's logits stay in registers
 MOST_UNROLLED = 8  # experts whose code stands one after the other
-MOST_WHOLE = 128  # of a rank that a program's registers hold
-MANY = 2048  # tokens from which on tiles of 16 are more than a GPU runs at once
+MOST_WHOLE = 512  # of a rank that a program's registers hold
+MOST_HIDDEN = 128  # of an expert's hidden layer then
+# Tokens from which on tiles of 16 are more than a GPU runs at once.
+MANY = 0 if INTERPRETED else 2048
 FLAT = 1024  # elements of a program that takes a tensor as a flat one
 
 
@@ -97,15 +99,11 @@ class Layer:
             and self.experts < 4 * given.top_k
             and self.experts <= MOST_UNROLLED
         )
-        # A program takes a row's rank and an expert's hidden layer whole.
-        self.whole = (
-            self.dense
-            and padded(self.rank) <= MOST_WHOLE
-            and padded(self.hidden) <= MOST_WHOLE // 2
-        )
+        # A program takes a row's whole rank; a narrow one with the down product before it.
+        self.whole = self.dense and padded(self.rank) <= MOST_WHOLE and self.hidden <= MOST_HIDDEN
         # The up product is more K of the frozen one: x is copied for it, and W at every call.
         self.joint = self.attributes <= 2 and (
-            INTERPRETED or (self.tokens >= MANY and self.out * self.attributes >= 2 * self.in_width)
+            self.tokens >= MANY and self.out * self.attributes >= 2 * self.in_width
         )
 
     def plain(self, *shape: int) -> Tensor:
@@ -152,7 +150,13 @@ class Prepared(NamedTuple):
 ONES = 64  # columns of the bias in a joint product, of which one counts: rows stay aligned
 
 
-def prepare(layer: Layer, *, counts: bool, joint: bool = False) -> Prepared:
+_ROWS = 4  # of a program that takes moments
+
+
+def prepare(
+    layer: Layer, *, counts: bool, joint: bool = False, statistics: Tensor | None = None
+) -> Prepared:
+    """Folded weights; into `statistics` [3, A, T] norm1's, where it is given."""
     given = layer.given
     columns = layer.rank + (layer.in_width + ONES if joint else 0)
     right = layer.plain(layer.attributes, layer.out, columns)
@@ -160,10 +164,14 @@ def prepare(layer: Layer, *, counts: bool, joint: bool = False) -> Prepared:
         layer.plain(layer.rank, layer.width), layer.wide(layer.rank), layer.wide(layer.rank),
         right, given.x.new_empty(1, dtype=torch.int32) if counts else None,
     )  # fmt: skip
+    flat = triton.cdiv(right.numel(), FLAT)
+    tiles = 0 if statistics is None else triton.cdiv(layer.rows, _ROWS)
     launch(
-        products.prepare, (layer.rank + triton.cdiv(right.numel(), FLAT),),
+        products.prepare, (layer.rank + flat + tiles,),
         given.norm1_weight, given.norm1_bias, given.down, given.up, given.scaler,
         given.weight if joint else None, given.bias if joint else None, *prepared,
-        layer.width, layer.rank, layer.out, layer.attributes, ONES=ONES, BLOCK=FLAT,
+        None if statistics is None else given.x, statistics, layer.tokens, flat, given.norm_eps,
+        layer.width, layer.rank, layer.out, layer.attributes, ONES=ONES, BLOCK=FLAT, BM=_ROWS,
+        BW=min(padded(layer.width), 2 * FLAT),
     )  # fmt: skip
     return prepared

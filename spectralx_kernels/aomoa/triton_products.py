@@ -14,15 +14,46 @@ import triton.language as tl
 
 
 @triton.jit
+def _moments(
+    x, statistics, tokens, tile, eps, attributes: tl.constexpr, width: tl.constexpr,
+    BM: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / deviation of BM rows of x [T A, width]; the variance is of what is left by the
+    mean of a row's first block."""
+    row = tile.to(tl.int64) * BM + tl.arange(0, BM)
+    here = row < tokens * attributes
+    k = tl.arange(0, BW)
+    origin = tl.zeros([BM], tl.float32)
+    sums = tl.zeros([BM, BW], tl.float32)
+    squares = tl.zeros([BM, BW], tl.float32)
+    for k0 in range(0, width, BW):
+        full = here[:, None] & ((k0 + k) < width)[None, :]
+        value = tl.load(x + row[:, None] * width + (k0 + k)[None, :], full, 0.0).to(tl.float32)
+        if k0 == 0:
+            origin = tl.sum(value, 1) / tl.minimum(width, BW)
+        value = tl.where(full, value - origin[:, None], 0.0)
+        sums += value
+        squares += value * value
+    distance = tl.sum(sums, 1) / width
+    variance = tl.sum(squares, 1) / width - distance * distance
+    rstd = tl.rsqrt(tl.where(variance < 0, 0.0, variance) + eps)
+    at = statistics + row % attributes * tokens + row // attributes
+    tl.store(at, origin + distance, here)
+    tl.store(at + (tokens * attributes).to(tl.int64), rstd, here)
+
+
+@triton.jit(do_not_specialize=["tokens", "right_programs"])
 def prepare(
     gamma, beta, down, up, scaler, frozen, bias, folded, column_sums, shift, right, counter,
+    x, statistics, tokens, right_programs, eps,
     width: tl.constexpr, rank: tl.constexpr, out: tl.constexpr, attributes: tl.constexpr,
-    ONES: tl.constexpr, BLOCK: tl.constexpr,
+    ONES: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """A program to a row of `down`: gamma folded in, its sum after rounding, beta down^T. The
     programs after them fold `scaler` into `up`: right [A, out, r], or, with `frozen`, beside its
     rows: [A, out, K] of [up | W | bias, 0 ...] for the first attribute and [W | bias, 0 ... | up]
-    for the second, where the bias has ONES columns. `counter` is set to 0."""
+    for the second, where the bias has ONES columns. With `x` the programs after these put norm1's
+    mean and 1 / deviation of its rows into statistics [3, A, T]. `counter` is set to 0."""
     pid = tl.program_id(0)
     if counter is not None:  # noqa: SIM102 (decided when compiling, the inner one is not)
         if pid == 0:
@@ -41,6 +72,11 @@ def prepare(
             moved += tl.load(beta + k, k < width, 0.0).to(tl.float32) * weight
         tl.store(column_sums + pid, tl.sum(sums, 0))
         tl.store(shift + pid, tl.sum(moved, 0))
+    elif pid >= rank + right_programs:
+        if x is not None:
+            _moments(
+                x, statistics, tokens, pid - rank - right_programs, eps, attributes, width, BM, BW
+            )
     else:
         at = (pid - rank) * BLOCK + tl.arange(0, BLOCK)
         columns: tl.constexpr = rank if frozen is None else rank + attributes * width + ONES

@@ -34,6 +34,31 @@ def test_sizes_beyond_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     ladder.check_accuracy(AOMOA, arguments(**CHUNKED), torch.float32)
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "one product for W and up": {},
+    "up apart": {"MANY": 10**9},
+    "down product before": {"_IN_ONE": 0},
+    "chunks of the rank": {"MOST_WHOLE": 0},
+}
+
+
+def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(layers if hasattr(layers, name) else kernels, name, value)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("attributes", [1, 2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_the_forward_pass(
+    way: str, attributes: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(way, monkeypatch)
+    sizes = {"width": 12 * attributes, "out": 24 * attributes, "attributes": attributes}
+    args = arguments(tokens=21, bias=bias, **sizes)
+    ladder.check_accuracy(AOMOA, args, torch.float32)
+
+
 def test_experts_unrolled_or_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(tokens=19)
     for unrolled in (layers.MOST_UNROLLED, 0):
@@ -66,10 +91,14 @@ def test_a_single_gradient(backward: Backward, everything: list[torch.Tensor], o
     assert torch.equal(alone, everything[only])
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("offset", [1e2, 1e3])
-def test_large_mean_of_a_row_does_not_cancel(offset: float) -> None:
+def test_large_mean_of_a_row_does_not_cancel(
+    offset: float, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each token's own mean dwarfs its deviations: norm1 is as exact as the reference's."""
-    args = list(arguments(tokens=4, width=160, rank=8))
+    take(way, monkeypatch)
+    args = list(arguments(tokens=4, width=160, out=320, rank=8))
     args[0] = args[0] + offset * torch.tensor([[1.0], [-1.0], [3.0], [0.0]], dtype=torch.float64)
     narrow = ladder.cast(args, torch.float32)
     exact = reference.aomoa_saving(*ladder.cast(narrow, torch.float64))
