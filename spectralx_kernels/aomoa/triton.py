@@ -210,6 +210,10 @@ def _backward_tiles(layer: Layer) -> Tiles:
     return Tiles(16, 128 if layer.rank <= 128 else 64, 64, joint=128) if layer.large else _SMALL
 
 
+# Columns of z and of its gradient that a tile of the backward holds at most.
+_Z_COLUMNS = 256 if INTERPRETED else 128
+
+
 def _gradient_tiles(layer: Layer) -> Tiles:
     # Longer tiles spill before sm_90.
     return Tiles(64 if architecture() >= 90 else 32, 64, 64) if layer.large else _SMALL
@@ -252,6 +256,9 @@ def _through_the_mixture(
     attributes, tokens, rank, rows = layer.attributes, layer.tokens, layer.rank, layer.rows
     tiles = _backward_tiles(layer)
     grid = layer.grid(tiles.tokens)
+    meta = layer.tiles(tiles)
+    meta["DENSE"] = meta["DENSE"] and meta["BH"] >= layer.hidden
+    meta["BZ"] = min(padded(rank), _Z_COLUMNS)
     combined = layer.wide(tokens, attributes, rank)
     back = _Rows(
         mixed_grad=torch.bmm(by_attribute, prepared.right),
@@ -274,8 +281,7 @@ def _through_the_mixture(
         back.noise_grad, layer.wide(rows, rank), back.normed_grad, back.row_terms,
         back.norm_partial,
         tokens, attributes, layer.width, rank, layer.hidden,
-        EXPERTS=layer.experts, TOP_K=given.top_k, NOISY=given.noise is not None,
-        **layer.tiles(tiles),
+        EXPERTS=layer.experts, TOP_K=given.top_k, NOISY=given.noise is not None, **meta,
     )  # fmt: skip
     return back
 
