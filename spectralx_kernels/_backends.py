@@ -26,6 +26,9 @@ TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
 # As triton reads it.
 _INTERPRET: Final = os.environ.get("TRITON_INTERPRET", "").lower()
 INTERPRETED: Final = _INTERPRET in ("1", "true", "on", "yes", "y")
+# SPECTRALX_UNPROVEN=1: what has replaced a kernel or its launch but not yet run on a GPU runs there
+# instead of it. Tests of the interpreter run both.
+UNPROVEN: Final = os.environ.get("SPECTRALX_UNPROVEN", "0") == "1"
 # The interpreter computes in NumPy, which has no bfloat16, and rounds float16 at other places than
 # a GPU does.
 INTERPRETER_DTYPES: Final = (torch.float32, torch.float64)

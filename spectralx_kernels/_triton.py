@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spectralx_kernels._backends import INTERPRETED
+from spectralx_kernels._backends import INTERPRETED, UNPROVEN
 from spectralx_kernels._triton_launch import start
 from spectralx_kernels._triton_races import race
 
@@ -69,10 +69,10 @@ _assumed: int | None = None
 def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
     """``kernel[grid](*args, **kwargs)``."""
     if _recording is None:
-        if INTERPRETED:
-            kernel[grid](*args, **kwargs)
-        else:
+        if UNPROVEN and not INTERPRETED:
             start(kernel, grid, args, kwargs)
+        else:
+            kernel[grid](*args, **kwargs)
         return
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     options = {"num_warps": 4, "num_stages": 3}

@@ -265,7 +265,9 @@ def mixture_backward(
     chosen, weight, last, following = route(logits, EXPERTS, TOP_K, BM, EP)
     if gates_grad is not None:
         kept = tl.load(gates + at, full, 0.0)
-        shares += tl.where(kept != 0, kept * tl.load(gates_grad + first_place * EXPERTS + at, full, 0.0), 0.0)
+        shares += tl.where(
+            kept != 0, kept * tl.load(gates_grad + first_place * EXPERTS + at, full, 0.0), 0.0
+        )
     logits_grad = tl.where(chosen, shares - weight * tl.sum(shares, 1)[:, None], 0.0)
     clean_grad = tl.zeros([BM, EP], tl.float32)
     raw_grad = tl.zeros([BM, EP], tl.float32)

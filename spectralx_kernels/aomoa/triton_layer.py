@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spectralx_kernels._backends import INTERPRETED
+from spectralx_kernels._backends import INTERPRETED, UNPROVEN
 from spectralx_kernels._triton import launch
 from spectralx_kernels.aomoa import triton_products as products
 
@@ -100,7 +100,12 @@ class Layer:
             and self.experts <= MOST_UNROLLED
         )
         # A program takes a row's whole rank; a narrow one with the down product before it.
-        self.whole = self.dense and padded(self.rank) <= MOST_WHOLE and self.hidden <= MOST_HIDDEN
+        self.whole = (
+            UNPROVEN
+            and self.dense
+            and padded(self.rank) <= MOST_WHOLE
+            and self.hidden <= MOST_HIDDEN
+        )
         # The up product is more K of the frozen one: x is copied for it, and W at every call.
         self.joint = self.attributes <= 2 and (
             self.tokens >= MANY and self.out * self.attributes >= 2 * self.in_width

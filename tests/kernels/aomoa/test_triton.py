@@ -35,10 +35,10 @@ def test_sizes_beyond_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "one product for W and up": {},
-    "up apart": {"MANY": 10**9},
-    "down product before": {"_IN_ONE": 0},
-    "chunks of the rank": {"MOST_WHOLE": 0},
+    "one product for W and up": {"UNPROVEN": True},
+    "up apart": {"UNPROVEN": True, "MANY": 10**9},
+    "down product before": {"UNPROVEN": True, "_IN_ONE": 0},
+    "chunks of the rank": {"UNPROVEN": False},
 }
 
 
