@@ -8,12 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.shapes import SHAPES
-from tests.gpu import run
+from tests.gpu import conftest, run
 from tests.gpu.run import Command, Outcome, merge, run_all, write
 from tests.harden import record
 from tests.harden.parts import PARTS
@@ -198,6 +200,40 @@ def test_benchmark_files_are_joined(tmp_path: Path) -> None:
     kept[0]["extra_info"] = {**facts, "commit": "other"}
     (tmp_path / "a-gpu.json").write_text(json.dumps({"benchmarks": kept}))
     assert merge(sources, tmp_path / "out", tmp_path) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 4, 15, 60])
+def test_every_stretch_of_the_gpu_tests_begins_with_a_long_one(workers: int) -> None:
+    """All tests once; those of one dtype of a function side by side."""
+    items: list[Any] = [
+        SimpleNamespace(path=Path(name), originalname="test_it", name=f"test_it[{number}]",
+                        callspec=SimpleNamespace(params={"dtype": number % 3}))
+        for name, count in ((conftest.LONGEST, 15), ("test_a.py", 24), ("test_z.py", 21))
+        for number in range(count)
+    ]  # fmt: skip
+    found: list[Any] = conftest.in_turn(items, workers)
+    assert len(found) == len(items)
+    assert {id(item) for item in found} == {id(item) for item in items}
+    heads = [found[len(items) * worker // workers].path.name for worker in range(workers)]
+    assert heads.count(conftest.LONGEST) == min(workers, 15)
+    others = [(item.path.name, item.callspec.params["dtype"]) for item in found
+              if item.path.name != conftest.LONGEST]  # fmt: skip
+    assert others == sorted(others)
+
+
+def test_a_failure_is_said_at_once() -> None:
+    said: list[str] = []
+    reporter = SimpleNamespace(write_line=said.append, flush=lambda: said.append("flushed"))
+    plugins = SimpleNamespace(get_plugin=lambda name: reporter)
+    failures = conftest.Failures(SimpleNamespace(pluginmanager=plugins))  # type: ignore[arg-type]
+    where = SimpleNamespace(reprcrash="a.py:3: AssertionError: off")
+    for failed, why in ((False, None), (True, where), (True, "NOT RUN: 9 s are over")):
+        report: Any = SimpleNamespace(failed=failed, nodeid="a.py::test", longrepr=why)
+        failures.pytest_runtest_logreport(report)
+    assert said == [
+        "\nFAILED a.py::test: a.py:3: AssertionError: off", "flushed",
+        "\nFAILED a.py::test: NOT RUN: 9 s are over", "flushed",
+    ]  # fmt: skip
 
 
 def test_gpu_tests_skip_aloud() -> None:

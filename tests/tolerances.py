@@ -12,6 +12,12 @@ ROUND_OFF = {
 # A backend's error to float64 may be this many times the reference's own, in the same dtype.
 FORWARD_FACTOR = 2.0
 BACKWARD_FACTOR = 3.0
+# On a GPU the vendor's libraries sum in other orders than on a CPU: the larger of the reference's
+# two errors counts, and there the reference itself may miss by this many times a backend's bound.
+DEVICE_FACTOR = 2.0
+# Of the call's largest gradient: one below it, in float64, is zero in exact arithmetic (that of a
+# bias before batch statistics). Nothing but round-off, it is measured against that largest one.
+ZERO_GRADIENT = 1e-10
 
 # Golden files (float32 numbers of the published code): the larger of 1e-4 and ten times the
 # published code's own spread between one thread and two, relative to the array's largest value.

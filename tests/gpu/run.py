@@ -113,7 +113,11 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
         "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
     }
     workers = str(min(os.cpu_count() or 1, 15))
-    parallel = ["-n", workers] if importlib.util.find_spec("xdist") is not None else []
+    parallel = (
+        ["-n", workers, "--dist", "worksteal"]
+        if importlib.util.find_spec("xdist") is not None
+        else []
+    )
 
     def timed(name: str, chosen: str, limit: int, *words: str, alone: bool = False,
               part: str = "bench", file: str = "benchmarks") -> Command:  # fmt: skip
@@ -150,7 +154,7 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
                 build),
         Command("tests", "gpu", [PYTHON, "-m", "pytest", *parallel, "-q", "-m", "gpu", "tests/gpu"],
                 105 if whole else 300,
-                {"OMP_NUM_THREADS": "1", "SPECTRALX_GPU_SECONDS": "90" if whole else "280"}),
+                {"OMP_NUM_THREADS": "1", "SPECTRALX_GPU_SECONDS": "95" if whole else "285"}),
         timed("graphs", f"({GRAPHED}) and not compile and not dispatch", 80 if whole else 160,
               *half, "--graphs", "--seconds", "1"),
         reported("bench", "graphs report", "graphs.json"),

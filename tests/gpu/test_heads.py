@@ -26,7 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("before", "after"), ACTIVATIONS)
 def test_norms(before: str, after: str, dtype: torch.dtype) -> None:
-    for channels in (3, 52, 512):
+    # What channels change is the same in both half types; each width is another kernel to compile.
+    for channels in (3, 52, 512) if dtype != torch.float16 else (52,):
         args = norm_arguments((2, channels, 9, 31), before, after)
         ladder.check_accuracy(CHANNEL_NORM, args, dtype, "cuda")
         for transposed in (True, False):

@@ -31,7 +31,7 @@ from tests.harden.draws import Draw, arrange
 from tests.harden.operators import ENTRIES, Entry
 from tests.harden.record import Outcome
 from tests.kernels.aomoa.by_name import redrawn
-from tests.kernels.ladder import cast, moved, outputs_of, relative_error, run_with_gradients
+from tests.kernels.ladder import cast, error_beside, moved, outputs_of, run_with_gradients
 from tests.tolerances import BACKWARD_FACTOR, FORWARD_FACTOR, ROUND_OFF
 
 Results = dict[str, Tensor]
@@ -43,7 +43,6 @@ ROUNDINGS = 4  # that a number may have gone through when it is compared or adde
 CONDITION = 200  # roundings of a result that those may come to
 # Operators that compare numbers and compute none.
 EXACT = (RANDOM_MASKING.name, CONFUSION_MATRIX_UPDATE.name)
-ZERO = 1e-10  # of the largest gradient: below it one is zero but for round-off of float64
 TOKENS_OF_AOMOA = 11  # the place of the noise, [A, T, E]
 
 
@@ -243,9 +242,7 @@ def error_of(found: Tensor, truth: Tensor, exact: Results) -> float:
     gradients = [value.abs().max() for name, value in exact.items()
                  if name.startswith("gradient") and value.numel()]  # fmt: skip
     scale = max([1.0, *map(float, gradients)])
-    if truth.numel() and truth.isfinite().all() and truth.abs().max() <= ZERO * scale:
-        return float((found.double() - truth.double()).abs().max()) / scale
-    return relative_error(found, truth)
+    return error_beside(found, truth, scale)
 
 
 def redraws(entry: Entry, args: Sequence[Any], kind: Kind) -> Iterator[Sequence[Any]]:

@@ -93,20 +93,22 @@ def check_shape(
     device: str = "cpu",
     backends: Sequence[str] = (),
     draws: int = 5,
+    measured_on: str = "cpu",
 ) -> None:
     """`ladder.check_accuracy`, with the reference's own error over several orders and draws.
 
     The error of a norm over three elements, or of a gradient of one, is a single rounding: of one
     draw it is small by chance too often to be the measure of another implementation. Truth and
-    reference are evaluated on the CPU; `backends` are all of `device` but ``eager`` by default.
+    reference are evaluated on `measured_on`; `backends` are all of `device` but ``eager`` by
+    default.
     """
     own: dict[str, float] = {}
     others = [change(args, seed) for seed in range(1, 1 + draws) for change in (reordered, redrawn)]
     for values in (cast(each, dtype) for each in (args, *others)):
-        exact = run(cast(values, torch.float64), "eager", torch.float64)
-        for name, value in run(values, "eager", dtype).items():
+        exact = run(cast(values, torch.float64), "eager", torch.float64, measured_on)
+        for name, value in run(values, "eager", dtype, measured_on).items():
             own[name] = max(own.get(name, 0.0), relative_error(value, exact[name]))
-    exact = run(cast(cast(args, dtype), torch.float64), "eager", torch.float64)
+    exact = run(cast(cast(args, dtype), torch.float64), "eager", torch.float64, measured_on)
     for backend in backends or _backends.available(AOMOA.name, device)[:-1]:
         found = run(args, backend, dtype, device)
         assert found.keys() >= exact.keys()
