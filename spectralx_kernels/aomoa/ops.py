@@ -39,13 +39,13 @@ def _aomoa_fake(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 # Tokens from which on a GPU takes longer than the host takes to start Triton's kernels.
 _MANY_TOKENS = 2048
-_PROVEN_RANK = 128  # up to which an H100 has shown Triton to be right in half types; README.md
+_MEASURED_RANK = 128  # up to which an H100 has shown Triton to be the faster; README.md
 
 
 def _prefer(args: Sequence[Any], dtype: torch.dtype | None) -> str | None:
     """Triton where the GPU is what takes the time: measured on an H100, see README.md."""
     x, gate = args[0], args[9]
-    many = x.is_cuda and x.shape[0] >= _MANY_TOKENS and gate.shape[1] <= _PROVEN_RANK
+    many = x.is_cuda and x.shape[0] >= _MANY_TOKENS and gate.shape[1] <= _MEASURED_RANK
     return "triton" if many and dtype in (torch.bfloat16, torch.float16) else None
 
 

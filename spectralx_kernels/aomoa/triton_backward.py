@@ -10,11 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectralx_kernels.aomoa.triton_dense import (
-    experts_backward,
-    hidden_layers,
-    through_fc1,
-)
 from spectralx_kernels.aomoa.triton_mixture import (
     _NOISE_FLOOR,
     any_row,
@@ -104,91 +99,6 @@ def _through_fc1(
     return acc
 
 
-@triton.jit
-def _one_by_one(
-    normed, gamma, beta, fc1, fc1_bias, fc2, fc2_bias, gates, mixed_grad, hidden_rows, hidden_grad,
-    combined, mixed, row, place, here,
-    rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, EP: tl.constexpr,
-):  # fmt: skip
-    """What ``triton_dense`` does, by way of memory and for the experts that a row of the tile
-    takes: hidden layers, log-sum-exp, hidden gradients; gates times their gradients [BM, EP]."""
-    hidden_layer(
-        normed, gamma, beta, fc1, fc1_bias, hidden_rows, gates, row, place, here, rank, hidden,
-        EXPERTS, False, BM, BC, BH, BN,
-    )  # fmt: skip
-    tl.debug_barrier()
-    for c0 in range(0, rank, BC):
-        c = c0 + tl.arange(0, BC)
-        total = combine(
-            hidden_rows, fc2, fc2_bias, gates, row, place, here, c, rank, hidden, EXPERTS, False,
-            BM, BC, BH,
-        )  # fmt: skip
-        to = row[:, None] * rank + c[None, :]
-        inside = here[:, None] & (c < rank)[None, :]
-        tl.store(combined + to, total, inside)
-        tl.store(mixed + to, total.to(mixed.dtype.element_ty), inside)
-    tl.debug_barrier()
-    shares = tl.zeros([BM, EP], tl.float32)
-    for e in range(EXPERTS):
-        if any_row(gate_of(gates, place, here, e, EXPERTS) != 0):
-            shares = _expert_backward(
-                shares, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows, hidden_grad, e,
-                row, place, here, rank, hidden, EXPERTS, BM, BC, BH, EP,
-            )  # fmt: skip
-    return shares
-
-
-@triton.jit
-def _through_router(
-    clean_grad, raw_grad, gate, gate_noise, a, c,
-    rank: tl.constexpr, EXPERTS: tl.constexpr, NOISY: tl.constexpr, EP: tl.constexpr,
-):  # fmt: skip
-    """The router's share [BM, BC] of z's gradient at columns c."""
-    e = tl.arange(0, EP)
-    at = (a * rank + c)[None, :] * EXPERTS + e[:, None]
-    known = (c < rank)[None, :] & (e < EXPERTS)[:, None]
-    acc = tl.dot(clean_grad, tl.load(gate + at, known, 0.0), input_precision="ieee")
-    if NOISY:
-        acc = tl.dot(raw_grad, tl.load(gate_noise + at, known, 0.0), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def _norm_slopes(z_grad, value, gamma, c, row_sum, row_slope, rank: tl.constexpr):
-    """The two sums over a row [BM] that norm2's backward takes, with columns c of z's gradient,
-    `value` being norm2's output before its weight; both 0 outside."""
-    scaled = z_grad * tl.load(gamma + c, c < rank, 0.0).to(tl.float32)[None, :]
-    return row_sum + tl.sum(scaled, 1), row_slope + tl.sum(scaled * value, 1)
-
-
-@triton.jit
-def _through_norm(
-    grad, value, gamma, column_sums, shift, normed_grad, partial, row, here, c, row_sum, row_slope,
-    mean1, rstd1, rstd2, mean, slope, rank: tl.constexpr,
-):  # fmt: skip
-    """Columns c of z's gradient through norm2, to normed_grad and `partial`; the two sums over a
-    row of what norm1 adds to x's gradient."""
-    known = c < rank
-    inside = here[:, None] & known[None, :]
-    scale = tl.load(gamma + c, known, 0.0).to(tl.float32)
-    z0_grad = rstd2[:, None] * (
-        grad * scale[None, :] - row_sum[:, None] / rank - value * (row_slope[:, None] / rank)
-    )
-    z0_grad = tl.where(inside, z0_grad, 0.0)
-    scaled = (z0_grad * rstd1[:, None]).to(normed_grad.dtype.element_ty)
-    tl.store(normed_grad + row[:, None] * rank + c[None, :], scaled, inside)
-    rounded = scaled.to(tl.float32)
-    tl.store(partial + c, tl.sum(grad * value, 0), known)
-    tl.store(partial + rank + c, tl.sum(grad, 0), known)
-    tl.store(partial + 2 * rank + c, tl.sum(z0_grad, 0), known)
-    tl.store(partial + 3 * rank + c, tl.sum(rounded * mean1[:, None], 0), known)
-    mean += tl.sum(rounded * tl.load(column_sums + c, known, 0.0)[None, :], 1)
-    # z0 less its mean, which drops out: the gradient of a norm's input sums to 0.
-    moved = value / rstd2[:, None] - tl.load(shift + c, known, 0.0)[None, :]
-    return mean, slope + tl.sum(rounded * moved, 1)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def mixture_backward(
     gates, normed, statistics, gamma, beta, gate, gate_noise, noise, fc1, fc1_bias, fc2, fc2_bias,
@@ -198,76 +108,69 @@ def mixture_backward(
     tokens, attributes: tl.constexpr, width: tl.constexpr, rank: tl.constexpr,
     hidden: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NOISY: tl.constexpr,
     DENSE: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BZ: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    EP: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of `mixed` back to the down product, routing done again.
 
     For the weights: hidden_rows and hidden_grad [R, E, h], combined [R, r] (float) and mixed (the
     same, rounded), router_grad [R, 2 E]. For what follows: normed_grad [R, r], row_terms [R, 2],
     norm_partial [tiles, A, 4, r]: sums of norm2's weight's and bias's gradient, of z0's, of
-    normed_grad * mean1. DENSE: all experts on all rows, from registers; BC columns of their outputs
-    at once, BZ of z and its gradient.
+    normed_grad * mean1.
     """
-    whole: tl.constexpr = DENSE and BZ >= rank
     a = tl.program_id(1)
-    i = tl.arange(0, BM)
-    first = tl.program_id(0) * BM
-    here = first + i < tokens
-    # Pointers go to the tile's first row, so that places in it are 32-bit integers.
-    first_row = first.to(tl.int64) * attributes + a
-    first_place = a.to(tl.int64) * tokens + first
-    plane = (tokens * attributes).to(tl.int64)
-    normed += first_row * rank
-    combined += first_row * rank
-    mixed += first_row * rank
-    z_grad += first_row * rank
-    normed_grad += first_row * rank
-    hidden_rows += first_row * (EXPERTS * hidden)
-    hidden_grad += first_row * (EXPERTS * hidden)
-    router_grad += first_row * (2 * EXPERTS)
-    row_terms += first_row * 2
-    mixed_grad += first_place * rank
-    gates += first_place * EXPERTS
-    statistics += first_place
-    row = i * attributes
-    place = i
+    t = tl.program_id(0) * BM + tl.arange(0, BM)
+    here = t < tokens
+    row = t.to(tl.int64) * attributes + a
+    place = a.to(tl.int64) * tokens + t
     e_all = tl.arange(0, EP)
     known = (e_all < EXPERTS)[None, :]
     full = here[:, None] & known
-    at = i[:, None] * EXPERTS + e_all[None, :]
+    at = place[:, None] * EXPERTS + e_all[None, :]
 
-    if DENSE:
-        values = hidden_layers(
-            normed, gamma, beta, fc1, fc1_bias, hidden_rows, row, here, rank, hidden, EXPERTS,
-            BM, BZ, BH,
-        )  # fmt: skip
-        shares, grads = experts_backward(
-            values, gates, fc2, fc2_bias, mixed_grad, combined, mixed, hidden_grad, row, place,
-            here, rank, hidden, EXPERTS, BM, BC, BH, EP,
-        )  # fmt: skip
-    else:
-        shares = _one_by_one(
-            normed, gamma, beta, fc1, fc1_bias, fc2, fc2_bias, gates, mixed_grad, hidden_rows,
-            hidden_grad, combined, mixed, row, place, here, rank, hidden, EXPERTS, BM, BC, BH, BN,
-            EP,
-        )  # fmt: skip
-
-    # Router.
     clean, raw = score(
-        normed, gamma, beta, gate, gate_noise, a, row, here, rank, EXPERTS, NOISY, BM,
-        BZ if DENSE else BC, EP,
-    )  # fmt: skip
+        normed, gamma, beta, gate, gate_noise, a, row, here, rank, EXPERTS, NOISY, BM, BC, EP
+    )
     std = softplus(raw) + _NOISE_FLOOR
     logits = clean
     if NOISY:
-        logits = clean + tl.load(noise + first_place * EXPERTS + at, full, 0.0) * std
+        logits = clean + tl.load(noise + at, full, 0.0) * std
     chosen, weight, last, following = route(logits, EXPERTS, TOP_K, BM, EP)
+    hidden_layer(
+        normed, gamma, beta, fc1, fc1_bias, hidden_rows, gates, row, place, here, rank, hidden,
+        EXPERTS, DENSE, BM, BC, BH, BN,
+    )  # fmt: skip
+    tl.debug_barrier()
+    for c0 in range(0, rank, BC):
+        c = c0 + tl.arange(0, BC)
+        total = combine(
+            hidden_rows, fc2, fc2_bias, gates, row, place, here, c, rank, hidden, EXPERTS, DENSE,
+            BM, BC, BH,
+        )  # fmt: skip
+        to = row[:, None] * rank + c[None, :]
+        inside = here[:, None] & (c < rank)[None, :]
+        tl.store(combined + to, total, inside)
+        tl.store(mixed + to, total.to(mixed.dtype.element_ty), inside)
+    tl.debug_barrier()
+
+    shares = tl.zeros([BM, EP], tl.float32)
+    if DENSE:
+        for e in tl.static_range(EXPERTS):
+            shares = _expert_backward(
+                shares, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows, hidden_grad, e,
+                row, place, here, rank, hidden, EXPERTS, BM, BC, BH, EP,
+            )  # fmt: skip
+    else:
+        for e in range(EXPERTS):
+            if any_row(gate_of(gates, place, here, e, EXPERTS) != 0):
+                shares = _expert_backward(
+                    shares, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows, hidden_grad,
+                    e, row, place, here, rank, hidden, EXPERTS, BM, BC, BH, EP,
+                )  # fmt: skip
+
+    # Router.
     if gates_grad is not None:
         kept = tl.load(gates + at, full, 0.0)
-        shares += tl.where(
-            kept != 0, kept * tl.load(gates_grad + first_place * EXPERTS + at, full, 0.0), 0.0
-        )
+        shares += tl.where(kept != 0, kept * tl.load(gates_grad + at, full, 0.0), 0.0)
     logits_grad = tl.where(chosen, shares - weight * tl.sum(shares, 1)[:, None], 0.0)
     clean_grad = tl.zeros([BM, EP], tl.float32)
     raw_grad = tl.zeros([BM, EP], tl.float32)
@@ -285,75 +188,82 @@ def mixture_backward(
             raw_grad = -through * u
             logits_grad -= tl.where(e_all[None, :] == following[:, None], of_high[:, None], 0.0)
             logits_grad -= tl.where(e_all[None, :] == last[:, None], of_low[:, None], 0.0)
-        drawn = tl.load(noise + first_place * EXPERTS + at, full, 0.0)
+        drawn = tl.load(noise + at, full, 0.0)
         raw_grad = (raw_grad + logits_grad * drawn) / (1.0 + tl.exp(-raw))
         if noise_grad is not None:
-            tl.store(noise_grad + first_place * EXPERTS + at, logits_grad * std, full)
+            tl.store(noise_grad + at, logits_grad * std, full)
     clean_grad = (clean_grad + logits_grad).to(gate.dtype.element_ty)
     raw_grad = raw_grad.to(gate.dtype.element_ty)
     router_at = row[:, None] * (2 * EXPERTS) + e_all[None, :]
     tl.store(router_grad + router_at, clean_grad, full)
     tl.store(router_grad + router_at + EXPERTS, raw_grad, full)
+    tl.debug_barrier()
 
-    # z's gradient through norm2, and what norm1 adds to a row of x's gradient.
+    # z's gradient, and the two sums over a row that norm2's backward takes.
+    row_sum = tl.zeros([BM], tl.float32)
+    row_slope = tl.zeros([BM], tl.float32)
+    for c0 in range(0, rank, BC):
+        c = c0 + tl.arange(0, BC)
+        inside = here[:, None] & (c < rank)[None, :]
+        gate_at = (a * rank + c)[None, :] * EXPERTS + e_all[:, None]
+        gate_known = (c < rank)[None, :] & (e_all < EXPERTS)[:, None]
+        z_acc = tl.dot(clean_grad, tl.load(gate + gate_at, gate_known, 0.0), input_precision="ieee")
+        if NOISY:
+            z_acc = tl.dot(
+                raw_grad, tl.load(gate_noise + gate_at, gate_known, 0.0), z_acc,
+                input_precision="ieee",
+            )  # fmt: skip
+        if DENSE:
+            z_acc = _through_fc1(
+                z_acc, hidden_grad, fc1, row, here, 0, EXPERTS * hidden, c, rank,
+                EXPERTS * hidden, BN,
+            )  # fmt: skip
+        else:
+            for e in range(EXPERTS):
+                taken = gate_of(gates, place, here, e, EXPERTS) != 0
+                if any_row(taken):
+                    z_acc = _through_fc1(
+                        z_acc, hidden_grad, fc1, row, taken, e * hidden, hidden, c, rank,
+                        EXPERTS * hidden, BH,
+                    )  # fmt: skip
+        to = row[:, None] * rank + c[None, :]
+        tl.store(z_grad + to, z_acc, inside)
+        scale = tl.load(gamma + c, c < rank, 0.0).to(tl.float32)
+        scaled = tl.where(inside, z_acc * scale[None, :], 0.0)
+        row_sum += tl.sum(scaled, 1)
+        row_slope += tl.sum(scaled * tl.load(normed + to, inside, 0.0), 1)
+    tl.debug_barrier()
+
+    # Through norm2, and what norm1 adds to a row of x's gradient.
+    plane = (tokens * attributes).to(tl.int64)
     mean1 = tl.load(statistics + place, here, 0.0)
     rstd1 = tl.load(statistics + plane + place, here, 0.0)
     rstd2 = tl.load(statistics + 2 * plane + place, here, 1.0)
-    row_sum = tl.zeros([BM], tl.float32)
-    row_slope = tl.zeros([BM], tl.float32)
     mean = tl.zeros([BM], tl.float32)
     slope = tl.zeros([BM], tl.float32)
     partial = norm_partial + (tl.program_id(0) * attributes + a).to(tl.int64) * (4 * rank)
-    if whole:
-        c = tl.arange(0, BZ)
+    for c0 in range(0, rank, BC):
+        c = c0 + tl.arange(0, BC)
         inside = here[:, None] & (c < rank)[None, :]
-        value = tl.load(normed + row[:, None] * rank + c[None, :], inside, 0.0)
-        grad = _through_router(
-            clean_grad, raw_grad, gate, gate_noise, a, c, rank, EXPERTS, NOISY, EP
+        to = row[:, None] * rank + c[None, :]
+        grad = tl.load(z_grad + to, inside, 0.0)
+        value = tl.load(normed + to, inside, 0.0)
+        scale = tl.load(gamma + c, c < rank, 0.0).to(tl.float32)
+        z0_grad = rstd2[:, None] * (
+            grad * scale[None, :] - row_sum[:, None] / rank - value * (row_slope[:, None] / rank)
         )
-        grad = through_fc1(grad, grads, fc1, c, rank, hidden, EXPERTS, BH)
-        grad = tl.where(inside, grad, 0.0)
-        row_sum, row_slope = _norm_slopes(grad, value, gamma, c, row_sum, row_slope, rank)
-        mean, slope = _through_norm(
-            grad, value, gamma, column_sums, shift, normed_grad, partial, row, here, c, row_sum,
-            row_slope, mean1, rstd1, rstd2, mean, slope, rank,
-        )  # fmt: skip
-    else:
-        tl.debug_barrier()
-        for c0 in range(0, rank, BC):
-            c = c0 + tl.arange(0, BC)
-            inside = here[:, None] & (c < rank)[None, :]
-            grad = _through_router(
-                clean_grad, raw_grad, gate, gate_noise, a, c, rank, EXPERTS, NOISY, EP
-            )
-            if DENSE:
-                grad = _through_fc1(
-                    grad, hidden_grad, fc1, row, here, 0, EXPERTS * hidden, c, rank,
-                    EXPERTS * hidden, BN,
-                )  # fmt: skip
-            else:
-                for e in range(EXPERTS):
-                    taken = gate_of(gates, place, here, e, EXPERTS) != 0
-                    if any_row(taken):
-                        grad = _through_fc1(
-                            grad, hidden_grad, fc1, row, taken, e * hidden, hidden, c, rank,
-                            EXPERTS * hidden, BH,
-                        )  # fmt: skip
-            to = row[:, None] * rank + c[None, :]
-            tl.store(z_grad + to, grad, inside)
-            value = tl.load(normed + to, inside, 0.0)
-            grad = tl.where(inside, grad, 0.0)
-            row_sum, row_slope = _norm_slopes(grad, value, gamma, c, row_sum, row_slope, rank)
-        tl.debug_barrier()
-        for c0 in range(0, rank, BC):
-            c = c0 + tl.arange(0, BC)
-            inside = here[:, None] & (c < rank)[None, :]
-            to = row[:, None] * rank + c[None, :]
-            mean, slope = _through_norm(
-                tl.load(z_grad + to, inside, 0.0), tl.load(normed + to, inside, 0.0), gamma,
-                column_sums, shift, normed_grad, partial, row, here, c, row_sum, row_slope, mean1,
-                rstd1, rstd2, mean, slope, rank,
-            )  # fmt: skip
+        z0_grad = tl.where(inside, z0_grad, 0.0)
+        scaled = (z0_grad * rstd1[:, None]).to(normed_grad.dtype.element_ty)
+        tl.store(normed_grad + to, scaled, inside)
+        rounded = scaled.to(tl.float32)
+        tl.store(partial + c, tl.sum(grad * value, 0), c < rank)
+        tl.store(partial + rank + c, tl.sum(grad, 0), c < rank)
+        tl.store(partial + 2 * rank + c, tl.sum(z0_grad, 0), c < rank)
+        tl.store(partial + 3 * rank + c, tl.sum(rounded * mean1[:, None], 0), c < rank)
+        mean += tl.sum(rounded * tl.load(column_sums + c, c < rank, 0.0)[None, :], 1)
+        # z0 less its mean, which drops out: the gradient of a norm's input sums to 0.
+        moved = value / rstd2[:, None] - tl.load(shift + c, c < rank, 0.0)[None, :]
+        slope += tl.sum(rounded * moved, 1)
     mean /= width
     slope /= width
     tl.store(row_terms + 2 * row, -rstd1 * slope, here)

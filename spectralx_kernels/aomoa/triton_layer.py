@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from spectralx_kernels._backends import INTERPRETED, UNPROVEN
+from spectralx_kernels import _backends
+from spectralx_kernels._backends import INTERPRETED
 from spectralx_kernels._triton import launch
 from spectralx_kernels.aomoa import triton_products as products
 
+UNPROVEN = _backends.UNPROVEN
 MOST_EXPERTS = 256  # a tile's logits stay in registers
 MOST_UNROLLED = 8  # experts whose code stands one after the other
 MOST_WHOLE = 512  # of a rank that a program's registers hold
@@ -133,6 +136,17 @@ class Layer:
             "num_warps": given.warps,
             "num_stages": given.stages,
         }
+
+
+@contextmanager
+def unproven(value: bool) -> Iterator[None]:
+    """Inside, layers run, or do not run, what no GPU has run yet."""
+    global UNPROVEN
+    before, UNPROVEN = UNPROVEN, value
+    try:
+        yield
+    finally:
+        UNPROVEN = before
 
 
 def padded(size: int) -> int:
