@@ -17,7 +17,9 @@ is downloaded. A part that is asked for by name, under nine minutes with the bui
 - ``tune``, by name: every backend of every operator, and which defaults are not the fastest
   (`benchmarks.tune`; ``--plan`` says in which dtypes and batches);
 - ``numerics``, by name: accuracy, routing, repeatability and level memory
-  (`tests.gpu.numerics`).
+  (`tests.gpu.numerics`);
+- ``unproven``, by name: AoMoA's tests with ``SPECTRALX_UNPROVEN=1``, and in Triton its graphs and
+  host's time without and with it, to ``build/gpu/proven`` and ``build/gpu/unproven``.
 
 Results are written to ``benchmarks/results/``, named after the device: ``<device>-graphs.md/.json``
 (replays of CUDA graphs: the GPU's time), ``<device>.md/.json`` (with the host's; steps),
@@ -46,7 +48,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / "build" / "gpu"
-PARTS = ("build", "tests", "bench", "steps", "sanitize", "tune", "numerics")
+PARTS = ("build", "tests", "bench", "steps", "sanitize", "tune", "numerics", "unproven")
 PYTHON = sys.executable
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 GRACE = 6  # seconds between an interrupt and the end
@@ -120,13 +122,14 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
     )
 
     def timed(name: str, chosen: str, limit: int, *words: str, alone: bool = False,
-              part: str = "bench", file: str = "benchmarks") -> Command:  # fmt: skip
+              part: str = "bench", file: str = "benchmarks",
+            environment: Mapping[str, str] | None = None) -> Command:  # fmt: skip
         command = [PYTHON, "-m", "pytest", "-q", "-p", "no:xdist", file, "--device", "cuda"]
         command += ["--full", *words, "-k", chosen]
         # So long may the group take that is under way then; a whole step that is compiled, longest.
         command += ["--until", str(limit - (100 if part == "steps" else 25))]
         command += [f"--benchmark-json={SCRATCH / name.replace(' ', '-')}.json"]
-        return Command(part, name, command, limit, alone=alone)
+        return Command(part, name, command, limit, environment or {}, alone)
 
     def reported(part: str, name: str, file: str, *, alone: bool = False) -> Command:
         words = [PYTHON, "-m", "benchmarks.report", str(SCRATCH / file), "--out", str(out)]
@@ -144,6 +147,22 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
         command += [PYTHON, "-m", "tests.gpu.sanitized", *words]
         name = f"{tool}, every operator" if alone else tool
         return Command("sanitize", name, command, limit, uncached, alone)
+
+    def compared(value: str, name: str) -> list[Command]:
+        """AoMoA in Triton with and without what no GPU has run yet."""
+        chosen = "(b1- or b8- or b32) and not stage1 and not compile and not dispatch"
+        environment = {"SPECTRALX_BACKEND": "triton", "SPECTRALX_UNPROVEN": value}
+        return [
+            command
+            for way, words in (("graphs", ("--graphs",)), ("hosted", ()))
+            for command in (
+                timed(f"{way} {name}", chosen, 45, *half, *words, "--seconds", "1", alone=True,
+                      part="unproven", file=aomoa, environment=environment),
+                Command("unproven", f"{way} {name} report",
+                        [PYTHON, "-m", "benchmarks.report", str(SCRATCH / f"{way}-{name}.json"),
+                         "--out", str(SCRATCH / name)], 5, alone=True),
+            )
+        ]  # fmt: skip
 
     half, both = ("--dtype", "bfloat16"), ("--dtype", "float32,bfloat16")
     step, aomoa = "benchmarks/bench_step.py", "benchmarks/bench_aomoa.py"
@@ -182,6 +201,11 @@ def commands(out: Path, plan: Sequence[str] = (), part: str | None = None) -> li
         Command("numerics", "drawn calls",
                 [PYTHON, "-m", "tests.gpu.numerics", "--seconds", "150", "--limit", "340",
                  "--processes", str(max(min(os.cpu_count() or 1, 16) - 6, 1))], 360, alone=True),
+        Command("unproven", "tests", [PYTHON, "-m", "pytest", *parallel, "-q", "-m", "gpu",
+                "tests/gpu/test_aomoa.py"], 120,
+                {"OMP_NUM_THREADS": "1", "SPECTRALX_UNPROVEN": "1"}, True),
+        *compared("0", "proven"),
+        *compared("1", "unproven"),
     ]  # fmt: skip
     return found
 
