@@ -61,7 +61,7 @@ gates: $(READY)
 	$(RUN) -m tests.compile_gates.triton_gate $(if $(QUICK),--quick)
 
 # Build for a GPU, tests marked gpu, benchmarks, compute-sanitizer: under nine minutes, no network.
-# make gpu PART=tests for one part, of tests bench steps sanitize tune numerics unproven, by name it runs
+# make gpu PART=tests for one, of tests bench steps sanitize tune numerics unproven, which so runs
 # more; PART=tune PLAN="float32:8 float16:8" in these dtypes and batches. Uses $(PYTHON) as it is.
 gpu:
 	$(PYTHON) -m tests.gpu.run $(if $(PART),--part $(PART)) $(if $(PLAN),--plan $(PLAN))

@@ -195,10 +195,9 @@ def output_layer(
 
 
 @triton.jit
-def add_term(peak, total, y, gate):
+def add_term(peak, total, y, gate, taken):
     """One more term of a running log-sum-exp [BM, BC], peak + log(total): outputs y of an expert
-    with gates [BM]."""
-    taken = gate != 0
+    with gates [BM], `taken` where they are not 0."""
     term = tl.where(taken[:, None], y + tl.log(tl.where(taken, gate, 1.0))[:, None], float("-inf"))
     higher = tl.where(term > peak, term, peak)  # a NaN comes in through the total
     base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -224,18 +223,20 @@ def combine(
         # Unrolled: what the experts read is under way at once.
         for e in tl.static_range(EXPERTS):
             gate = gate_of(gates, place, here, e, EXPERTS)
+            taken = gate != 0
             y = output_layer(
                 hidden_rows, fc2, fc2_bias, e, row, here, c, rank, hidden, EXPERTS, BM, BC, BH
             )
-            peak, total = add_term(peak, total, y, gate)
+            peak, total = add_term(peak, total, y, gate, taken)
     else:
         for e in range(EXPERTS):
             gate = gate_of(gates, place, here, e, EXPERTS)
-            if any_row(gate != 0):
+            taken = gate != 0
+            if any_row(taken):
                 y = output_layer(
                     hidden_rows, fc2, fc2_bias, e, row, here, c, rank, hidden, EXPERTS, BM, BC, BH
                 )
-                peak, total = add_term(peak, total, y, gate)
+                peak, total = add_term(peak, total, y, gate, taken)
     return log_sum(peak, total)
 
 

@@ -137,7 +137,8 @@ def adapt(
     for e in tl.static_range(EXPERTS):
         values = hidden_of(high, fc1, fc1_bias, e, n, c, rank, hidden, BM)
         y = output_of(values, fc2, fc2_bias, e, n, c, rank, hidden)
-        peak, total = add_term(peak, total, y, pick(weight, tl.full([BM], e, tl.int32), EP))
+        share = pick(weight, tl.full([BM], e, tl.int32), EP)
+        peak, total = add_term(peak, total, y, share, share != 0)
     total = log_sum(peak, total).to(mixed.dtype.element_ty)
     tl.store(mixed + to_row + a * STEP + c[None, :], total, here[:, None] & (c < rank)[None, :])
     finish_load(load_partial, load, counter, attributes * EXPERTS)
@@ -214,7 +215,8 @@ def adapt_product(
                 0.0,
             )
             y = output_of(values, fc2, fc2_bias, e, n, y_c, rank, hidden)
-            peak, total = add_term(peak, total, y, pick(weight, tl.full([BM], e, tl.int32), EP))
+            share = pick(weight, tl.full([BM], e, tl.int32), EP)
+            peak, total = add_term(peak, total, y, share, share != 0)
         tl.store(
             mixed + row[:, None] * rank + y_c[None, :],
             log_sum(peak, total).to(mixed.dtype.element_ty),
