@@ -17,14 +17,13 @@ from torch import Tensor
 from spectralx_kernels._backends import INTERPRETED
 from spectralx_kernels._triton import ARCHITECTURES, Compilation, architecture, launch, recorded
 from spectralx_kernels.aomoa import triton_gradients as gradients
-from spectralx_kernels.aomoa import triton_mixture as mixture
-from spectralx_kernels.aomoa import triton_products as products
-from spectralx_kernels.aomoa import triton_whole as whole
 from spectralx_kernels.aomoa.triton_backward import mixture_backward
+from spectralx_kernels.aomoa.triton_dense_backward import dense_backward
+from spectralx_kernels.aomoa.triton_forward import aomoa
 from spectralx_kernels.aomoa.triton_layer import (
     FLAT,
     MANY,
-    ONES,
+    SMALL,
     Arguments,
     Layer,
     Prepared,
@@ -32,202 +31,37 @@ from spectralx_kernels.aomoa.triton_layer import (
     padded,
     prepare,
     unproven,
+    wide_mm,
 )
 
-# Columns of the rank that a tile of the down product holds at most: on sm_90 all of the paper's,
-# which elsewhere spills.
-_DOWN_COLUMNS, _DOWN_COLUMNS_ON_90 = 256, 512
-
-
-def _down(layer: Layer, prepared: Prepared, statistics: Tensor, normed: Tensor) -> None:
-    most = _DOWN_COLUMNS_ON_90 if architecture() == 90 else _DOWN_COLUMNS
-    columns = min(padded(layer.rank), most)
-    tile = 64 if layer.large or INTERPRETED else 16
-    launch(
-        products.down_norm, layer.grid(tile),
-        layer.given.x, prepared.folded, prepared.column_sums, prepared.shift, statistics, normed,
-        layer.tokens, layer.attributes, layer.width, layer.rank, layer.given.norm_eps,
-        SHIFTED=not layer.narrow, WHOLE=columns >= layer.rank, BM=tile, BN=columns,
-        BK=64 if layer.large and columns <= 128 else 32,
-        num_warps=16 if columns > 256 else 8,
-        num_stages=3 if layer.large else 2,
-    )  # fmt: skip
-
-
-# The interpreter's time goes by operations, whatever their size.
-_SMALL = Tiles(64, 256, 64) if INTERPRETED else Tiles(32, 32, 32, joint=32, warps=8)
-
-
-def _forward_tiles(layer: Layer) -> Tiles:
-    if not layer.large:
-        return _SMALL
-    # Longer tiles read less of the experts' weights, which are few where the rank is small.
-    return Tiles(32 if layer.tokens >= MANY and layer.rank > 128 else 16, 64, 64)
-
-
-def aomoa(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, gates, load, and normed and statistics for backward: ``reference.aomoa_saving``."""
-    layer = Layer(values)
-    attributes, tokens, experts = layer.attributes, layer.tokens, layer.experts
-    kept = _Kept(
-        gates=layer.wide(attributes, tokens, experts),
-        load=layer.wide(attributes, experts),
-        normed=layer.wide(tokens, attributes, layer.rank),
-        statistics=layer.wide(3, attributes, tokens),
-    )
-    if tokens == 0:
-        return _frozen(layer), kept.gates, kept.load.zero_(), kept.normed, kept.statistics
-    small = layer.whole and padded(layer.rank) <= _IN_ONE
-    if small and layer.joint:
-        return _joint(layer, kept), *kept
-    out = _frozen(layer)
-    mixed = layer.plain(tokens, attributes, layer.rank)
-    if small:
-        prepared = prepare(layer, counts=True)
-        _adapt(layer, prepared, kept, mixed, attributes * layer.rank, layer.rank, None)
-    elif layer.whole:
-        prepared = prepare(layer, counts=True, statistics=kept.statistics)
-        _adapt_product(layer, prepared, kept, mixed)
-    else:
-        prepared = prepare(layer, counts=True)
-        _down(layer, prepared, kept.statistics, kept.normed)
-        _mix(layer, prepared, kept, mixed)
-    by_attribute = out.view(tokens, attributes, layer.out).transpose(0, 1)
-    by_attribute.baddbmm_(mixed.transpose(0, 1), prepared.right.transpose(1, 2))
-    return out, *kept
-
-
-class _Kept(NamedTuple):
-    """What forward returns beside its output."""
-
-    gates: Tensor  # [A, T, E]
-    load: Tensor  # [A, E]
-    normed: Tensor  # [T, A, r]
-    statistics: Tensor  # [3, A, T]
-
-
-def _frozen(layer: Layer) -> Tensor:
-    given = layer.given
-    frozen = given.weight.t()
-    return given.x @ frozen if given.bias is None else torch.addmm(given.bias, given.x, frozen)
-
-
-def _mix(layer: Layer, prepared: Prepared, kept: _Kept, mixed: Tensor) -> None:
-    given = layer.given
-    tiles = _forward_tiles(layer)
-    grid = layer.grid(tiles.tokens)
-    launch(
-        mixture.mixture, grid,
-        kept.normed, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise,
-        layer.noise, given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
-        kept.gates, layer.wide(grid[0], layer.attributes, layer.experts), kept.load,
-        prepared.counter, layer.plain(layer.rows, layer.experts, layer.hidden), mixed,
-        layer.tokens, layer.attributes, layer.rank, layer.hidden,
-        EXPERTS=layer.experts, TOP_K=given.top_k, NOISY=given.noise is not None,
-        **layer.tiles(tiles),
-    )  # fmt: skip
-
-
-_IN_ONE = 128  # rank up to which the down product is in the same program
-
-
-def _whole_tiles(layer: Layer) -> Tiles:
-    return Tiles(64, 0, 64) if INTERPRETED else Tiles(16, 0, 64, stages=3)
-
-
-def _adapt(
-    layer: Layer, prepared: Prepared, kept: _Kept, mixed: Tensor, row: int, step: int,
-    beside: Tensor | None,
-) -> None:  # fmt: skip
-    """`whole.adapt`: the log-sum-exp to `mixed`, rows `row` apart and attributes `step`."""
-    given = layer.given
-    tiles = _whole_tiles(layer)
-    grid = layer.grid(tiles.tokens)
-    launch(
-        whole.adapt, grid,
-        given.x, prepared.folded, prepared.column_sums, prepared.shift, given.norm2_weight,
-        given.norm2_bias, given.gate, given.gate_noise, layer.noise, given.fc1_weight,
-        given.fc1_bias, given.fc2_weight, given.fc2_bias,
-        kept.statistics, kept.normed, kept.gates,
-        layer.wide(grid[0], layer.attributes, layer.experts), kept.load, prepared.counter, mixed,
-        beside, layer.tokens, layer.attributes, layer.width, layer.rank, layer.hidden,
-        given.norm_eps, ROW=row, STEP=step, ONES=ONES, EXPERTS=layer.experts, TOP_K=given.top_k,
-        NOISY=given.noise is not None, SHIFTED=not layer.narrow, BM=tiles.tokens,
-        BR=padded(layer.rank), BK=tiles.hidden, BH=padded(layer.hidden), EP=layer.padded_experts,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-
-
-def _product_tiles(layer: Layer) -> Tiles:
-    if INTERPRETED:
-        return Tiles(64, 512, 512, joint=256)
-    return Tiles(16, 64, 256, joint=256, warps=8, stages=2)
-
-
-def _adapt_product(layer: Layer, prepared: Prepared, kept: _Kept, mixed: Tensor) -> None:
-    """`whole.adapt_product` behind the vendor's down product."""
-    given = layer.given
-    rows = given.x.view(layer.rows, layer.width)
-    if not layer.narrow:
-        # float32 keeps its digits where a row's mean is far from 0.
-        rows = rows - kept.statistics[0].t().reshape(-1, 1)
-    tiles = _product_tiles(layer)
-    grid = layer.grid(tiles.tokens)
-    launch(
-        whole.adapt_product, grid,
-        _wide_mm(rows, prepared.folded.t()), prepared.column_sums, prepared.shift,
-        given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise, layer.noise,
-        given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
-        kept.statistics, kept.normed, kept.gates,
-        layer.wide(grid[0], layer.attributes, layer.experts), kept.load, prepared.counter,
-        layer.plain(layer.rows, layer.rank), layer.plain(layer.rows, layer.experts, layer.hidden),
-        mixed, layer.tokens, layer.attributes, layer.rank, layer.hidden, given.norm_eps,
-        CENTRED=not layer.narrow, EXPERTS=layer.experts, TOP_K=given.top_k,
-        NOISY=given.noise is not None, BM=tiles.tokens, BR=padded(layer.rank),
-        BC=min(padded(layer.rank), tiles.columns),
-        BN=min(padded(layer.experts * layer.hidden), tiles.joint), BH=padded(layer.hidden),
-        BY=min(padded(layer.rank), tiles.hidden), EP=layer.padded_experts,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-
-
-def _joint(layer: Layer, kept: _Kept) -> Tensor:
-    """The output as one product: of [c_0 | x | 1, 0 ... | c_1] every attribute takes a window, with
-    up, the frozen weight and the bias as `prepare` lays them out."""
-    rank, width = layer.rank, layer.in_width
-    columns = rank + width + ONES
-    step = columns if layer.attributes == 2 else 0
-    prepared = prepare(layer, counts=True, joint=True)
-    left = layer.plain(layer.tokens, columns + (rank if step else 0))
-    row = left.shape[1]
-    _adapt(layer, prepared, kept, left, row, step, left[:, rank:])
-    windows = left.as_strided((layer.attributes, layer.tokens, columns), (rank, row, 1))
-    out = layer.plain(layer.tokens, layer.attributes, layer.out)
-    torch.bmm(windows, prepared.right.transpose(1, 2), out=out.transpose(0, 1))
-    return out.view(layer.tokens, -1)
+__all__ = ["aomoa", "aomoa_backward", "compilations"]
 
 
 def _backward_tiles(layer: Layer) -> Tiles:
-    return Tiles(16, 128 if layer.rank <= 128 else 64, 64, joint=128) if layer.large else _SMALL
+    if not layer.large:
+        return SMALL
+    if layer.rank <= 128:
+        return Tiles(16, 128, 64, joint=128)
+    return Tiles(16, 64, 64, joint=128, warps=8 if layer.registers else 4)
+
+
+# Columns of z and of its gradient that a tile of `dense_backward` holds at most.
+_Z_COLUMNS = 256 if INTERPRETED else 128
 
 
 def _gradient_tiles(layer: Layer) -> Tiles:
-    # Longer tiles spill before sm_90.
-    return Tiles(64 if architecture() >= 90 else 32, 64, 64) if layer.large else _SMALL
+    if not layer.large:
+        return SMALL
+    before = architecture() < 90  # longer tiles spill there
+    if layer.registers and layer.hidden > 16:
+        return Tiles(32, 32 if before else 64, 64, warps=8)
+    return Tiles(32 if before else 64, 64, 64)
 
 
 # Parts of the rows whose weight gradients are summed apart: enough programs to fill a GPU.
 _SPLITS = 32
 _SPLIT_ROWS = 128  # of a part at least
 _PROGRAMS = 1024
-
-
-def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
-    """A product, of matrices or batches, accumulated and kept in float32."""
-    product = torch.mm if a.dim() == 2 else torch.bmm
-    if a.is_cuda and a.dtype != torch.float32:
-        return product(a, b, out_dtype=torch.float32)
-    return product(a, b).float()
 
 
 class _Rows(NamedTuple):
@@ -254,6 +88,7 @@ def _through_the_mixture(
     tiles = _backward_tiles(layer)
     grid = layer.grid(tiles.tokens)
     combined = layer.wide(tokens, attributes, rank)
+    scratch: tuple[Tensor | None, ...]
     back = _Rows(
         mixed_grad=torch.bmm(by_attribute, prepared.right),
         hidden_rows=layer.plain(rows, layer.experts, layer.hidden),
@@ -266,17 +101,25 @@ def _through_the_mixture(
         norm_partial=layer.wide(grid[0], attributes, 4, rank),
         noise_grad=layer.wide(attributes, tokens, layer.experts) if wants_noise else None,
     )
+    meta = layer.tiles(tiles)
+    if layer.registers:
+        meta["BZ"] = min(padded(rank), _Z_COLUMNS)
+        del meta["EP"], meta["DENSE"]
+        scratch = (
+            layer.wide(rows, 2 * layer.experts),
+            None if meta["BZ"] >= rank else layer.wide(rows, rank),
+        )
+    else:
+        scratch = (layer.wide(rows, rank),)
     launch(
-        mixture_backward, grid,
+        dense_backward if layer.registers else mixture_backward, grid,
         *saved, given.norm2_weight, given.norm2_bias, given.gate, given.gate_noise, layer.noise,
         given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias,
         prepared.column_sums, prepared.shift, back.mixed_grad, gates_grad, load_grad,
         back.hidden_rows, back.hidden_grad, back.combined, back.mixed, back.router_grad,
-        back.noise_grad, layer.wide(rows, rank), back.normed_grad, back.row_terms,
-        back.norm_partial,
+        back.noise_grad, *scratch, back.normed_grad, back.row_terms, back.norm_partial,
         tokens, attributes, layer.width, rank, layer.hidden,
-        EXPERTS=layer.experts, TOP_K=given.top_k, NOISY=given.noise is not None,
-        **layer.tiles(tiles),
+        EXPERTS=layer.experts, TOP_K=given.top_k, NOISY=given.noise is not None, **meta,
     )  # fmt: skip
     return back
 
@@ -286,9 +129,11 @@ def _part_size(layer: Layer) -> int:
     return 2 * e * r * h + e * (r + h) + 2 * layer.attributes * e * r + 4 * r
 
 
-def _splits(rows: int, programs: int) -> int:
+def _splits(layer: Layer, programs: int) -> int:
     """Parts of the rows; a power of two, as the number is compiled in."""
-    wanted = min(_SPLITS, _PROGRAMS // programs, triton.cdiv(rows, _SPLIT_ROWS))
+    finer = 2 if layer.registers else 1
+    parts = triton.cdiv(layer.rows, _SPLIT_ROWS // finer)
+    wanted = min(_SPLITS * finer, _PROGRAMS // programs, parts)
     return int(2 ** (max(wanted, 1).bit_length() - 1))
 
 
@@ -298,12 +143,12 @@ def _weight_parts(layer: Layer, back: _Rows, normed: Tensor, gates: Tensor) -> T
     meta = layer.tiles(_gradient_tiles(layer))
     chunks = triton.cdiv(layer.rank, meta["BC"])
     groups = layer.experts * triton.cdiv(layer.hidden, meta["BH"]) + layer.attributes + 1
-    splits = _splits(layer.rows, chunks * groups)
+    splits = _splits(layer, chunks * groups)
     parts = layer.wide(splits, _part_size(layer))
     tiles = back.norm_partial.shape[0] * layer.attributes
     meta["EP2"] = padded(2 * layer.experts)
-    for name in ("EP", "BN", "DENSE"):
-        del meta[name]
+    meta["DENSE"] = layer.registers and meta["BH"] >= layer.hidden
+    del meta["EP"], meta["BN"]
     launch(
         gradients.weight_gradients, (chunks, groups, splits),
         normed, given.norm2_weight, given.norm2_bias, gates, given.fc2_weight, given.fc2_bias,
@@ -359,9 +204,9 @@ def aomoa_backward(output_grads: Sequence[Tensor | None], *values: Any) -> list[
         parts = _weight_parts(layer, back, saved[1], saved[0])
     up_products = down_products = None
     if "up" in names or "scaler" in names:
-        up_products = _wide_mm(by_attribute.transpose(1, 2), back.mixed.transpose(0, 1))
+        up_products = wide_mm(by_attribute.transpose(1, 2), back.mixed.transpose(0, 1))
     if {"down", "norm1_weight", "norm1_bias"}.intersection(names):
-        down_products = _wide_mm(back.normed_grad.t(), given.x.view(layer.rows, layer.width))
+        down_products = wide_mm(back.normed_grad.t(), given.x.view(layer.rows, layer.width))
     for name in _FINISHED:
         if name in names and name != "x":
             grads[name] = torch.empty_like(getattr(given, name))

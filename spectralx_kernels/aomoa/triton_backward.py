@@ -78,7 +78,7 @@ def _expert_backward(
 
 
 @triton.jit
-def _through_fc1(
+def through_fc1_rows(
     acc, hidden_grad, fc1, row, taken, first, columns: tl.constexpr, c,
     rank: tl.constexpr, all_columns: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +214,7 @@ def mixture_backward(
                 input_precision="ieee",
             )  # fmt: skip
         if DENSE:
-            z_acc = _through_fc1(
+            z_acc = through_fc1_rows(
                 z_acc, hidden_grad, fc1, row, here, 0, EXPERTS * hidden, c, rank,
                 EXPERTS * hidden, BN,
             )  # fmt: skip
@@ -222,7 +222,7 @@ def mixture_backward(
             for e in range(EXPERTS):
                 taken = gate_of(gates, place, here, e, EXPERTS) != 0
                 if any_row(taken):
-                    z_acc = _through_fc1(
+                    z_acc = through_fc1_rows(
                         z_acc, hidden_grad, fc1, row, taken, e * hidden, hidden, c, rank,
                         EXPERTS * hidden, BH,
                     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from spectralx_kernels.aomoa.triton_backward import output_grad
+from spectralx_kernels.aomoa.triton_dense import LOG2_E, fast_log2
 from spectralx_kernels.aomoa.triton_mixture import any_row, z_chunk
 
 
@@ -64,6 +65,65 @@ def _expert(
 
 
 @triton.jit
+def _whole_expert(
+    normed, gamma, beta, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows, hidden_grad,
+    part, tokens, first, end, e, c,
+    attributes: tl.constexpr, rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """`_expert` where all of the hidden layer is one tile and every expert ran on every row: the
+    weights stay, and no load waits for a gate."""
+    matrix: tl.constexpr = EXPERTS * rank * hidden
+    biases: tl.constexpr = 2 * matrix
+    n = tl.arange(0, BH)
+    inside = n < hidden
+    known = c < rank
+    fc2_at = (e * rank + c)[:, None] * hidden + n[None, :]
+    weight = tl.load(fc2 + fc2_at, known[:, None] & inside[None, :], 0.0)
+    bias = tl.load(fc2_bias + e * rank + c, known, 0.0).to(tl.float32)
+    scale = tl.load(gamma + c, known, 0.0).to(tl.float32)
+    offset = tl.load(beta + c, known, 0.0).to(tl.float32)
+    fc1_grad = tl.zeros([BC, BH], tl.float32)
+    fc2_grad = tl.zeros([BC, BH], tl.float32)
+    fc1_bias_grad = tl.zeros([BH], tl.float32)
+    fc2_bias_grad = tl.zeros([BC], tl.float32)
+    i = tl.arange(0, BM)
+    while first < end:
+        row = first + i
+        here = row < end
+        place = row % attributes * tokens + row // attributes
+        gate = tl.load(gates + place * EXPERTS + e, here, 0.0)
+        full = here[:, None] & known[None, :]
+        at = i[:, None] * rank + c[None, :]
+        value = tl.load(normed + first * rank + at, full, 0.0)
+        total = tl.load(combined + first * rank + at, full, 0.0)
+        upstream = tl.load(mixed_grad + place[:, None] * rank + c[None, :], full, 0.0)
+        full = here[:, None] & inside[None, :]
+        at = (first * EXPERTS + e) * hidden + i[:, None] * (EXPERTS * hidden) + n[None, :]
+        inner = tl.load(hidden_grad + at, full, 0.0)
+        values = tl.load(hidden_rows + at, full, 0.0)
+        # A NaN stays out of the experts that its row does not take.
+        taken = (gate != 0)[:, None]
+        values = tl.where(taken, values, 0.0)
+        y = tl.dot(values, tl.trans(weight), input_precision="ieee") + bias[None, :]
+        log_gate = fast_log2(tl.where(gate != 0, gate, 1.0))
+        power = tl.exp2((y - total) * LOG2_E + log_gate[:, None])
+        grad = tl.where(taken, upstream.to(tl.float32) * power, 0.0)
+        z = tl.where(taken, value * scale[None, :] + offset[None, :], 0.0)
+        fc1_grad = tl.dot(tl.trans(z.to(inner.dtype)), inner, fc1_grad, input_precision="ieee")
+        fc1_bias_grad += tl.sum(inner.to(tl.float32), 0)
+        fc2_bias_grad += tl.sum(grad, 0)
+        fc2_grad = tl.dot(tl.trans(grad.to(values.dtype)), values, fc2_grad, input_precision="ieee")
+        first += BM
+    both = known[:, None] & inside[None, :]
+    tl.store(part + fc2_at, fc2_grad, both)
+    tl.store(part + matrix + (e * hidden + n)[None, :] * rank + c[:, None], fc1_grad, both)
+    tl.store(part + biases + e * rank + c, fc2_bias_grad, known)
+    if tl.program_id(0) == 0:
+        tl.store(part + biases + EXPERTS * rank + e * hidden + n, fc1_bias_grad, inside)
+
+
+@triton.jit
 def _router(
     normed, gamma, beta, router_grad, part, first, end, a, c,
     attributes: tl.constexpr, rank: tl.constexpr, EXPERTS: tl.constexpr,
@@ -105,7 +165,8 @@ def weight_gradients(
     hidden_rows, hidden_grad, router_grad, norm_partial, parts,
     tokens, per_split, tiles, tiles_per_split,
     attributes: tl.constexpr, rank: tl.constexpr, hidden: tl.constexpr, EXPERTS: tl.constexpr,
-    SIZE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, EP2: tl.constexpr,
+    SIZE: tl.constexpr, DENSE: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, EP2: tl.constexpr,
 ):  # fmt: skip
     """Sums over one split of the rows, to its place in parts [splits, SIZE].
 
@@ -123,11 +184,18 @@ def weight_gradients(
     if group < EXPERTS * chunks:
         first = split.to(tl.int64) * per_split
         end = tl.minimum(first + per_split, tokens.to(tl.int64) * attributes)
-        _expert(
-            normed, gamma, beta, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows,
-            hidden_grad, part, tokens, first, end, group // chunks, group % chunks * BH, c,
-            attributes, rank, hidden, EXPERTS, BM, BC, BH,
-        )  # fmt: skip
+        if DENSE:
+            _whole_expert(
+                normed, gamma, beta, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows,
+                hidden_grad, part, tokens, first, end, group, c, attributes, rank, hidden, EXPERTS,
+                BM, BC, BH,
+            )  # fmt: skip
+        else:
+            _expert(
+                normed, gamma, beta, gates, fc2, fc2_bias, combined, mixed_grad, hidden_rows,
+                hidden_grad, part, tokens, first, end, group // chunks, group % chunks * BH, c,
+                attributes, rank, hidden, EXPERTS, BM, BC, BH,
+            )  # fmt: skip
     elif group < EXPERTS * chunks + attributes:
         tokens_per_split = tl.cdiv(per_split, attributes)
         first = split.to(tl.int64) * tokens_per_split

@@ -19,6 +19,7 @@ UNPROVEN = _backends.UNPROVEN
 MOST_EXPERTS = 256  # a tile's logits stay in registers
 MOST_UNROLLED = 8  # experts whose code stands one after the other
 MOST_WHOLE = 512  # of a rank that a program's registers hold
+MOST_IN_REGISTERS = 64  # of a hidden layer, in backward
 MOST_HIDDEN = 128  # of an expert's hidden layer then
 # Tokens from which on tiles of 16 are more than a GPU runs at once.
 MANY = 0 if INTERPRETED else 2048
@@ -35,6 +36,10 @@ class Tiles(NamedTuple):
     joint: int = 256
     warps: int = 4
     stages: int = 2
+
+
+# The interpreter's time goes by operations, whatever their size.
+SMALL = Tiles(64, 256, 64) if INTERPRETED else Tiles(32, 32, 32, joint=32, warps=8)
 
 
 class Arguments(NamedTuple):
@@ -109,6 +114,8 @@ class Layer:
             and padded(self.rank) <= MOST_WHOLE
             and self.hidden <= MOST_HIDDEN
         )
+        # Its backward keeps experts in registers.
+        self.registers = UNPROVEN and self.dense and padded(self.hidden) <= MOST_IN_REGISTERS
         # The up product is more K of the frozen one: x is copied for it, and W at every call.
         self.joint = self.attributes <= 2 and (
             self.tokens >= MANY and self.out * self.attributes >= 2 * self.in_width
@@ -194,3 +201,11 @@ def prepare(
         BW=min(padded(layer.width), 2 * FLAT),
     )  # fmt: skip
     return prepared
+
+
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """A product, of matrices or batches, accumulated and kept in float32."""
+    product = torch.mm if a.dim() == 2 else torch.bmm
+    if a.is_cuda and a.dtype != torch.float32:
+        return product(a, b, out_dtype=torch.float32)
+    return product(a, b).float()

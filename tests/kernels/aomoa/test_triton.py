@@ -18,6 +18,7 @@ if "triton" not in _backends.available("aomoa", "cpu"):
     pytest.skip("Triton's interpreter is not on", allow_module_level=True)
 
 from spectralx_kernels.aomoa import triton as kernels
+from spectralx_kernels.aomoa import triton_forward as forward
 from spectralx_kernels.aomoa import triton_layer as layers
 from spectralx_kernels.aomoa.triton_layer import Tiles
 
@@ -28,9 +29,10 @@ CHUNKED: dict[str, Any] = {
 
 
 def test_sizes_beyond_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_DOWN_COLUMNS", 16)
+    monkeypatch.setattr(forward, "_DOWN_COLUMNS", 16)
     monkeypatch.setattr(kernels, "_SPLIT_ROWS", 32)
-    monkeypatch.setattr(kernels, "_SMALL", Tiles(32, 32, 32, joint=64))
+    for module in (forward, kernels):
+        monkeypatch.setattr(module, "SMALL", Tiles(32, 32, 32, joint=64))
     ladder.check_accuracy(AOMOA, arguments(**CHUNKED), torch.float32)
 
 
@@ -38,24 +40,24 @@ WAYS: dict[str, dict[str, Any]] = {
     "one product for W and up": {"UNPROVEN": True},
     "up apart": {"UNPROVEN": True, "MANY": 10**9},
     "down product before": {"UNPROVEN": True, "_IN_ONE": 0},
+    "backward's columns in chunks": {"UNPROVEN": True, "_Z_COLUMNS": 16},
     "chunks of the rank": {"UNPROVEN": False},
 }
 
 
 def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in WAYS[way].items():
-        monkeypatch.setattr(layers if hasattr(layers, name) else kernels, name, value)
+        module = next(m for m in (layers, forward, kernels) if hasattr(m, name))
+        monkeypatch.setattr(module, name, value)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("attributes", [1, 2, 3])
+@pytest.mark.parametrize(("attributes", "bias"), [(1, False), (2, True), (3, True)])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_the_forward_pass(
-    way: str, attributes: int, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_way(way: str, attributes: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     take(way, monkeypatch)
-    sizes = {"width": 12 * attributes, "out": 24 * attributes, "attributes": attributes}
-    args = arguments(tokens=21, bias=bias, **sizes)
+    args = arguments(
+        21, 12 * attributes, 24 * attributes, attributes=attributes, rank=18, bias=bias
+    )
     ladder.check_accuracy(AOMOA, args, torch.float32)
 
 
