@@ -160,8 +160,26 @@ void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
   });
 }
 
+// Of a block of 64 columns from o on: the products [A][r][64] of c with them to the gradients of up and
+// scaler.
+template <typename Op>
+void finish_up(const Backward<Op>& l, const Wide<Op>* products, int64_t o, const Gradients& grads) {
+  using W = Wide<Op>;
+  const Tensor up = l.op_empty({l.rank, kPanel}), sum = l.wide_empty({l.rank, kPanel});
+  const int64_t end = std::min(o + kBlock, l.out);
+  for (; o < end; o += kPanel) {
+    const int64_t count = std::min(kPanel, end - o);
+    l.k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(up));
+    for (int64_t a = 0; a < l.attributes; ++a)
+      l.k.add_columns(products + a * l.rank * kBlock + o % kBlock, l.rank, count,
+                      l.scaler + a * l.out + o, data<Op>(up), a > 0, data<W>(sum),
+                      data<W>(grads.scaler) + a * l.out + o);
+    l.k.unpack(data<W>(sum), count, l.rank, nullptr, data<Op>(grads.up) + o * l.rank, l.rank);
+  }
+}
+
 // Products over the tokens of the chunk, added to the other weights' gradients, of which the last chunk
-// finishes those of down and norm1. A task has 64 columns.
+// finishes those of up, scaler, down and norm1. A task has 64 columns.
 template <typename Op>
 void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
                 const Trail<Op>& trail, const Gradients& grads) {
@@ -170,19 +188,23 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
   l.sums.narrow(0, l.sum_size - trail.sums.size(1), trail.sums.size(1)).add_(trail.sums.sum(0));
   const int64_t padded = trail.padded, depth = trail.depth, outs = l.attributes * l.out;
   // Tasks of one loop cost the same, which is how they are dealt out.
-  const int64_t up_blocks = blocks_of(l.out, kBlock);
-  over(l.attributes * up_blocks, [&](int64_t begin, int64_t end) {
-    const Tensor right = l.op_empty({padded, kBlock});
+  const bool once = l.tokens <= kChunk, last = chunk.first + chunk.tokens == l.tokens;
+  over(blocks_of(l.out, kBlock), [&](int64_t begin, int64_t end) {
+    const int64_t size = l.rank * kBlock;
+    const Tensor right = l.op_empty({padded, kBlock}),
+                 all = once ? l.wide_empty({l.attributes, l.rank, kBlock}) : l.up_products;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t a = task / up_blocks, o = task % up_blocks * kBlock;
-      const Op* rows = data<Op>(in.out) + chunk.first * outs + a * l.out + o;
-      k.pack_tokens(rows, chunk.tokens, outs, width(l.out, o), nullptr, nullptr, data<Op>(right));
-      product(l.rank, width(l.out, o), depth, data<Op>(trail.c_features) + a * l.rank * padded,
-              padded, data<Op>(right), kBlock, data<W>(l.up_products) + task * l.rank * kBlock,
-              kBlock, chunk.first > 0);
+      const int64_t o = task * kBlock;
+      W* products = data<W>(all) + (once ? 0 : task * l.attributes * size);
+      for (int64_t a = 0; a < l.attributes; ++a) {
+        const Op* rows = data<Op>(in.out) + chunk.first * outs + a * l.out + o;
+        k.pack_tokens(rows, chunk.tokens, outs, width(l.out, o), nullptr, nullptr, data<Op>(right));
+        product(l.rank, width(l.out, o), depth, data<Op>(trail.c_features) + a * l.rank * padded,
+                padded, data<Op>(right), kBlock, products + a * size, kBlock, chunk.first > 0);
+      }
+      if (last) finish_up(l, products, o, grads);
     }
   });
-  const bool once = l.tokens <= kChunk, last = chunk.first + chunk.tokens == l.tokens;
   const W* z0_sums = data<W>(l.sums) + l.sum_size - l.rank;
   over(blocks_of(l.d, kBlock), [&](int64_t begin, int64_t end) {
     const Tensor right = l.op_empty({padded, kBlock}),
@@ -292,42 +314,19 @@ void to_router(const Backward<Op>& l, const Gradients& grads) {
   }
 }
 
-// From the products over all tokens to the gradients of up, scaler and the experts' first layers.
+// Gradients of the experts' first layers as the operator returns them, [E, h, r].
 template <typename Op>
-void to_projections(const Backward<Op>& l, const Gradients& grads) {
+void to_hidden(const Backward<Op>& l, const Gradients& grads) {
   using W = Wide<Op>;
-  const auto& k = l.k;
-  const int64_t up_blocks = blocks_of(l.out, kPanel), fc1_blocks = blocks_of(l.rank, kPanel);
-  over(up_blocks + l.experts * fc1_blocks, [&](int64_t begin, int64_t end) {
-    const Tensor operand = l.op_empty({l.rank, kPanel}), up = l.wide_empty({l.rank, kPanel}),
-                 products = l.wide_empty({l.rank, kPanel}), up_grad = l.wide_empty({l.rank, kPanel}),
-                 hidden = l.wide_empty({l.hidden, kPanel}), turned = l.op_empty({l.hidden, kPanel});
+  const int64_t blocks = blocks_of(l.rank, kPanel), stride = l.grouped ? l.hidden : l.all_hidden;
+  over(l.experts * blocks, [&](int64_t begin, int64_t end) {
+    const Tensor hidden = l.wide_empty({l.hidden, kPanel}), turned = l.op_empty({l.hidden, kPanel});
     for (int64_t task = begin; task < end; ++task) {
-      if (task >= up_blocks) {
-        const int64_t e = (task - up_blocks) / fc1_blocks;
-        const int64_t i = (task - up_blocks) % fc1_blocks * kPanel, count = std::min(kPanel, l.rank - i);
-        const W* from = data<W>(l.fc1_t_grad) +
-                        (l.grouped ? (e * l.rank + i) * l.hidden : i * l.all_hidden + e * l.hidden);
-        k.transpose(from, count, l.grouped ? l.hidden : l.all_hidden, l.hidden, data<W>(hidden));
-        to_columns(l, data<W>(hidden), count, l.hidden, data<Op>(turned),
-                   data<Op>(grads.fc1_weight) + e * l.hidden * l.rank + i, l.rank);
-        continue;
-      }
-      const int64_t o = task * kPanel, count = std::min(kPanel, l.out - o);
-      k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(operand));
-      k.widen(data<Op>(operand), l.rank, data<W>(up));
-      W* sum = data<W>(up_grad);
-      std::fill_n(sum, l.rank * kPanel, W(0));
-      for (int64_t a = 0; a < l.attributes; ++a) {
-        W* panel = data<W>(products);
-        W along[kPanel];
-        const int64_t block = a * blocks_of(l.out, kBlock) + o / kBlock;
-        k.add_columns(data<W>(l.up_products) + block * l.rank * kBlock + o % kBlock, l.rank, count,
-                      l.scaler + a * l.out + o, panel, sum);
-        k.dot_panel(panel, l.rank, data<W>(up), along);
-        std::copy_n(along, count, data<W>(grads.scaler) + a * l.out + o);
-      }
-      k.unpack(sum, count, l.rank, nullptr, data<Op>(grads.up) + o * l.rank, l.rank);
+      const int64_t e = task / blocks, i = task % blocks * kPanel, count = std::min(kPanel, l.rank - i);
+      const W* from = data<W>(l.fc1_t_grad) + i * stride + e * l.hidden * (l.grouped ? l.rank : 1);
+      l.k.transpose(from, count, stride, l.hidden, data<W>(hidden));
+      to_columns(l, data<W>(hidden), count, l.hidden, data<Op>(turned),
+                 data<Op>(grads.fc1_weight) + e * l.hidden * l.rank + i, l.rank);
     }
   });
 }
@@ -347,7 +346,8 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   grads.norm1_weight = l.wide_empty({l.d});
   grads.norm1_bias = l.wide_empty({l.d});
   if (l.tokens == 0) {  // there is no last chunk
-    for (const Tensor& grad : {grads.down, grads.norm1_weight, grads.norm1_bias}) grad.zero_();
+    for (const Tensor& grad : {grads.up, grads.scaler, grads.down, grads.norm1_weight, grads.norm1_bias})
+      grad.zero_();
   }
   if (in.want_noise) grads.noise = l.wide_empty({l.attributes, l.tokens, l.experts});
   for (int64_t first = 0; first < l.tokens; first += kChunk) {
@@ -376,7 +376,7 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   // Views of one tensor: what is returned of them is copied.
   const auto parts = l.sums.split_with_sizes(
       {l.all_hidden, l.experts * l.rank, l.rank, l.rank, l.rank});
-  to_projections(l, grads);
+  to_hidden(l, grads);
   to_router(l, grads);
   grads.norm2_weight = parts[2].clone();
   grads.norm2_bias = parts[3].clone();

@@ -98,9 +98,10 @@ struct PanelKernels {
   void (*finish_down)(const Op* down, const W* products, int64_t r, int64_t columns,
                       int64_t stride, const W* gamma, const W* beta, const W* z0_sums,
                       Op* down_grad, W* gamma_grad, W* beta_grad);
-  // Of `count` (<= 32) columns of rows [r][64]: as a panel, and added to sum [r][32] times weight
-  // [count].
-  void (*add_columns)(const W* rows, int64_t r, int64_t count, const W* weight, W* panel, W* sum);
+  // Of `count` (<= 32) columns of products [r][64]: times weight [count] put down as a panel or added to
+  // it; along [count] = their sums over r times the operand panel `up`.
+  void (*add_columns)(const W* products, int64_t r, int64_t count, const W* weight, const Op* up,
+                      bool add, W* panel, W* along);
   // dx [tokens][stride] = product [tokens][64] - offset - (x - mean) * slope, `columns` of them;
   // mean, offset, slope: one a token. x has the stride of dx.
   void (*finish_input)(const W* product, int64_t tokens, int64_t columns, const Op* x,

@@ -68,25 +68,28 @@ void finish_down(const Op* down, const Wide<Op>* products, int64_t r, int64_t co
 }
 
 template <typename Op>
-void add_columns(const Wide<Op>* rows, int64_t r, int64_t count, const Wide<Op>* weight,
-                 Wide<Op>* panel, Wide<Op>* sum) {
-  for (int64_t i = 0; i < r; ++i) {
-    const Wide<Op>* from = rows + i * kBlock;
-    Wide<Op>*to = panel + i * kPanel, *total = sum + i * kPanel;
-    fetch(rows + std::min(i + kFetched, r - 1) * kBlock, count);
+void add_columns(const Wide<Op>* products, int64_t r, int64_t count, const Wide<Op>* weight, const Op* up,
+                 bool add, Wide<Op>* panel, Wide<Op>* along) {
+  using W = Wide<Op>;
+  W scale[kPanel] = {}, total[kPanel] = {};
+  std::copy_n(weight, count, scale);
+  if (!add) std::fill_n(panel, r * kPanel, W(0));
+  for_features<Op>(up, r, [&](int64_t i, const W* row) {
+    const W* from = products + i * kBlock;
+    W* to = panel + i * kPanel;
     if (count == kPanel) {
       SPECTRALX_LANES {
-        to[n] = from[n];
-        total[n] += weight[n] * from[n];
+        total[n] += from[n] * row[n];
+        to[n] += scale[n] * from[n];
       }
-      continue;
+      return;
     }
-    std::fill(to + count, to + kPanel, Wide<Op>(0));
-    for (int64_t n = 0; n < count; ++n) {
-      to[n] = from[n];
-      total[n] += weight[n] * from[n];
+    for (int64_t n = 0; n < count; ++n) {  // what lies beyond is anything
+      total[n] += from[n] * row[n];
+      to[n] += scale[n] * from[n];
     }
-  }
+  });
+  std::copy_n(total, count, along);
 }
 
 template <typename Op>
