@@ -55,7 +55,9 @@ void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
                 data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
                 data<W>(y) + e * l.rank * kPanel, kPanel, false);
       k.combine(data<W>(y), l.experts, l.top_k, l.rank, l.fc2_bias, data<W>(g), data<W>(c));
-      to_mixture(l, chunk, in, trail, q, data<W>(c), data<Op>(dout), data<W>(dc));
+      k.to_features(data<W>(c), l.rank, data<Op>(trail.c_features) + a * l.rank * padded + start,
+                    padded);
+      to_mixture(l, chunk, in, q, data<Op>(dout), data<W>(dc));
       k.combine_backward(data<W>(y), l.experts, l.rank, data<W>(g), data<W>(c), data<W>(dc),
                          data<W>(dg), sums + all);
       k.unpack_wide(data<W>(dg), n, l.experts, data<W>(trail.gates_grad) + at, l.experts);

@@ -180,13 +180,11 @@ void restore(const Backward<Op>& l, const Chunk& chunk, const Incoming& in, cons
     k.unpack_wide(scores + l.experts * kPanel, n, l.experts, data<W>(trail.raw) + at, l.experts);
 }
 
-// Of panel q: keeps the mixture c [r][32] and gives its gradient dc; `dout` [o][32] is scratch.
+// Of panel q: the gradient dc [r][32] of the mixture; `dout` [o][32] is scratch.
 template <typename Op>
-void to_mixture(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
-                const Trail<Op>& trail, int64_t q, const Wide<Op>* c, Op* dout, Wide<Op>* dc) {
+void to_mixture(const Backward<Op>& l, const Chunk& chunk, const Incoming& in, int64_t q, Op* dout,
+                Wide<Op>* dc) {
   const int64_t a = chunk.attribute(q), start = chunk.start(q), outs = l.attributes * l.out;
-  l.k.to_features(c, l.rank,
-                  data<Op>(trail.c_features) + a * l.rank * trail.padded + start, trail.padded);
   l.k.pack(data<Op>(in.out) + (chunk.first + start) * outs + a * l.out, chunk.count(q), outs, l.out,
            dout);
   product(l.rank, kPanel, l.out, data<Op>(l.up_t) + a * l.rank * l.out, l.out, dout, kPanel, dc,

@@ -96,13 +96,13 @@ void run_expert(const Layer<Op>& l, int64_t e, const Op* z, Wide<Op>* h, Op* h_o
           kPanel, true);
 }
 
-// The terms y [k][r][32] of panel q, and their mixture.
+// The terms of panel q, `count` features of y from `first` on, to y [k][apart][32].
 template <typename Op, typename W>
-void mix_terms(const Layer<Op>& l, const Slots<W>& slots, int64_t q, const W* y_slots, W* y, W* c) {
+void gather_terms(const Layer<Op>& l, const Slots<W>& slots, int64_t q, const W* y_slots, int64_t first,
+                   int64_t count, int64_t apart, W* y) {
   for (int64_t s = 0; s < l.top_k; ++s)
-    l.k.gather(y_slots, slots.slot_of.data() + slots.term(q) + s * kPanel, l.rank, false,
-               y + s * l.rank * kPanel);
-  l.k.combine(y, l.top_k, l.top_k, l.rank, nullptr, slots.gates.data() + slots.term(q), c);
+    l.k.gather(y_slots, slots.slot_of.data() + slots.term(q) + s * kPanel, l.rank, first, count, false,
+               y + s * apart * kPanel);
 }
 
 // What backward keeps of the slots between its phases.
@@ -154,14 +154,22 @@ void to_terms(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
               const Slots<Wide<Op>>& slots, const SlotTrail<Op>& kept, const Trail<Op>& trail) {
   using W = Wide<Op>;
   over(chunk.panels, [&](int64_t begin, int64_t end) {
-    const Tensor c = l.wide_empty({l.rank, kPanel}), dc = l.wide_empty({l.rank, kPanel}),
+    const Tensor c = l.wide_empty({kBlock, kPanel}), dc = l.wide_empty({l.rank, kPanel}),
                  dout = l.op_empty({l.out, kPanel}), dg = l.wide_empty({l.top_k, kPanel});
     for (int64_t q = begin; q < end; ++q) {
-      W* y = data<W>(kept.terms) + slots.term(q) * l.rank;
-      mix_terms(l, slots, q, data<W>(kept.y), y, data<W>(c));
-      to_mixture(l, chunk, in, trail, q, data<W>(c), data<Op>(dout), data<W>(dc));
-      l.k.combine_backward(y, l.top_k, l.rank, slots.gates.data() + slots.term(q), data<W>(c),
-                           data<W>(dc), data<W>(dg), nullptr);
+      to_mixture(l, chunk, in, q, data<Op>(dout), data<W>(dc));
+      std::fill_n(data<W>(dg), l.top_k * kPanel, W(0));
+      for (int64_t i = 0; i < l.rank; i += kBlock) {  // which stay in the L1 cache
+        const int64_t count = std::min(kBlock, l.rank - i);
+        W* y = data<W>(kept.terms) + slots.term(q) * l.rank + i * kPanel;
+        gather_terms(l, slots, q, data<W>(kept.y), i, count, l.rank, y);
+        l.k.combine_both(y, l.top_k, l.rank, count, slots.gates.data() + slots.term(q),
+                         data<W>(dc) + i * kPanel, data<W>(c), data<W>(dg));
+        l.k.to_features(data<W>(c), count,
+                        data<Op>(trail.c_features) +
+                            (chunk.attribute(q) * l.rank + i) * trail.padded + chunk.start(q),
+                        trail.padded);
+      }
       W* gates_grad = data<W>(trail.gates_grad) +
                       (chunk.attribute(q) * chunk.tokens + chunk.start(q)) * l.experts;
       std::fill_n(gates_grad, chunk.count(q) * l.experts, W(0));
@@ -185,7 +193,8 @@ void from_slots(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
     for (int64_t p = begin; p < end; ++p) {
       const int64_t weights = slots.expert[p] * l.hidden * l.rank;
       W* sums = data<W>(kept.sums) + p * (l.hidden + l.rank);
-      k.gather(data<W>(kept.terms), slots.terms.data() + p * kPanel, l.rank, false, data<W>(dy));
+      k.gather(data<W>(kept.terms), slots.terms.data() + p * kPanel, l.rank, 0, l.rank, false,
+               data<W>(dy));
       k.add_sums(data<W>(dy), l.rank, sums + l.hidden);
       k.to_features(data<W>(dy), l.rank,
                     data<Op>(kept.y_grad_features) + slots.in_four(p, l.rank), kFour);
@@ -266,10 +275,15 @@ void mix_grouped(const Layer<Op>& l, const Chunk& chunk, const Tensor& z, const 
     }
   });
   over(chunk.panels, [&](int64_t begin, int64_t end) {
-    const Tensor y = l.wide_empty({l.top_k, l.rank, kPanel}), mixed = l.wide_empty({l.rank, kPanel});
+    const Tensor y = l.wide_empty({l.top_k, kBlock, kPanel}), mixed = l.wide_empty({kBlock, kPanel});
     for (int64_t q = begin; q < end; ++q) {
-      mix_terms(l, slots, q, data<W>(y_slots), data<W>(y), data<W>(mixed));
-      l.k.to_operand(data<W>(mixed), l.rank, data<Op>(c) + q * l.rank * kPanel);
+      for (int64_t i = 0; i < l.rank; i += kBlock) {  // which stay in the L1 cache
+        const int64_t count = std::min(kBlock, l.rank - i);
+        gather_terms(l, slots, q, data<W>(y_slots), i, count, count, data<W>(y));
+        l.k.combine(data<W>(y), l.top_k, l.top_k, count, nullptr, slots.gates.data() + slots.term(q),
+                    data<W>(mixed));
+        l.k.to_operand(data<W>(mixed), count, data<Op>(c) + (q * l.rank + i) * kPanel);
+      }
     }
   });
 }
@@ -294,8 +308,8 @@ void unmix_grouped(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
   over(chunk.panels, [&](int64_t begin, int64_t end) {
     for (int64_t q = begin; q < end; ++q) {
       for (int64_t s = 0; s < l.top_k; ++s)
-        l.k.gather(data<W>(kept.y), slots.slot_of.data() + slots.term(q) + s * kPanel, l.rank,
-                   s > 0, data<W>(trail.dz) + q * l.rank * kPanel);
+        l.k.gather(data<W>(kept.y), slots.slot_of.data() + slots.term(q) + s * kPanel, l.rank, 0,
+                   l.rank, s > 0, data<W>(trail.dz) + q * l.rank * kPanel);
     }
   });
   to_experts(l, slots, kept);

@@ -64,18 +64,23 @@ struct PanelKernels {
   void (*relu_backward)(W* dh, const W* h, int64_t features, W* dbias);
 
   // Columns of panels [..][features][32] side by side: columns[n] = 32 * panel + lane, or -1 for
-  // zeros. Of operands; of W, put down or added.
+  // zeros. Of operands; of W, `count` features from `first` on, put down or added.
   void (*gather_operand)(const Op* panels, const int64_t* columns, int64_t features, Op* operand);
-  void (*gather)(const W* panels, const int64_t* columns, int64_t features, bool add, W* panel);
+  void (*gather)(const W* panels, const int64_t* columns, int64_t features, int64_t first,
+                 int64_t count, bool add, W* panel);
 
   // c [r][32] = log of the sum over e of gates [E][32] times exp(y [E][r][32] + bias [E][r]), where
   // a token has at most `top_k` gates. y becomes y + bias. The bias may be null.
   void (*combine)(W* y, int64_t experts, int64_t top_k, int64_t r, const W* bias, const W* gates,
                   W* c);
   // y (with its bias) becomes its own gradient; dgates [E][32]; the sums over the tokens of y's
-  // gradient are added to dbias [E][r] unless null.
+  // gradient are added to dbias [E][r].
   void (*combine_backward)(W* y, int64_t experts, int64_t r, const W* gates, const W* c,
                            const W* dc, W* dgates, W* dbias);
+  // Both of the terms that tokens take, from c's gradient dc: y [k][apart][32], of which `count`
+  // features, without a bias, becomes its own gradient; c [count][32]; added to dgates [k][32].
+  void (*combine_both)(W* y, int64_t top_k, int64_t apart, int64_t count, const W* gates,
+                       const W* dc, W* c, W* dgates);
 
   // A right operand [tokens, rounded up to 32][64] whose k runs over tokens: `columns` (<= 64)
   // columns of rows [tokens][stride], as (x - mean) * rstd unless mean is null, then zeros.

@@ -59,6 +59,7 @@ constexpr PanelKernels<Op> table(const char* name) {
           gather<Op>,
           combine<Op>,
           combine_backward<Op>,
+          combine_both<Op>,
           pack_tokens<Op>,
           add_sums<Op>,
           scale_features<Op>,

@@ -169,7 +169,8 @@ struct Picks {
 // gather_rows for values of 32 bits. Neighbouring columns come from few vectors, so a shuffle of each
 // costs less than a gather.
 template <typename T, typename Use>
-inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, Use use) {
+inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, int64_t first,
+                         int64_t count, Use use) {
   Picks picks[2];
   for (int64_t n = 0; n < kPanel; ++n) {
     if (columns[n] < 0) continue;
@@ -184,7 +185,8 @@ inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, 
     half.lane[i][n % 16] = static_cast<uint32_t>(columns[n] % 16);
     half.taken[i] |= static_cast<uint16_t>(1u << n % 16);
   }
-  for (int64_t i = 0; i < rows; ++i, panels += kPanel) {
+  panels += first * kPanel;
+  for (int64_t i = 0; i < count; ++i, panels += kPanel) {
     T lanes[kPanel];
     for (int64_t h = 0; h < 2; ++h) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,11 +200,12 @@ inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, 
 }
 #endif
 
-// use(row, lanes) for every row of the gathered panel.
+// use(row, lanes) for `count` rows of the gathered panel, from `first` on, counted from there.
 template <typename T, typename Use>
-inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, Use use) {
+inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, int64_t first,
+                        int64_t count, Use use) {
 #ifdef SPECTRALX_SHUFFLES
-  if constexpr (sizeof(T) == 4) return shuffle_rows(panels, columns, rows, use);
+  if constexpr (sizeof(T) == 4) return shuffle_rows(panels, columns, rows, first, count, use);
 #endif
   // The lane of an empty column reads a valid one.
   int64_t offset[kPanel];
@@ -210,7 +213,8 @@ inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, U
     const int64_t column = std::max<int64_t>(columns[n], 0);
     offset[n] = column / kPanel * rows * kPanel + column % kPanel;
   }
-  for (int64_t i = 0; i < rows; ++i, panels += kPanel) {
+  panels += first * kPanel;
+  for (int64_t i = 0; i < count; ++i, panels += kPanel) {
     T lanes[kPanel];
     SPECTRALX_LANES {
       const T value = panels[offset[n]];
@@ -223,21 +227,21 @@ inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, U
 template <typename Op>
 void gather_operand(const Op* panels, const int64_t* columns, int64_t features, Op* operand) {
   if constexpr (sizeof(Op) == 2) {
-    gather_rows(words(panels), columns, features / 2, [&](int64_t i, const uint32_t* lanes) {
+    gather_rows(words(panels), columns, features / 2, 0, features / 2, [&](int64_t i, const uint32_t* lanes) {
       SPECTRALX_LANES words(operand)[i * kPanel + n] = lanes[n];
     });
   } else {
-    gather_rows(panels, columns, features, [&](int64_t i, const Op* lanes) {
+    gather_rows(panels, columns, features, 0, features, [&](int64_t i, const Op* lanes) {
       SPECTRALX_LANES operand[i * kPanel + n] = lanes[n];
     });
   }
 }
 
 template <typename Op>
-void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, bool add,
-            Wide<Op>* panel) {
+void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, int64_t first,
+            int64_t count, bool add, Wide<Op>* panel) {
   using W = Wide<Op>;
-  gather_rows(panels, columns, features, [&](int64_t i, const W* lanes) {
+  gather_rows(panels, columns, features, first, count, [&](int64_t i, const W* lanes) {
     W* to = panel + i * kPanel;
     if (add) {
       SPECTRALX_LANES to[n] += lanes[n];
