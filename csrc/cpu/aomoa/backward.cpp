@@ -40,6 +40,7 @@ void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
       const int64_t a = chunk.attribute(q), start = chunk.start(q), n = chunk.count(q);
       const int64_t at = (a * chunk.tokens + start) * l.experts;
       W* sums = data<W>(trail.sums) + q * l.sum_size;
+      std::fill_n(sums, l.sum_size - 3 * l.rank, W(0));
       restore(l, chunk, in, trail, q, data<W>(z), data<W>(scores));
       k.to_operand(data<W>(z), l.rank, data<Op>(z_operand));
       k.to_features(data<W>(z), l.rank, data<Op>(trail.z_features) + a * l.rank * padded + start,
@@ -90,14 +91,17 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
   const int64_t padded = trail.padded, plane = l.attributes * l.tokens;
   const W per_feature = W(1) / static_cast<W>(l.d);
   over(chunk.panels, [&](int64_t begin, int64_t end) {
-    const Tensor scores = l.wide_empty({l.scores, kPanel}), scaled = l.wide_empty({l.rank, kPanel});
+    const Tensor scores = l.wide_empty({l.scores, kPanel}), scaled = l.wide_empty({l.rank, kPanel}),
+                 gathered = l.wide_empty({l.grouped ? l.rank : 0, kPanel});
     W rstd1[kPanel], rstd2[kPanel], along_sums[kPanel], along_normed[kPanel], along_shift[kPanel];
     for (int64_t q = begin; q < end; ++q) {
       const int64_t a = chunk.attribute(q), start = chunk.start(q), n = chunk.count(q);
       const int64_t t = chunk.first + start, at = (a * chunk.tokens + start) * l.experts;
       const W* normed = data<W>(trail.normed) + q * l.rank * kPanel;
-      W* dz = data<W>(trail.dz) + q * l.rank * kPanel;
+      W* dz = l.grouped ? data<W>(gathered) : data<W>(trail.dz) + q * l.rank * kPanel;
+      if (l.grouped) trail.gather_dz(q, dz);
       W* sums = trail.norm_sums(l, q);
+      std::fill_n(sums, 3 * l.rank, W(0));
       k.transpose(data<W>(routing.clean) + at, n, l.experts, l.experts, data<W>(scores));
       if (trail.raw.defined())
         k.transpose(data<W>(routing.raw_std) + at, n, l.experts, l.experts,
@@ -138,7 +142,7 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
 
 // Products over the tokens of the chunk, added to the gradients of the experts' weights.
 template <typename Op>
-void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
+void to_experts_densely(const Backward<Op>& l, const Chunk& chunk, const Trail<Op>& trail) {
   using W = Wide<Op>;
   const int64_t padded = trail.padded, depth = trail.depth, all = l.all_hidden;
   const int64_t fc2_blocks = blocks_of(l.hidden, kBlock);
@@ -149,7 +153,7 @@ void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
         product(l.rank, width(l.hidden, j), depth,
                 data<Op>(trail.y_grad_features) + (a * l.experts + e) * l.rank * padded, padded,
                 data<Op>(trail.h_tokens) + a * padded * all + (e * l.hidden + j) * kColumn<Op>, all,
-                data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, true);
+                data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, chunk.first > 0 || a > 0);
     }
   });
   over(blocks_of(all, kBlock), [&](int64_t begin, int64_t end) {
@@ -157,7 +161,7 @@ void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
       for (int64_t a = 0; a < l.attributes; ++a)
         product(l.rank, width(all, j), depth, data<Op>(trail.z_features) + a * l.rank * padded,
                 padded, data<Op>(trail.h_grad_tokens) + a * padded * all + j * kColumn<Op>, all,
-                data<W>(l.fc1_t_grad) + j, all, true);
+                data<W>(l.fc1_t_grad) + j, all, chunk.first > 0 || a > 0);
     }
   });
 }
@@ -187,7 +191,12 @@ void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
                 const Trail<Op>& trail, const Gradients& grads) {
   using W = Wide<Op>;
   const auto& k = l.k;
-  l.sums.narrow(0, l.sum_size - trail.sums.size(1), trail.sums.size(1)).add_(trail.sums.sum(0));
+  const int64_t summed = trail.sums.size(1);
+  for (int64_t q = 0; q < chunk.panels; ++q) {
+    const W* from = data<W>(trail.sums) + q * summed;
+    W* to = data<W>(l.sums) + l.sum_size - summed;
+    for (int64_t i = 0; i < summed; ++i) to[i] += from[i];
+  }
   const int64_t padded = trail.padded, depth = trail.depth, outs = l.attributes * l.out;
   // Tasks of one loop cost the same, which is how they are dealt out.
   const bool once = l.tokens <= kChunk, last = chunk.first + chunk.tokens == l.tokens;
@@ -270,7 +279,7 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
       if (depth > 0)
         k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr, frozen);
       if (task == begin || a == 0)
-        k.pack_tokens(data<Op>(l.folded) + i, l.rank, l.d, columns, nullptr, nullptr, folded);
+        k.pack_scaled(data<Op>(l.down) + i, l.rank, l.d, columns, l.norm1_weight + i, folded);
       for (int64_t first = 0; first < l.tokens; first += kChunk) {
         const int64_t last = std::min(first + kChunk, l.tokens);
         // use(t, rows, sums) for each tile.
@@ -347,8 +356,9 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   grads.gate_noise = l.noise.has_value() ? at::empty_like(grads.gate) : at::zeros_like(grads.gate);
   grads.norm1_weight = l.wide_empty({l.d});
   grads.norm1_bias = l.wide_empty({l.d});
-  if (l.tokens == 0) {  // there is no last chunk
-    for (const Tensor& grad : {grads.up, grads.scaler, grads.down, grads.norm1_weight, grads.norm1_bias})
+  if (l.tokens == 0) {  // there is no first or last chunk
+    for (const Tensor& grad : {grads.up, grads.scaler, grads.down, grads.norm1_weight, grads.norm1_bias,
+                               l.fc1_t_grad, l.fc2_grad})
       grad.zero_();
   }
   if (in.want_noise) grads.noise = l.wide_empty({l.attributes, l.tokens, l.experts});
@@ -359,7 +369,7 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
       unmix_grouped(l, chunk, in, trail);
     } else {
       unmix_densely(l, chunk, in, trail);
-      to_experts_densely(l, trail);
+      to_experts_densely(l, chunk, trail);
     }
     if (in.gates.has_value()) trail.gates_grad.add_(chunk.of(*in.gates));
     const auto raw = trail.raw.defined() ? std::optional<Tensor>(trail.raw) : std::nullopt;
@@ -375,16 +385,19 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
     to_input(l, in, grads.x);
   }
 
-  // Views of one tensor: what is returned of them is copied.
+  // Views of one tensor: what is returned of them is copied, in the type it is wanted in.
+  const auto copied = [](const Tensor& part, const Tensor& of) {
+    return part.view(of.sizes()).to(of.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  };
   const auto parts = l.sums.split_with_sizes(
       {l.all_hidden, l.experts * l.rank, l.rank, l.rank, l.rank});
   to_hidden(l, grads);
   to_router(l, grads);
-  grads.norm2_weight = parts[2].clone();
-  grads.norm2_bias = parts[3].clone();
-  grads.fc1_bias = parts[0].view({l.experts, l.hidden}).clone();
+  grads.norm2_weight = copied(parts[2], arguments.norm2_weight);
+  grads.norm2_bias = copied(parts[3], arguments.norm2_bias);
+  grads.fc1_bias = copied(parts[0], arguments.fc1_bias);
   grads.fc2_weight = l.fc2_grad;
-  grads.fc2_bias = parts[1].view({l.experts, l.rank}).clone();
+  grads.fc2_bias = copied(parts[1], arguments.fc2_bias);
   return grads;
 }
 

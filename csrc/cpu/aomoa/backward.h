@@ -1,6 +1,8 @@
 // What the files of backward share: its weights and sums, and what a chunk keeps between phases.
 #pragma once
 
+#include <functional>
+
 #include "cpu/aomoa/layer.h"
 
 namespace spectralx::cpu {
@@ -22,8 +24,7 @@ struct Backward : Layer<Op> {
   Tensor fc1_t;                   // of Op: [r, E h], grouped [E, r, h]
   Tensor fc2_t, up_t;             // of Op: [E, h, r], scaler * up [A, r, o]
   Tensor router_t;                // [A, r, scores]
-  Tensor folded;                  // of Op, gamma * down [r, d]
-  Tensor column_sums, shift;      // [r]: of folded; down beta
+  Tensor column_sums, shift;      // [r]: of gamma * down as Op holds it; down beta
   Tensor mean, offset, slope;     // [A, T]: x's gradient is product - offset - (x - mean) slope
   Tensor z0_grad;                 // of Op, rstd1 * gradient of z0 [T, A, r]
   // Of more than one chunk, in blocks of 64 columns: rows a power of two apart would share cache sets.
@@ -44,7 +45,6 @@ struct Backward : Layer<Op> {
     fc2_t = l.op_empty({l.experts, l.hidden, l.rank});
     router_t = l.wide_empty({l.attributes, l.rank, l.scores});
     up_t = l.op_empty({l.attributes, l.rank, l.out});
-    folded = at::empty_like(l.down);
     column_sums = l.wide_empty({l.rank});
     shift = l.wide_empty({l.rank});
     fold();
@@ -55,20 +55,20 @@ struct Backward : Layer<Op> {
       up_products = l.wide_empty({blocks_of(l.out, kBlock), l.attributes, l.rank, kBlock});
       down_products = l.wide_empty({blocks_of(l.d, kBlock), l.rank, kBlock});
     }
-    fc1_t_grad = l.wide_zeros(fc1_t.sizes());
-    fc2_grad = l.wide_zeros({l.experts, l.rank, l.hidden});
+    fc1_t_grad = l.wide_empty(fc1_t.sizes());
+    fc2_grad = l.wide_empty({l.experts, l.rank, l.hidden});
     router_products = l.wide_zeros({l.attributes, l.scores, l.rank});
     router_sums = l.wide_zeros({l.attributes, l.scores});
     sums = l.wide_zeros({sum_size});
   }
 
-  // gamma into down, scaler into up, and the transposes. Tasks of one loop cost the same.
+  // The sums, scaler into up, and the transposes. Tasks of one loop cost the same.
   void fold() {
     const auto& l = *this;
     over(l.rank, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         l.k.fold(data<Op>(l.down) + row * l.d, l.d, l.norm1_weight, l.norm1_bias,
-                 data<Op>(folded) + row * l.d, data<W>(column_sums) + row, data<W>(shift) + row);
+                 data<W>(column_sums) + row, data<W>(shift) + row);
     });
     // `count` rows, kPanel at most, of `width` values to a panel; `operand` is scratch.
     const auto read = [&](const Op* rows, int64_t count, int64_t width, Op* operand, W* panel) {
@@ -124,24 +124,27 @@ template <typename Op>
 struct Trail {
   using W = Wide<Op>;
   int64_t padded, depth;          // tokens as stored; as many as a product over them takes
-  Tensor normed, dz;              // panels [panels][r][32]
+  Tensor normed;                  // panels [panels][r][32]
   Tensor c_features;              // [A][r][padded]
   Tensor z0_grad_features;        // [A][r][padded]
+  // Of the grouped path only: z's gradient of panel q, [r][32], which its slots hold.
+  std::function<void(int64_t q, W* dz)> gather_dz;
   // Of the dense path only.
+  Tensor dz;                      // z's gradient, panels [panels][r][32]
   Tensor z_features;              // [A][r][padded]
   Tensor y_grad_features;         // [A][E][r][padded]
   Tensor h_tokens, h_grad_tokens;  // by tokens [A][padded][E h]
   Tensor scores_grad;             // wide [A][scores][padded]
   Tensor clean, raw, gates_grad;  // [A, tokens, E]
-  Tensor sums;                    // [panels][sum_size], grouped [panels][3 r]
+  Tensor sums;                    // [panels][sum_size], grouped [panels][3 r]; each panel's task zeroes its own
 
   Trail(const Backward<Op>& l, const Chunk& chunk) : padded(chunk.padded()),
         depth(blocks_of(chunk.tokens, kColumn<Op>) * kColumn<Op>) {
     normed = l.wide_empty({chunk.panels, l.rank, kPanel});
-    dz = at::empty_like(normed);
     c_features = l.op_empty({l.attributes, l.rank, padded});
     z0_grad_features = at::empty_like(c_features);
     if (!l.grouped) {
+      dz = at::empty_like(normed);
       z_features = at::empty_like(c_features);
       y_grad_features = l.op_empty({l.attributes, l.experts, l.rank, padded});
       h_tokens = l.op_empty({l.attributes, padded, l.all_hidden});
@@ -151,7 +154,7 @@ struct Trail {
     clean = l.wide_empty({l.attributes, chunk.tokens, l.experts});
     if (l.noise.has_value()) raw = at::empty_like(clean);
     gates_grad = at::empty_like(clean);
-    sums = l.wide_zeros({chunk.panels, l.grouped ? 3 * l.rank : l.sum_size});
+    sums = l.wide_empty({chunk.panels, l.grouped ? 3 * l.rank : l.sum_size});
   }
 
   // Of panel q: norm2's two and dz0's sum, [3 r].

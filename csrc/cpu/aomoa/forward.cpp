@@ -145,19 +145,27 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
 template <typename Op>
 Outputs forward(const Arguments& arguments, bool frozen) {
   const Layer<Op> l(arguments, frozen);
-  const Outputs outputs{l.op_empty({l.tokens, l.attributes * l.out}),
-                        l.wide_empty({l.attributes, l.tokens, l.experts}),
-                        l.wide_zeros({l.attributes, l.experts}),
-                        l.wide_empty({l.tokens, l.attributes, l.rank}),
-                        l.wide_empty({3, l.attributes, l.tokens})};
+  Outputs outputs{l.op_empty({l.tokens, l.attributes * l.out}), Tensor(), Tensor(),
+                  l.wide_empty({l.tokens, l.attributes, l.rank}),
+                  l.wide_empty({3, l.attributes, l.tokens})};
+  const bool once = l.tokens > 0 && l.tokens <= kChunk;
+  if (!once) {
+    outputs.gates = l.wide_empty({l.attributes, l.tokens, l.experts});
+    outputs.load = l.wide_zeros({l.attributes, l.experts});
+  }
   for (int64_t first = 0; first < l.tokens; first += kChunk) {
     const Chunk chunk(first, l.tokens, l.attributes);
     Chain<Op> chain(l, chunk);
     to_scores(l, chunk, chain, outputs);
     const auto raw = chain.raw.defined() ? std::optional<Tensor>(chain.raw) : std::nullopt;
     const auto [gates, load] = noisy_topk_gating(chain.clean, raw, chunk.of(l.noise), l.top_k);
-    chunk.of(outputs.gates).copy_(gates);
-    outputs.load.add_(load);
+    if (once) {
+      outputs.gates = gates;
+      outputs.load = load;
+    } else {
+      chunk.of(outputs.gates).copy_(gates);
+      outputs.load.add_(load);
+    }
     if (l.grouped) {
       mix_grouped(l, chunk, chain.z, gates, chain.c);
     } else {

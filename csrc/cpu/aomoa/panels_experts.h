@@ -78,8 +78,8 @@ inline void combine_two_both(W* const (&y)[2], const W* const (&gates)[2], const
 }
 
 template <typename Op>
-void combine_rows(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t apart, int64_t r,
-                  const Wide<Op>* bias, const Wide<Op>* gates, Wide<Op>* c) {
+void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<Op>* bias,
+             const Wide<Op>* gates, Wide<Op>* c) {
   using W = Wide<Op>;
   constexpr W kNone = -std::numeric_limits<W>::infinity();
   const bool by_slot = top_k <= kSlots && top_k < experts;
@@ -107,8 +107,8 @@ void combine_rows(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t apart, in
       std::fill(y_of[0], y_of[0] + terms * kPanel, kNone);
     }
     for (int64_t e = 0; e < experts; ++e) {
-      W* row = y + (e * apart + i) * kPanel;
-      const W shift = bias ? bias[e * apart + i] : W(0);
+      W* row = y + (e * r + i) * kPanel;
+      const W shift = bias ? bias[e * r + i] : W(0);
       SPECTRALX_LANES row[n] += shift;
       if (by_slot) {
         for (int64_t slot = 0; slot < terms; ++slot) {
@@ -127,7 +127,7 @@ void combine_rows(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t apart, in
     W* out = c + i * kPanel;
     if (terms == 2) {
       const W* const rows[2] = {by_slot ? y_of[0] : y + i * kPanel,
-                                by_slot ? y_of[1] : y + (apart + i) * kPanel};
+                                by_slot ? y_of[1] : y + (r + i) * kPanel};
       const W* const weights[2] = {by_slot ? weight[0] : gates, by_slot ? weight[1] : gates + kPanel};
       combine_two(rows, weights, out);
       continue;
@@ -139,7 +139,7 @@ void combine_rows(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t apart, in
       }
     }
     for (int64_t term = 0; term < terms; ++term) {
-      const W* row = by_slot ? y_of[term] : y + (term * apart + i) * kPanel;
+      const W* row = by_slot ? y_of[term] : y + (term * r + i) * kPanel;
       const W* gate = by_slot ? weight[term] : gates + term * kPanel;
       SPECTRALX_LANES {
         const W value = gate[n] * exponential(row[n] - peak[n]);
@@ -151,12 +151,6 @@ void combine_rows(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t apart, in
       out[n] = total[n] == W(0) ? static_cast<W>(kLogEpsilon) : value;
     }
   }
-}
-
-template <typename Op>
-void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<Op>* bias,
-             const Wide<Op>* gates, Wide<Op>* c) {
-  combine_rows<Op>(y, experts, top_k, r, r, bias, gates, c);
 }
 
 // Of term e: its rows become their gradient, that of its gate is added to dgate.
@@ -185,21 +179,20 @@ void combine_backward(Wide<Op>* y, int64_t experts, int64_t r, const Wide<Op>* g
 }
 
 template <typename Op>
-void combine_both(Wide<Op>* y, int64_t top_k, int64_t apart, int64_t count, const Wide<Op>* gates,
-                  const Wide<Op>* dc, Wide<Op>* c, Wide<Op>* dgates) {
+void combine_both(Wide<Op>* y, int64_t top_k, int64_t r, const Wide<Op>* gates, const Wide<Op>* dc,
+                  Wide<Op>* c, Wide<Op>* dgates) {
   using W = Wide<Op>;
   if (top_k == 2) {
     const W* const weights[2] = {gates, gates + kPanel};
-    for (int64_t i = 0; i < count; ++i) {
-      W* const rows[2] = {y + i * kPanel, y + (apart + i) * kPanel};
+    for (int64_t i = 0; i < r; ++i) {
+      W* const rows[2] = {y + i * kPanel, y + (r + i) * kPanel};
       combine_two_both(rows, weights, dc + i * kPanel, c + i * kPanel, dgates);
     }
     return;
   }
-  combine_rows<Op>(y, top_k, top_k, apart, count, nullptr, gates, c);
+  combine<Op>(y, top_k, top_k, r, nullptr, gates, c);
   for (int64_t term = 0; term < top_k; ++term)
-    combine_gradient(y + term * apart * kPanel, count, gates + term * kPanel, c, dc,
-                     dgates + term * kPanel);
+    combine_gradient(y + term * r * kPanel, r, gates + term * kPanel, c, dc, dgates + term * kPanel);
 }
 
 }  // namespace

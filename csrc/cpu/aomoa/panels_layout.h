@@ -144,6 +144,22 @@ void to_features(const Wide<Op>* panel, int64_t features, Op* rows, int64_t stri
 }
 
 template <typename Op>
+void spread(const Op* operand, int64_t features, Op* rows, int64_t stride) {
+  for (int64_t f = 0; f < features; f += sizeof(Op) == 2 ? 2 : 1) {
+    auto* to = elements(rows + f * stride);
+    fetch_to_write(rows + std::min(f + kFetched, features - 1) * stride, kPanel);
+    if constexpr (sizeof(Op) == 2) {
+      fetch_to_write(rows + std::min(f + kFetched + 1, features - 1) * stride, kPanel);
+      const uint32_t* row = words(operand) + f / 2 * kPanel;
+      SPECTRALX_LANES to[n] = static_cast<uint16_t>(row[n]);
+      SPECTRALX_LANES to[stride + n] = static_cast<uint16_t>(row[n] >> 16);
+    } else {
+      std::copy_n(operand + f * kPanel, kPanel, to);
+    }
+  }
+}
+
+template <typename Op>
 void to_tokens(const Wide<Op>* panel, int64_t features, Op* operand, int64_t width) {
   if constexpr (sizeof(Op) == 2) {
     constexpr int64_t kPairs = kPanel / 2;
@@ -251,9 +267,11 @@ void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, in
   });
 }
 
+// A right operand of rows as they are, as (x - mean) * rstd of their row, or times the weight of their
+// column: what is not null.
 template <typename Op>
-void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
-                 const Wide<Op>* mean, const Wide<Op>* rstd, Op* operand) {
+inline void pack_rows(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
+                      const Wide<Op>* mean, const Wide<Op>* rstd, const Wide<Op>* weight, Op* operand) {
   using W = Wide<Op>;
   if constexpr (sizeof(Op) == 2) {
     for (int64_t t = 0; t < tokens; t += 2) {
@@ -263,20 +281,28 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
       const auto *low = reinterpret_cast<const uint16_t*>(rows + t * stride),
                  *high = paired ? low + stride : low;
       uint32_t* to = words(operand) + t / 2 * kBlock;
-      if (mean == nullptr) {
+      if (mean == nullptr && weight == nullptr) {
         const uint32_t kept = paired ? 0xffffffffu : 0xffffu;
 #pragma omp simd
         for (int64_t n = 0; n < columns; ++n)
           to[n] = (static_cast<uint32_t>(low[n]) | static_cast<uint32_t>(high[n]) << 16) & kept;
       } else {
         // The partner that an odd last token lacks becomes 0.
-        const W m0 = mean[t], m1 = paired ? mean[t + 1] : W(0), s0 = rstd[t],
-                s1 = paired ? rstd[t + 1] : W(0);
         W first[kBlock], second[kBlock];
+        if (weight != nullptr) {
 #pragma omp simd
-        for (int64_t n = 0; n < columns; ++n) {
-          first[n] = (from_bits(low[n]) - m0) * s0;
-          second[n] = paired ? (from_bits(high[n]) - m1) * s1 : W(0);
+          for (int64_t n = 0; n < columns; ++n) {
+            first[n] = from_bits(low[n]) * weight[n];
+            second[n] = paired ? from_bits(high[n]) * weight[n] : W(0);
+          }
+        } else {
+          const W m0 = mean[t], m1 = paired ? mean[t + 1] : W(0), s0 = rstd[t],
+                  s1 = paired ? rstd[t + 1] : W(0);
+#pragma omp simd
+          for (int64_t n = 0; n < columns; ++n) {
+            first[n] = (from_bits(low[n]) - m0) * s0;
+            second[n] = paired ? (from_bits(high[n]) - m1) * s1 : W(0);
+          }
         }
         round_pairs(first, second, columns, to);
       }
@@ -287,9 +313,14 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
       fetch(rows + std::min(t + kFetched, tokens - 1) * stride, columns);
       const Op* from = rows + t * stride;
       Op* to = operand + t * kBlock;
-      const W center = mean ? mean[t] : W(0), scale = mean ? rstd[t] : W(1);
+      if (weight != nullptr) {
 #pragma omp simd
-      for (int64_t n = 0; n < columns; ++n) to[n] = (from[n] - center) * scale;
+        for (int64_t n = 0; n < columns; ++n) to[n] = from[n] * weight[n];
+      } else {
+        const W center = mean ? mean[t] : W(0), scale = mean ? rstd[t] : W(1);
+#pragma omp simd
+        for (int64_t n = 0; n < columns; ++n) to[n] = (from[n] - center) * scale;
+      }
       std::fill(to + columns, to + kBlock, Op(0));
     }
   }
@@ -297,6 +328,18 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
   const int64_t all = (tokens + kPanel - 1) / kPanel * kPanel;
   std::memset(static_cast<void*>(operand + written * kBlock), 0,
               sizeof(Op) * (all - written) * kBlock);
+}
+
+template <typename Op>
+void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
+                 const Wide<Op>* mean, const Wide<Op>* rstd, Op* operand) {
+  pack_rows<Op>(rows, tokens, stride, columns, mean, rstd, nullptr, operand);
+}
+
+template <typename Op>
+void pack_scaled(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
+                 const Wide<Op>* weight, Op* operand) {
+  pack_rows<Op>(rows, tokens, stride, columns, nullptr, nullptr, weight, operand);
 }
 
 }  // namespace

@@ -7,26 +7,61 @@ namespace {
 // Sums over features are taken in blocks, which keeps their round-off near that of a tree.
 constexpr int64_t kSumBlock = 32;
 
+typedef float Floats __attribute__((vector_size(64)));  // sixteen lanes
+
+// sums [32] = the sums of term(lanes, mean's lanes) over the features, in blocks.
+template <typename Op, typename Term>
+inline void sum_features(const Op* panel, int64_t features, const Wide<Op>* mean, Wide<Op>* sums, Term term) {
+  using W = Wide<Op>;
+  if constexpr (sizeof(W) == 4) {
+    Floats total[2] = {}, center[2];
+    std::memcpy(center, mean, sizeof center);
+    for (int64_t f0 = 0; f0 < features; f0 += kSumBlock) {
+      const int64_t end = std::min(f0 + kSumBlock, features);
+      Floats part[2] = {};
+      if constexpr (sizeof(Op) == 2) {
+        for (int64_t f = f0; f < end; f += 2) {
+          Lanes pair[2];
+          std::memcpy(pair, panel + f * kPanel, sizeof pair);
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) {
+            part[h] += term((Floats)(pair[h] << 16), center[h]);
+            part[h] += term((Floats)(pair[h] & 0xffff0000u), center[h]);
+          }
+        }
+      } else {
+        for (int64_t f = f0; f < end; ++f) {
+          Floats row[2];
+          std::memcpy(row, panel + f * kPanel, sizeof row);
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) part[h] += term(row[h], center[h]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) total[h] += part[h];
+    }
+    std::memcpy(sums, total, sizeof total);
+  } else {
+    std::fill_n(sums, kPanel, W(0));
+    for (int64_t f0 = 0; f0 < features; f0 += kSumBlock) {
+      W part[kPanel] = {};
+      for (int64_t f = f0; f < std::min(f0 + kSumBlock, features); ++f) {
+        SPECTRALX_LANES part[n] += term(panel[f * kPanel + n], mean[n]);
+      }
+      SPECTRALX_LANES sums[n] += part[n];
+    }
+  }
+}
+
 template <typename Op>
 void moments(const Op* panel, int64_t features, Wide<Op> eps, Wide<Op>* mean, Wide<Op>* rstd) {
   using W = Wide<Op>;
-  W total[kPanel] = {}, part[kPanel] = {};
-  const auto fold = [&](int64_t f) {
-    if (f % kSumBlock != kSumBlock - 1 && f != features - 1) return;
-    SPECTRALX_LANES total[n] += part[n];
-    SPECTRALX_LANES part[n] = W(0);
-  };
-  for_features<Op>(panel, features, [&](int64_t f, const W* row) {
-    SPECTRALX_LANES part[n] += row[n];
-    fold(f);
-  });
-  SPECTRALX_LANES mean[n] = total[n] / static_cast<W>(features);
-  SPECTRALX_LANES total[n] = W(0);
-  for_features<Op>(panel, features, [&](int64_t f, const W* row) {
-    SPECTRALX_LANES part[n] += (row[n] - mean[n]) * (row[n] - mean[n]);
-    fold(f);
-  });
-  SPECTRALX_LANES rstd[n] = W(1) / std::sqrt(total[n] / static_cast<W>(features) + eps);
+  W sums[kPanel] = {};
+  sum_features<Op>(panel, features, sums, sums, [](const auto& x, const auto&) { return x; });
+  SPECTRALX_LANES mean[n] = sums[n] / static_cast<W>(features);
+  sum_features<Op>(panel, features, mean, sums,
+                   [](const auto& x, const auto& center) { return (x - center) * (x - center); });
+  SPECTRALX_LANES rstd[n] = W(1) / std::sqrt(sums[n] / static_cast<W>(features) + eps);
 }
 
 template <typename Op>
@@ -96,7 +131,6 @@ inline void add_lanes(const W* panel, int64_t features, W* sums) {
   int64_t f = 0;
   if constexpr (sizeof(W) == 4) {
     for (; f + 16 <= features; f += 16) {
-      typedef float Floats __attribute__((vector_size(64)));
       Lanes rows[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
@@ -156,6 +190,17 @@ void norm_backward(Wide<Op>* dz, const Wide<Op>* normed, int64_t features, const
 template <typename Op>
 void add_sums(const Wide<Op>* panel, int64_t features, Wide<Op>* sums) {
   add_lanes(panel, features, sums);
+}
+
+template <typename Op>
+void add_operand_sums(const Op* operand, int64_t features, Wide<Op>* sums) {
+  constexpr int64_t kCount = 16;  // which add_lanes takes at once
+  Wide<Op> wide[kCount * kPanel];
+  for (int64_t f = 0; f < features; f += kCount) {
+    const int64_t count = std::min(kCount, features - f);
+    widen<Op>(operand + f * kPanel, count, wide);
+    add_lanes(wide, count, sums + f);
+  }
 }
 
 template <typename Op>

@@ -5,16 +5,16 @@
 namespace {
 
 template <typename Op>
-void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* beta, Op* folded,
-          Wide<Op>* sum, Wide<Op>* shift) {
+void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* beta, Wide<Op>* sum,
+          Wide<Op>* shift) {
   using W = Wide<Op>;
   constexpr int64_t kLanes = 16;  // sums are joined at the end of the row
   const auto* from = elements(row);
-  const auto* to = elements(folded);
   W total[kLanes] = {}, moved[kLanes] = {};
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t end = std::min(start + kBlock, width);
     W products[kBlock];
+    Op folded[kBlock];
     int64_t i = start;
     for (; i + kLanes <= end; i += kLanes) {
 #pragma omp simd
@@ -29,7 +29,8 @@ void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* b
       products[i - start] = gamma[i] * weight;
       moved[(i - start) % kLanes] += beta[i] * weight;
     }
-    round_row<Op>(products, end - start, folded + start);
+    round_row<Op>(products, end - start, folded);
+    const auto* to = elements(folded) - start;
     // Of what the product will use.
     for (i = start; i + kLanes <= end; i += kLanes) {
 #pragma omp simd
