@@ -9,32 +9,37 @@ constexpr int64_t kSumBlock = 32;
 
 typedef float Floats __attribute__((vector_size(64)));  // sixteen lanes
 
-// sums [32] = the sums of term(lanes, mean's lanes) over the features, in blocks.
-template <typename Op, typename Term>
-inline void sum_features(const Op* panel, int64_t features, const Wide<Op>* mean, Wide<Op>* sums, Term term) {
+// Adds x, or the square of its distance from center.
+template <bool kSquares, typename V>
+inline void add_term(const V& x, const V& center, V& sum) {
+  if constexpr (kSquares) {
+    sum += (x - center) * (x - center);
+  } else {
+    sum += x;
+  }
+}
+
+// sums [32] over the features of those terms, in blocks; center [32].
+template <bool kSquares, typename Op>
+inline void sum_features(const Op* panel, int64_t features, const Wide<Op>* center, Wide<Op>* sums) {
   using W = Wide<Op>;
   if constexpr (sizeof(W) == 4) {
-    Floats total[2] = {}, center[2];
-    std::memcpy(center, mean, sizeof center);
+    Floats total[2] = {}, middle[2];
+    std::memcpy(middle, center, sizeof middle);
     for (int64_t f0 = 0; f0 < features; f0 += kSumBlock) {
       const int64_t end = std::min(f0 + kSumBlock, features);
       Floats part[2] = {};
-      if constexpr (sizeof(Op) == 2) {
-        for (int64_t f = f0; f < end; f += 2) {
-          Lanes pair[2];
-          std::memcpy(pair, panel + f * kPanel, sizeof pair);
+      for (int64_t f = f0; f < end; f += sizeof(Op) == 2 ? 2 : 1) {
+        Lanes row[2];
+        std::memcpy(row, panel + f * kPanel, sizeof row);
 #pragma GCC unroll 2
-          for (int h = 0; h < 2; ++h) {
-            part[h] += term((Floats)(pair[h] << 16), center[h]);
-            part[h] += term((Floats)(pair[h] & 0xffff0000u), center[h]);
+        for (int h = 0; h < 2; ++h) {
+          if constexpr (sizeof(Op) == 2) {
+            add_term<kSquares>((Floats)(row[h] << 16), middle[h], part[h]);
+            add_term<kSquares>((Floats)(row[h] & 0xffff0000u), middle[h], part[h]);
+          } else {
+            add_term<kSquares>((Floats)row[h], middle[h], part[h]);
           }
-        }
-      } else {
-        for (int64_t f = f0; f < end; ++f) {
-          Floats row[2];
-          std::memcpy(row, panel + f * kPanel, sizeof row);
-#pragma GCC unroll 2
-          for (int h = 0; h < 2; ++h) part[h] += term(row[h], center[h]);
         }
       }
 #pragma GCC unroll 2
@@ -46,7 +51,7 @@ inline void sum_features(const Op* panel, int64_t features, const Wide<Op>* mean
     for (int64_t f0 = 0; f0 < features; f0 += kSumBlock) {
       W part[kPanel] = {};
       for (int64_t f = f0; f < std::min(f0 + kSumBlock, features); ++f) {
-        SPECTRALX_LANES part[n] += term(panel[f * kPanel + n], mean[n]);
+        SPECTRALX_LANES add_term<kSquares>(panel[f * kPanel + n], center[n], part[n]);
       }
       SPECTRALX_LANES sums[n] += part[n];
     }
@@ -57,10 +62,9 @@ template <typename Op>
 void moments(const Op* panel, int64_t features, Wide<Op> eps, Wide<Op>* mean, Wide<Op>* rstd) {
   using W = Wide<Op>;
   W sums[kPanel] = {};
-  sum_features<Op>(panel, features, sums, sums, [](const auto& x, const auto&) { return x; });
+  sum_features<false>(panel, features, sums, sums);
   SPECTRALX_LANES mean[n] = sums[n] / static_cast<W>(features);
-  sum_features<Op>(panel, features, mean, sums,
-                   [](const auto& x, const auto& center) { return (x - center) * (x - center); });
+  sum_features<true>(panel, features, mean, sums);
   SPECTRALX_LANES rstd[n] = W(1) / std::sqrt(sums[n] / static_cast<W>(features) + eps);
 }
 
