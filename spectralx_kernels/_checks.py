@@ -34,6 +34,8 @@ def check_device(name: str, tensor: Tensor, reference_name: str, reference: Tens
 
 def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
     """`tensor` has the device and, unless autocast will cast it, the dtype of `reference`."""
+    if tensor.dtype == reference.dtype and tensor.device == reference.device:
+        return  # most calls, and each asks for many tensors
     check_device(name, tensor, reference_name, reference)
     device = tensor.device.type
     casts = device != "meta" and torch.is_autocast_enabled(device)

@@ -9,6 +9,7 @@
 
 #include <numeric>
 
+#include "cpu/aomoa/finish.h"
 #include "cpu/aomoa/gating.h"
 #include "cpu/aomoa/grouped.h"
 
@@ -40,6 +41,7 @@ void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
       const int64_t a = chunk.attribute(q), start = chunk.start(q), n = chunk.count(q);
       const int64_t at = (a * chunk.tokens + start) * l.experts;
       W* sums = data<W>(trail.sums) + q * l.sum_size;
+      std::fill_n(sums, l.sum_size - 3 * l.rank, W(0));
       restore(l, chunk, in, trail, q, data<W>(z), data<W>(scores));
       k.to_operand(data<W>(z), l.rank, data<Op>(z_operand));
       k.to_features(data<W>(z), l.rank, data<Op>(trail.z_features) + a * l.rank * padded + start,
@@ -55,7 +57,9 @@ void unmix_densely(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
                 data<Op>(h_operand) + e * l.hidden * kPanel, kPanel,
                 data<W>(y) + e * l.rank * kPanel, kPanel, false);
       k.combine(data<W>(y), l.experts, l.top_k, l.rank, l.fc2_bias, data<W>(g), data<W>(c));
-      to_mixture(l, chunk, in, trail, q, data<W>(c), data<Op>(dout), data<W>(dc));
+      k.to_features(data<W>(c), l.rank, data<Op>(trail.c_features) + a * l.rank * padded + start,
+                    padded);
+      to_mixture(l, chunk, in, q, data<Op>(dout), data<W>(dc));
       k.combine_backward(data<W>(y), l.experts, l.rank, data<W>(g), data<W>(c), data<W>(dc),
                          data<W>(dg), sums + all);
       k.unpack_wide(data<W>(dg), n, l.experts, data<W>(trail.gates_grad) + at, l.experts);
@@ -88,14 +92,17 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
   const int64_t padded = trail.padded, plane = l.attributes * l.tokens;
   const W per_feature = W(1) / static_cast<W>(l.d);
   over(chunk.panels, [&](int64_t begin, int64_t end) {
-    const Tensor scores = l.wide_empty({l.scores, kPanel}), scaled = l.wide_empty({l.rank, kPanel});
+    const Tensor scores = l.wide_empty({l.scores, kPanel}), scaled = l.wide_empty({l.rank, kPanel}),
+                 gathered = l.wide_empty({l.grouped ? l.rank : 0, kPanel});
     W rstd1[kPanel], rstd2[kPanel], along_sums[kPanel], along_normed[kPanel], along_shift[kPanel];
     for (int64_t q = begin; q < end; ++q) {
       const int64_t a = chunk.attribute(q), start = chunk.start(q), n = chunk.count(q);
       const int64_t t = chunk.first + start, at = (a * chunk.tokens + start) * l.experts;
       const W* normed = data<W>(trail.normed) + q * l.rank * kPanel;
-      W* dz = data<W>(trail.dz) + q * l.rank * kPanel;
+      W* dz = l.grouped ? data<W>(gathered) : data<W>(trail.dz) + q * l.rank * kPanel;
+      if (l.grouped) trail.gather_dz(q, dz);
       W* sums = trail.norm_sums(l, q);
+      std::fill_n(sums, 3 * l.rank, W(0));
       k.transpose(data<W>(routing.clean) + at, n, l.experts, l.experts, data<W>(scores));
       if (trail.raw.defined())
         k.transpose(data<W>(routing.raw_std) + at, n, l.experts, l.experts,
@@ -136,7 +143,7 @@ void to_z0(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
 
 // Products over the tokens of the chunk, added to the gradients of the experts' weights.
 template <typename Op>
-void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
+void to_experts_densely(const Backward<Op>& l, const Chunk& chunk, const Trail<Op>& trail) {
   using W = Wide<Op>;
   const int64_t padded = trail.padded, depth = trail.depth, all = l.all_hidden;
   const int64_t fc2_blocks = blocks_of(l.hidden, kBlock);
@@ -147,7 +154,7 @@ void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
         product(l.rank, width(l.hidden, j), depth,
                 data<Op>(trail.y_grad_features) + (a * l.experts + e) * l.rank * padded, padded,
                 data<Op>(trail.h_tokens) + a * padded * all + (e * l.hidden + j) * kColumn<Op>, all,
-                data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, true);
+                data<W>(l.fc2_grad) + e * l.rank * l.hidden + j, l.hidden, chunk.first > 0 || a > 0);
     }
   });
   over(blocks_of(all, kBlock), [&](int64_t begin, int64_t end) {
@@ -155,34 +162,43 @@ void to_experts_densely(const Backward<Op>& l, const Trail<Op>& trail) {
       for (int64_t a = 0; a < l.attributes; ++a)
         product(l.rank, width(all, j), depth, data<Op>(trail.z_features) + a * l.rank * padded,
                 padded, data<Op>(trail.h_grad_tokens) + a * padded * all + j * kColumn<Op>, all,
-                data<W>(l.fc1_t_grad) + j, all, true);
+                data<W>(l.fc1_t_grad) + j, all, chunk.first > 0 || a > 0);
     }
   });
 }
 
 // Products over the tokens of the chunk, added to the other weights' gradients, of which the last chunk
-// finishes those of down and norm1. A task has 64 columns.
+// finishes those of up, scaler, down and norm1. A task has 64 columns.
 template <typename Op>
 void to_weights(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
                 const Trail<Op>& trail, const Gradients& grads) {
   using W = Wide<Op>;
   const auto& k = l.k;
-  l.sums.narrow(0, l.sum_size - trail.sums.size(1), trail.sums.size(1)).add_(trail.sums.sum(0));
+  const int64_t summed = trail.sums.size(1);
+  for (int64_t q = 0; q < chunk.panels; ++q) {
+    const W* from = data<W>(trail.sums) + q * summed;
+    W* to = data<W>(l.sums) + l.sum_size - summed;
+    for (int64_t i = 0; i < summed; ++i) to[i] += from[i];
+  }
   const int64_t padded = trail.padded, depth = trail.depth, outs = l.attributes * l.out;
   // Tasks of one loop cost the same, which is how they are dealt out.
-  const int64_t up_blocks = blocks_of(l.out, kBlock);
-  over(l.attributes * up_blocks, [&](int64_t begin, int64_t end) {
-    const Tensor right = l.op_empty({padded, kBlock});
+  const bool once = l.tokens <= kChunk, last = chunk.first + chunk.tokens == l.tokens;
+  over(blocks_of(l.out, kBlock), [&](int64_t begin, int64_t end) {
+    const int64_t size = l.rank * kBlock;
+    const Tensor right = l.op_empty({padded, kBlock}),
+                 all = once ? l.wide_empty({l.attributes, l.rank, kBlock}) : l.up_products;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t a = task / up_blocks, o = task % up_blocks * kBlock;
-      const Op* rows = data<Op>(in.out) + chunk.first * outs + a * l.out + o;
-      k.pack_tokens(rows, chunk.tokens, outs, width(l.out, o), nullptr, nullptr, data<Op>(right));
-      product(l.rank, width(l.out, o), depth, data<Op>(trail.c_features) + a * l.rank * padded,
-              padded, data<Op>(right), kBlock, data<W>(l.up_products) + task * l.rank * kBlock,
-              kBlock, chunk.first > 0);
+      const int64_t o = task * kBlock;
+      W* products = data<W>(all) + (once ? 0 : task * l.attributes * size);
+      for (int64_t a = 0; a < l.attributes; ++a) {
+        const Op* rows = data<Op>(in.out) + chunk.first * outs + a * l.out + o;
+        k.pack_tokens(rows, chunk.tokens, outs, width(l.out, o), nullptr, nullptr, data<Op>(right));
+        product(l.rank, width(l.out, o), depth, data<Op>(trail.c_features) + a * l.rank * padded,
+                padded, data<Op>(right), kBlock, products + a * size, kBlock, chunk.first > 0);
+      }
+      if (last) finish_up(l, products, o, grads);
     }
   });
-  const bool once = l.tokens <= kChunk, last = chunk.first + chunk.tokens == l.tokens;
   const W* z0_sums = data<W>(l.sums) + l.sum_size - l.rank;
   over(blocks_of(l.d, kBlock), [&](int64_t begin, int64_t end) {
     const Tensor right = l.op_empty({padded, kBlock}),
@@ -246,7 +262,7 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
       if (depth > 0)
         k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr, frozen);
       if (task == begin || a == 0)
-        k.pack_tokens(data<Op>(l.folded) + i, l.rank, l.d, columns, nullptr, nullptr, folded);
+        k.pack_scaled(data<Op>(l.down) + i, l.rank, l.d, columns, l.norm1_weight + i, folded);
       for (int64_t first = 0; first < l.tokens; first += kChunk) {
         const int64_t last = std::min(first + kChunk, l.tokens);
         // use(t, rows, sums) for each tile.
@@ -278,60 +294,6 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
   });
 }
 
-// From the products over all tokens to the gradients of the router, [A, r, E].
-template <typename Op>
-void to_router(const Backward<Op>& l, const Gradients& grads) {
-  using W = Wide<Op>;
-  for (int64_t row = 0; row < l.attributes * l.scores; ++row) {
-    const int64_t a = row / l.scores, e = row % l.scores;
-    const W* products = data<W>(l.router_products) + row * l.rank;
-    const W sum = data<W>(l.router_sums)[row];
-    W* to = data<W>(e < l.experts ? grads.gate : grads.gate_noise) + a * l.rank * l.experts + e % l.experts;
-    for (int64_t i = 0; i < l.rank; ++i, to += l.experts)
-      *to = l.norm2_weight[i] * products[i] + l.norm2_bias[i] * sum;
-  }
-}
-
-// From the products over all tokens to the gradients of up, scaler and the experts' first layers.
-template <typename Op>
-void to_projections(const Backward<Op>& l, const Gradients& grads) {
-  using W = Wide<Op>;
-  const auto& k = l.k;
-  const int64_t up_blocks = blocks_of(l.out, kPanel), fc1_blocks = blocks_of(l.rank, kPanel);
-  over(up_blocks + l.experts * fc1_blocks, [&](int64_t begin, int64_t end) {
-    const Tensor operand = l.op_empty({l.rank, kPanel}), up = l.wide_empty({l.rank, kPanel}),
-                 products = l.wide_empty({l.rank, kPanel}), up_grad = l.wide_empty({l.rank, kPanel}),
-                 hidden = l.wide_empty({l.hidden, kPanel}), turned = l.op_empty({l.hidden, kPanel});
-    for (int64_t task = begin; task < end; ++task) {
-      if (task >= up_blocks) {
-        const int64_t e = (task - up_blocks) / fc1_blocks;
-        const int64_t i = (task - up_blocks) % fc1_blocks * kPanel, count = std::min(kPanel, l.rank - i);
-        const W* from = data<W>(l.fc1_t_grad) +
-                        (l.grouped ? (e * l.rank + i) * l.hidden : i * l.all_hidden + e * l.hidden);
-        k.transpose(from, count, l.grouped ? l.hidden : l.all_hidden, l.hidden, data<W>(hidden));
-        to_columns(l, data<W>(hidden), count, l.hidden, data<Op>(turned),
-                   data<Op>(grads.fc1_weight) + e * l.hidden * l.rank + i, l.rank);
-        continue;
-      }
-      const int64_t o = task * kPanel, count = std::min(kPanel, l.out - o);
-      k.pack(data<Op>(l.up) + o * l.rank, count, l.rank, l.rank, data<Op>(operand));
-      k.widen(data<Op>(operand), l.rank, data<W>(up));
-      W* sum = data<W>(up_grad);
-      std::fill_n(sum, l.rank * kPanel, W(0));
-      for (int64_t a = 0; a < l.attributes; ++a) {
-        W* panel = data<W>(products);
-        W along[kPanel];
-        const int64_t block = a * blocks_of(l.out, kBlock) + o / kBlock;
-        k.add_columns(data<W>(l.up_products) + block * l.rank * kBlock + o % kBlock, l.rank, count,
-                      l.scaler + a * l.out + o, panel, sum);
-        k.dot_panel(panel, l.rank, data<W>(up), along);
-        std::copy_n(along, count, data<W>(grads.scaler) + a * l.out + o);
-      }
-      k.unpack(sum, count, l.rank, nullptr, data<Op>(grads.up) + o * l.rank, l.rank);
-    }
-  });
-}
-
 }  // namespace
 
 template <typename Op>
@@ -346,8 +308,10 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   grads.gate_noise = l.noise.has_value() ? at::empty_like(grads.gate) : at::zeros_like(grads.gate);
   grads.norm1_weight = l.wide_empty({l.d});
   grads.norm1_bias = l.wide_empty({l.d});
-  if (l.tokens == 0) {  // there is no last chunk
-    for (const Tensor& grad : {grads.down, grads.norm1_weight, grads.norm1_bias}) grad.zero_();
+  if (l.tokens == 0) {  // there is no first or last chunk
+    for (const Tensor& grad : {grads.up, grads.scaler, grads.down, grads.norm1_weight, grads.norm1_bias,
+                               l.fc1_t_grad, l.fc2_grad})
+      grad.zero_();
   }
   if (in.want_noise) grads.noise = l.wide_empty({l.attributes, l.tokens, l.experts});
   for (int64_t first = 0; first < l.tokens; first += kChunk) {
@@ -357,7 +321,7 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
       unmix_grouped(l, chunk, in, trail);
     } else {
       unmix_densely(l, chunk, in, trail);
-      to_experts_densely(l, trail);
+      to_experts_densely(l, chunk, trail);
     }
     if (in.gates.has_value()) trail.gates_grad.add_(chunk.of(*in.gates));
     const auto raw = trail.raw.defined() ? std::optional<Tensor>(trail.raw) : std::nullopt;
@@ -373,16 +337,19 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
     to_input(l, in, grads.x);
   }
 
-  // Views of one tensor: what is returned of them is copied.
+  // Views of one tensor: what is returned of them is copied, in the type it is wanted in.
+  const auto copied = [](const Tensor& part, const Tensor& of) {
+    return part.view(of.sizes()).to(of.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  };
   const auto parts = l.sums.split_with_sizes(
       {l.all_hidden, l.experts * l.rank, l.rank, l.rank, l.rank});
-  to_projections(l, grads);
+  to_hidden(l, grads);
   to_router(l, grads);
-  grads.norm2_weight = parts[2].clone();
-  grads.norm2_bias = parts[3].clone();
-  grads.fc1_bias = parts[0].view({l.experts, l.hidden}).clone();
+  grads.norm2_weight = copied(parts[2], arguments.norm2_weight);
+  grads.norm2_bias = copied(parts[3], arguments.norm2_bias);
+  grads.fc1_bias = copied(parts[0], arguments.fc1_bias);
   grads.fc2_weight = l.fc2_grad;
-  grads.fc2_bias = parts[1].view({l.experts, l.rank}).clone();
+  grads.fc2_bias = copied(parts[1], arguments.fc2_bias);
   return grads;
 }
 

@@ -14,11 +14,11 @@ namespace {
 template <typename Op>
 struct Chain {
   using W = Wide<Op>;
-  Tensor x, z, c;      // operand panels [panels / A][in][32], [panels][r][32], [panels][r][32]
+  Tensor x, z, c;      // operand panels [blocks][in][32], [panels][r][32], [panels][r][32]
   Tensor clean, raw;   // scores [A, tokens, E]
 
   Chain(const Layer<Op>& l, const Chunk& chunk)
-      : x(l.op_empty({chunk.panels / l.attributes, l.width, kPanel})),
+      : x(l.op_empty({chunk.blocks, l.width, kPanel})),
         z(l.op_empty({chunk.panels, l.rank, kPanel})),
         c(l.op_empty({chunk.panels, l.rank, kPanel})),
         clean(l.wide_empty({l.attributes, chunk.tokens, l.experts})),
@@ -38,7 +38,7 @@ void to_scores(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const O
     for (int64_t q = begin; q < end; ++q) {
       const int64_t a = chunk.attribute(q), t = chunk.first + chunk.start(q), n = chunk.count(q);
       const int64_t lanes = lanes_of(n);
-      Op* x = data<Op>(chain.x) + (q / l.attributes * l.width + a * l.d) * kPanel;
+      Op* x = data<Op>(chain.x) + (chunk.block(q) * l.width + a * l.d) * kPanel;
       k.pack(data<Op>(l.x) + t * l.width + a * l.d, n, l.width, l.d, x);
       k.moments(x, l.d, l.eps, moments[0], moments[1]);
       k.normalise(x, l.d, moments[0], moments[1], l.norm1_weight, l.norm1_bias,
@@ -100,7 +100,7 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
   using W = Wide<Op>;
   const auto& k = l.k;
   const int64_t per_attribute = blocks_of(l.out, kRowBlock), outs = l.attributes * l.out;
-  const int64_t panels = chunk.panels / l.attributes, depth = l.weight.defined() ? l.width : 0;
+  const int64_t panels = chunk.blocks, depth = l.weight.defined() ? l.width : 0;
   const Op *up = data<Op>(l.up), *c = data<Op>(chain.c), *x = data<Op>(chain.x),
            *weight = depth > 0 ? data<Op>(l.weight) : nullptr;
   over(l.attributes * per_attribute * panels, [&](int64_t begin, int64_t end) {
@@ -114,11 +114,11 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
       // use(b, lanes, sums) for each tile.
       const auto each = [&](const auto& use) {
         for (int64_t b = first; b < last; ++b)
-          use(b, lanes_of(chunk.count(b * l.attributes)), tiles + b * kRowBlock * kPanel);
+          use(b, lanes_of(chunk.count(b)), tiles + b * kRowBlock * kPanel);
       };
       each([&](int64_t b, int64_t lanes, W* sums) {
         product(rows, lanes, l.rank, up + o * l.rank, l.rank,
-                c + (b * l.attributes + a) * l.rank * kPanel, kPanel, sums, kPanel, false);
+                c + (a * panels + b) * l.rank * kPanel, kPanel, sums, kPanel, false);
         k.scale_features(sums, rows, l.scaler + row);
       });
       // The last part of a tile's product, then its output, asked of memory before.
@@ -129,8 +129,8 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
       };
       for (; i + kDepth<Op> < depth; i += kDepth<Op>) each(multiply);
       each([&](int64_t b, int64_t lanes, W* sums) {
-        const int64_t q = b * l.attributes, count = chunk.count(q);
-        Op* target = data<Op>(out) + (chunk.first + chunk.start(q)) * outs + row;
+        const int64_t count = chunk.count(b);
+        Op* target = data<Op>(out) + (chunk.first + chunk.start(b)) * outs + row;
         ask(target, count, outs, rows);
         if (depth > 0) multiply(b, lanes, sums);
         k.unpack(sums, count, rows, l.bias ? l.bias + row : nullptr, target, outs);
@@ -145,19 +145,27 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
 template <typename Op>
 Outputs forward(const Arguments& arguments, bool frozen) {
   const Layer<Op> l(arguments, frozen);
-  const Outputs outputs{l.op_empty({l.tokens, l.attributes * l.out}),
-                        l.wide_empty({l.attributes, l.tokens, l.experts}),
-                        l.wide_zeros({l.attributes, l.experts}),
-                        l.wide_empty({l.tokens, l.attributes, l.rank}),
-                        l.wide_empty({3, l.attributes, l.tokens})};
+  Outputs outputs{l.op_empty({l.tokens, l.attributes * l.out}), Tensor(), Tensor(),
+                  l.wide_empty({l.tokens, l.attributes, l.rank}),
+                  l.wide_empty({3, l.attributes, l.tokens})};
+  const bool once = l.tokens > 0 && l.tokens <= kChunk;
+  if (!once) {
+    outputs.gates = l.wide_empty({l.attributes, l.tokens, l.experts});
+    outputs.load = l.wide_zeros({l.attributes, l.experts});
+  }
   for (int64_t first = 0; first < l.tokens; first += kChunk) {
     const Chunk chunk(first, l.tokens, l.attributes);
     Chain<Op> chain(l, chunk);
     to_scores(l, chunk, chain, outputs);
     const auto raw = chain.raw.defined() ? std::optional<Tensor>(chain.raw) : std::nullopt;
     const auto [gates, load] = noisy_topk_gating(chain.clean, raw, chunk.of(l.noise), l.top_k);
-    chunk.of(outputs.gates).copy_(gates);
-    outputs.load.add_(load);
+    if (once) {
+      outputs.gates = gates;
+      outputs.load = load;
+    } else {
+      chunk.of(outputs.gates).copy_(gates);
+      outputs.load.add_(load);
+    }
     if (l.grouped) {
       mix_grouped(l, chunk, chain.z, gates, chain.c);
     } else {

@@ -11,13 +11,15 @@
 #include "cpu/aomoa/grouped.h"
 
 #include <cstdlib>
+#include <memory>
 #include <string_view>
 
 namespace spectralx::cpu {
 
 namespace {
 
-constexpr int64_t kFour = 4 * kPanel;  // slots that one product of a weight's gradient takes
+// Panels of slots, and slots, that one product of a weight's gradient takes.
+constexpr int64_t kSide = 4, kSlots = kSide * kPanel;
 
 template <typename W>
 struct Slots {
@@ -29,16 +31,16 @@ struct Slots {
   std::vector<int64_t> expert_of, slot_of;
   std::vector<W> gates;
 
-  // Where slot panel p begins among those by four.
-  int64_t in_four(int64_t p, int64_t features) const {
-    return place[p] / 4 * features * kFour + place[p] % 4 * kPanel;
+  // Where slot panel p begins among those side by side.
+  int64_t beside(int64_t p, int64_t features) const {
+    return place[p] / kSide * features * kSlots + place[p] % kSide * kPanel;
   }
   // The first term of panel q.
   int64_t term(int64_t q) const { return q * top_k * kPanel; }
 
-  // Four panels of an expert side by side, [fours][..][128]: how many, and the place of a panel.
-  int64_t fours = 0;
-  std::vector<int64_t> place;  // [panels]: 4 * four + its panel
+  // kSide panels of an expert side by side, [rows][..][kSlots]: how many rows, and the place of a panel.
+  int64_t rows = 0;
+  std::vector<int64_t> place;  // [panels]: kSide * row + its panel
 
   Slots(const Chunk& chunk, const W* all, int64_t experts, int64_t top_k_)
       : top_k(top_k_), first(experts + 1), expert_of(term(chunk.panels), -1),
@@ -61,8 +63,8 @@ struct Slots {
       first[e] = panels;
       panels += blocks_of(next[e], kPanel);
       expert.resize(panels, e);
-      for (int64_t p = first[e]; p < panels; ++p) place.push_back(4 * fours + p - first[e]);
-      fours += blocks_of(panels - first[e], 4);
+      for (int64_t p = first[e]; p < panels; ++p) place.push_back(kSide * rows + p - first[e]);
+      rows += blocks_of(panels - first[e], kSide);
       next[e] = first[e] * kPanel;
     }
     first[experts] = panels;
@@ -96,34 +98,34 @@ void run_expert(const Layer<Op>& l, int64_t e, const Op* z, Wide<Op>* h, Op* h_o
           kPanel, true);
 }
 
-// The terms y [k][r][32] of panel q, and their mixture.
+// The terms of panel q, `count` features of y from `first` on, to y [k][count][32].
 template <typename Op, typename W>
-void mix_terms(const Layer<Op>& l, const Slots<W>& slots, int64_t q, const W* y_slots, W* y, W* c) {
+void gather_terms(const Layer<Op>& l, const Slots<W>& slots, int64_t q, const W* y_slots, int64_t first,
+                   int64_t count, W* y) {
   for (int64_t s = 0; s < l.top_k; ++s)
-    l.k.gather(y_slots, slots.slot_of.data() + slots.term(q) + s * kPanel, l.rank, false,
-               y + s * l.rank * kPanel);
-  l.k.combine(y, l.top_k, l.top_k, l.rank, nullptr, slots.gates.data() + slots.term(q), c);
+    l.k.gather(y_slots, slots.slot_of.data() + slots.term(q) + s * kPanel, l.rank, first, count, false,
+               y + s * count * kPanel);
 }
 
 // What backward keeps of the slots between its phases.
 template <typename Op>
 struct SlotTrail {
   using W = Wide<Op>;
-  Tensor z, terms;                 // operand panels [panels][r][32]; y of columns [panels][k][r][32]
+  Tensor z, terms;                 // operand panels: [panels][r][32]; y's gradient [panels][k][r][32]
   // Of slot panels [h][32], [r][32], and one more to read by columns without slots; y becomes z's
   // gradient.
   Tensor h, y;
-  Tensor z_features, y_grad_features;  // of slot panels by four, of Op [r][128]
+  Tensor z_features, y_grad_features;  // of slot panels side by side, of Op [r][kSlots]
   Tensor h_tokens, h_grad_tokens;  // of slot panels, right operands [32][h]
   Tensor sums;                     // of slot panels [h + r]: gradients of the experts' biases
 
-  SlotTrail(const Backward<Op>& l, const Chunk& chunk, int64_t panels, int64_t fours)
+  SlotTrail(const Backward<Op>& l, const Chunk& chunk, int64_t panels, int64_t rows)
       : z(l.op_empty({chunk.panels, l.rank, kPanel})),
-        terms(l.wide_empty({chunk.panels, l.top_k, l.rank, kPanel})),
+        terms(l.op_empty({chunk.panels, l.top_k, l.rank, kPanel})),
         h(l.wide_empty({panels, l.hidden, kPanel})), y(l.wide_empty({panels + 1, l.rank, kPanel})),
-        z_features(l.op_empty({fours, l.rank, kFour})), y_grad_features(at::empty_like(z_features)),
+        z_features(l.op_empty({rows, l.rank, kSlots})), y_grad_features(at::empty_like(z_features)),
         h_tokens(l.op_empty({panels, kPanel, l.hidden})), h_grad_tokens(at::empty_like(h_tokens)),
-        sums(l.wide_zeros({panels, l.hidden + l.rank})) {}
+        sums(l.wide_empty({panels, l.hidden + l.rank})) {}
 };
 
 // z of slots, then their hidden layer and y.
@@ -133,14 +135,11 @@ void to_slots(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotTra
   const auto& k = l.k;
   const int64_t rank_size = l.rank * kPanel, hidden_size = l.hidden * kPanel;
   over(slots.panels, [&](int64_t begin, int64_t end) {
-    const Tensor z = l.op_empty({l.rank, kPanel}), z_wide = l.wide_empty({l.rank, kPanel}),
-                 h_operand = l.op_empty({l.hidden, kPanel});
+    const Tensor z = l.op_empty({l.rank, kPanel}), h_operand = l.op_empty({l.hidden, kPanel});
     for (int64_t p = begin; p < end; ++p) {
       W* h = data<W>(kept.h) + p * hidden_size;
       k.gather_operand(data<Op>(kept.z), slots.columns.data() + p * kPanel, l.rank, data<Op>(z));
-      k.widen(data<Op>(z), l.rank, data<W>(z_wide));
-      k.to_features(data<W>(z_wide), l.rank, data<Op>(kept.z_features) + slots.in_four(p, l.rank),
-                    kFour);
+      k.spread(data<Op>(z), l.rank, data<Op>(kept.z_features) + slots.beside(p, l.rank), kSlots);
       run_expert(l, slots.expert[p], data<Op>(z), h, data<Op>(h_operand),
                  data<W>(kept.y) + p * rank_size);
       k.to_tokens(h, l.hidden, data<Op>(kept.h_tokens) + p * hidden_size, l.hidden);
@@ -154,14 +153,24 @@ void to_terms(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
               const Slots<Wide<Op>>& slots, const SlotTrail<Op>& kept, const Trail<Op>& trail) {
   using W = Wide<Op>;
   over(chunk.panels, [&](int64_t begin, int64_t end) {
-    const Tensor c = l.wide_empty({l.rank, kPanel}), dc = l.wide_empty({l.rank, kPanel}),
-                 dout = l.op_empty({l.out, kPanel}), dg = l.wide_empty({l.top_k, kPanel});
+    const Tensor y = l.wide_empty({l.top_k, kBlock, kPanel}), c = l.wide_empty({kBlock, kPanel}),
+                 dc = l.wide_empty({l.rank, kPanel}), dout = l.op_empty({l.out, kPanel}), dg = l.wide_empty({l.top_k, kPanel});
     for (int64_t q = begin; q < end; ++q) {
-      W* y = data<W>(kept.terms) + slots.term(q) * l.rank;
-      mix_terms(l, slots, q, data<W>(kept.y), y, data<W>(c));
-      to_mixture(l, chunk, in, trail, q, data<W>(c), data<Op>(dout), data<W>(dc));
-      l.k.combine_backward(y, l.top_k, l.rank, slots.gates.data() + slots.term(q), data<W>(c),
-                           data<W>(dc), data<W>(dg), nullptr);
+      to_mixture(l, chunk, in, q, data<Op>(dout), data<W>(dc));
+      std::fill_n(data<W>(dg), l.top_k * kPanel, W(0));
+      for (int64_t i = 0; i < l.rank; i += kBlock) {  // which stay in the L1 cache
+        const int64_t count = std::min(kBlock, l.rank - i);
+        gather_terms(l, slots, q, data<W>(kept.y), i, count, data<W>(y));
+        l.k.combine_both(data<W>(y), l.top_k, count, slots.gates.data() + slots.term(q),
+                         data<W>(dc) + i * kPanel, data<W>(c), data<W>(dg));
+        for (int64_t s = 0; s < l.top_k; ++s)
+          l.k.to_operand(data<W>(y) + s * count * kPanel, count,
+                         data<Op>(kept.terms) + ((q * l.top_k + s) * l.rank + i) * kPanel);
+        l.k.to_features(data<W>(c), count,
+                        data<Op>(trail.c_features) +
+                            (chunk.attribute(q) * l.rank + i) * trail.padded + chunk.start(q),
+                        trail.padded);
+      }
       W* gates_grad = data<W>(trail.gates_grad) +
                       (chunk.attribute(q) * chunk.tokens + chunk.start(q)) * l.experts;
       std::fill_n(gates_grad, chunk.count(q) * l.experts, W(0));
@@ -180,18 +189,16 @@ void from_slots(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
   const auto& k = l.k;
   const int64_t rank_size = l.rank * kPanel, hidden_size = l.hidden * kPanel;
   over(slots.panels, [&](int64_t begin, int64_t end) {
-    const Tensor dy = l.wide_empty({l.rank, kPanel}), dy_operand = l.op_empty({l.rank, kPanel}),
-                 dh = l.wide_empty({l.hidden, kPanel}), dh_operand = l.op_empty({l.hidden, kPanel});
+    const Tensor dy = l.op_empty({l.rank, kPanel}), dh = l.wide_empty({l.hidden, kPanel}), dh_operand = l.op_empty({l.hidden, kPanel});
     for (int64_t p = begin; p < end; ++p) {
       const int64_t weights = slots.expert[p] * l.hidden * l.rank;
       W* sums = data<W>(kept.sums) + p * (l.hidden + l.rank);
-      k.gather(data<W>(kept.terms), slots.terms.data() + p * kPanel, l.rank, false, data<W>(dy));
-      k.add_sums(data<W>(dy), l.rank, sums + l.hidden);
-      k.to_features(data<W>(dy), l.rank,
-                    data<Op>(kept.y_grad_features) + slots.in_four(p, l.rank), kFour);
-      k.to_operand(data<W>(dy), l.rank, data<Op>(dy_operand));
-      product(l.hidden, kPanel, l.rank, data<Op>(l.fc2_t) + weights, l.rank, data<Op>(dy_operand),
-              kPanel, data<W>(dh), kPanel, false);
+      std::fill_n(sums, l.hidden + l.rank, W(0));
+      k.gather_operand(data<Op>(kept.terms), slots.terms.data() + p * kPanel, l.rank, data<Op>(dy));
+      k.add_operand_sums(data<Op>(dy), l.rank, sums + l.hidden);
+      k.spread(data<Op>(dy), l.rank, data<Op>(kept.y_grad_features) + slots.beside(p, l.rank), kSlots);
+      product(l.hidden, kPanel, l.rank, data<Op>(l.fc2_t) + weights, l.rank, data<Op>(dy), kPanel,
+              data<W>(dh), kPanel, false);
       k.relu_backward(data<W>(dh), data<W>(kept.h) + p * hidden_size, l.hidden, sums);
       k.to_operand(data<W>(dh), l.hidden, data<Op>(dh_operand));
       k.to_tokens(data<W>(dh), l.hidden, data<Op>(kept.h_grad_tokens) + p * hidden_size, l.hidden);
@@ -204,7 +211,8 @@ void from_slots(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
 // Products over the slots of each expert, added to its weights' and biases' gradients. Experts are
 // dealt out within a block of rows, as their numbers of slots differ.
 template <typename Op>
-void to_experts(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotTrail<Op>& kept) {
+void to_experts(const Backward<Op>& l, const Chunk& chunk, const Slots<Wide<Op>>& slots,
+                const SlotTrail<Op>& kept) {
   using W = Wide<Op>;
   const int64_t hidden_size = l.hidden * kPanel;
   over(blocks_of(l.rank, kRowBlock) * l.experts, [&](int64_t begin, int64_t end) {
@@ -215,13 +223,17 @@ void to_experts(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
         const int64_t width = std::min(kBlock, l.hidden - j), at = (e * l.rank + i) * l.hidden + j;
         const auto add = [&](const Tensor& features, const Tensor& tokens, const Tensor& grad) {
           const int64_t last = slots.first[e + 1];
-          for (int64_t p = slots.first[e]; p < last; p += 4) {
-            const Op* left = data<Op>(features) + slots.in_four(p, l.rank) + i * kFour;
-            if (p + 4 < last) ask(left + l.rank * kFour, rows, kFour, kFour);
-            product(rows, width, std::min<int64_t>(4, last - p) * kPanel, left, kFour,
+          bool sums = chunk.first > 0;  // else the first product puts them down
+          for (int64_t p = slots.first[e]; p < last; p += kSide) {
+            const Op* left = data<Op>(features) + slots.beside(p, l.rank) + i * kSlots;
+            if (p + kSide < last) ask(left + l.rank * kSlots, rows, kSlots, kSlots);
+            product(rows, width, std::min(kSide, last - p) * kPanel, left, kSlots,
                     data<Op>(tokens) + p * hidden_size + j * kColumn<Op>, l.hidden,
-                    data<W>(grad) + at, l.hidden, true);
+                    data<W>(grad) + at, l.hidden, sums);
+            sums = true;
           }
+          for (int64_t row = 0; row < rows && !sums; ++row)
+            std::fill_n(data<W>(grad) + at + row * l.hidden, width, W(0));
         };
         add(kept.y_grad_features, kept.h_tokens, l.fc2_grad);
         add(kept.z_features, kept.h_grad_tokens, l.fc1_t_grad);
@@ -266,10 +278,15 @@ void mix_grouped(const Layer<Op>& l, const Chunk& chunk, const Tensor& z, const 
     }
   });
   over(chunk.panels, [&](int64_t begin, int64_t end) {
-    const Tensor y = l.wide_empty({l.top_k, l.rank, kPanel}), mixed = l.wide_empty({l.rank, kPanel});
+    const Tensor y = l.wide_empty({l.top_k, kBlock, kPanel}), mixed = l.wide_empty({kBlock, kPanel});
     for (int64_t q = begin; q < end; ++q) {
-      mix_terms(l, slots, q, data<W>(y_slots), data<W>(y), data<W>(mixed));
-      l.k.to_operand(data<W>(mixed), l.rank, data<Op>(c) + q * l.rank * kPanel);
+      for (int64_t i = 0; i < l.rank; i += kBlock) {  // which stay in the L1 cache
+        const int64_t count = std::min(kBlock, l.rank - i);
+        gather_terms(l, slots, q, data<W>(y_slots), i, count, data<W>(y));
+        l.k.combine(data<W>(y), l.top_k, l.top_k, count, nullptr, slots.gates.data() + slots.term(q),
+                    data<W>(mixed));
+        l.k.to_operand(data<W>(mixed), count, data<Op>(c) + (q * l.rank + i) * kPanel);
+      }
     }
   });
 }
@@ -279,8 +296,10 @@ void unmix_grouped(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
                    Trail<Op>& trail) {
   using W = Wide<Op>;
   const Tensor gates = chunk.of(in.kept_gates).contiguous();
-  const Slots<W> slots(chunk, data<W>(gates), l.experts, l.top_k);
-  const SlotTrail<Op> kept(l, chunk, slots.panels, slots.fours);
+  // Which live on for what the trail gathers.
+  const auto all = std::make_shared<const Slots<W>>(chunk, data<W>(gates), l.experts, l.top_k);
+  const Slots<W>& slots = *all;
+  const SlotTrail<Op> kept(l, chunk, slots.panels, slots.rows);
   over(chunk.panels, [&](int64_t begin, int64_t end) {
     const Tensor z = l.wide_empty({l.rank, kPanel}), scores = l.wide_empty({l.scores, kPanel});
     for (int64_t q = begin; q < end; ++q) {
@@ -291,14 +310,12 @@ void unmix_grouped(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
   to_slots(l, slots, kept);
   to_terms(l, chunk, in, slots, kept, trail);
   from_slots(l, slots, kept);
-  over(chunk.panels, [&](int64_t begin, int64_t end) {
-    for (int64_t q = begin; q < end; ++q) {
-      for (int64_t s = 0; s < l.top_k; ++s)
-        l.k.gather(data<W>(kept.y), slots.slot_of.data() + slots.term(q) + s * kPanel, l.rank,
-                   s > 0, data<W>(trail.dz) + q * l.rank * kPanel);
-    }
-  });
-  to_experts(l, slots, kept);
+  trail.gather_dz = [&l, all, dz = kept.y](int64_t q, W* to) {
+    for (int64_t s = 0; s < l.top_k; ++s)
+      l.k.gather(data<W>(dz), all->slot_of.data() + all->term(q) + s * kPanel, l.rank, 0, l.rank, s > 0,
+                 to);
+  };
+  to_experts(l, chunk, slots, kept);
 }
 
 #define SPECTRALX_GROUPED(Op)                                                                  \

@@ -167,17 +167,19 @@ struct Layer {
   Tensor op_empty(at::IntArrayRef shape) const { return at::empty(shape, x.options()); }
 };
 
-// A chunk of tokens, in panels: panel q = b A + a holds up to 32 tokens from 32 b on, attribute a.
+// A chunk of tokens, in panels: panel q = a B + b holds up to 32 tokens from 32 b on, attribute a. Of two
+// attributes' panels two threads take as much each, the short last ones included.
 struct Chunk {
-  int64_t first, tokens, attributes, panels;
+  int64_t first, tokens, blocks, panels;
 
-  Chunk(int64_t first_, int64_t all, int64_t attributes_)
-      : first(first_), tokens(std::min(kChunk, all - first_)), attributes(attributes_),
-        panels(blocks_of(tokens, kPanel) * attributes_) {}
+  Chunk(int64_t first_, int64_t all, int64_t attributes)
+      : first(first_), tokens(std::min(kChunk, all - first_)), blocks(blocks_of(tokens, kPanel)),
+        panels(blocks * attributes) {}
 
-  int64_t padded() const { return panels / attributes * kPanel; }
-  int64_t start(int64_t q) const { return q / attributes * kPanel; }  // in the chunk
-  int64_t attribute(int64_t q) const { return q % attributes; }
+  int64_t padded() const { return blocks * kPanel; }
+  int64_t block(int64_t q) const { return q % blocks; }
+  int64_t start(int64_t q) const { return block(q) * kPanel; }  // in the chunk
+  int64_t attribute(int64_t q) const { return q / blocks; }
   int64_t count(int64_t q) const { return std::min(kPanel, tokens - start(q)); }
 
   // A part [A, tokens, n] of a tensor [A, T, n].

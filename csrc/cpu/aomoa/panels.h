@@ -41,6 +41,8 @@ struct PanelKernels {
   // A panel to an operand panel, and to features [features][stride] of operands.
   void (*to_operand)(const W* panel, int64_t features, Op* operand);
   void (*to_features)(const W* panel, int64_t features, Op* rows, int64_t stride);
+  // The latter of an operand panel.
+  void (*spread)(const Op* operand, int64_t features, Op* rows, int64_t stride);
   // A panel to a right operand whose k runs over tokens: 32 tokens of [tokens][width], from its
   // first column on; for bfloat16 [tokens / 2][width][2].
   void (*to_tokens)(const W* panel, int64_t features, Op* operand, int64_t width);
@@ -64,25 +66,33 @@ struct PanelKernels {
   void (*relu_backward)(W* dh, const W* h, int64_t features, W* dbias);
 
   // Columns of panels [..][features][32] side by side: columns[n] = 32 * panel + lane, or -1 for
-  // zeros. Of operands; of W, put down or added.
+  // zeros. Of operands; of W, `count` features from `first` on, put down or added.
   void (*gather_operand)(const Op* panels, const int64_t* columns, int64_t features, Op* operand);
-  void (*gather)(const W* panels, const int64_t* columns, int64_t features, bool add, W* panel);
+  void (*gather)(const W* panels, const int64_t* columns, int64_t features, int64_t first,
+                 int64_t count, bool add, W* panel);
 
   // c [r][32] = log of the sum over e of gates [E][32] times exp(y [E][r][32] + bias [E][r]), where
   // a token has at most `top_k` gates. y becomes y + bias. The bias may be null.
   void (*combine)(W* y, int64_t experts, int64_t top_k, int64_t r, const W* bias, const W* gates,
                   W* c);
   // y (with its bias) becomes its own gradient; dgates [E][32]; the sums over the tokens of y's
-  // gradient are added to dbias [E][r] unless null.
+  // gradient are added to dbias [E][r].
   void (*combine_backward)(W* y, int64_t experts, int64_t r, const W* gates, const W* c,
                            const W* dc, W* dgates, W* dbias);
+  // Both of the terms that tokens take, from c's gradient dc: y [k][r][32], without a bias, becomes its
+  // own gradient; c [r][32]; added to dgates [k][32].
+  void (*combine_both)(W* y, int64_t top_k, int64_t r, const W* gates, const W* dc, W* c, W* dgates);
 
   // A right operand [tokens, rounded up to 32][64] whose k runs over tokens: `columns` (<= 64)
   // columns of rows [tokens][stride], as (x - mean) * rstd unless mean is null, then zeros.
   void (*pack_tokens)(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
                       const W* mean, const W* rstd, Op* operand);
-  // sums [features] += the sum of each feature over the tokens.
+  // The same, each column times its weight.
+  void (*pack_scaled)(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
+                      const W* weight, Op* operand);
+  // sums [features] += the sum of each feature over the tokens, of a panel and of an operand panel.
   void (*add_sums)(const W* panel, int64_t features, W* sums);
+  void (*add_operand_sums)(const Op* operand, int64_t features, W* sums);
   // Each feature times its weight; each token times its own.
   void (*scale_features)(W* panel, int64_t features, const W* weight);
   void (*scale_tokens)(const W* panel, int64_t features, const W* weight, W* out);
@@ -90,17 +100,17 @@ struct PanelKernels {
   void (*dot_weight)(const W* panel, int64_t features, const W* weight, W* sums);
   void (*dot_panel)(const W* panel, int64_t features, const W* other, W* sums);
 
-  // folded [width] = gamma * row as Op holds it, and its sum; shift = the sum of beta * row.
-  void (*fold)(const Op* row, int64_t width, const W* gamma, const W* beta, Op* folded, W* sum,
-               W* shift);
+  // sum = that of gamma * row as Op holds it; shift = the sum of beta * row.
+  void (*fold)(const Op* row, int64_t width, const W* gamma, const W* beta, W* sum, W* shift);
   // Of `columns` columns of down [r][stride], products [r][64] and z0's gradients z0_sums [r]:
   // gradients of down, gamma and beta.
   void (*finish_down)(const Op* down, const W* products, int64_t r, int64_t columns,
                       int64_t stride, const W* gamma, const W* beta, const W* z0_sums,
                       Op* down_grad, W* gamma_grad, W* beta_grad);
-  // Of `count` (<= 32) columns of rows [r][64]: as a panel, and added to sum [r][32] times weight
-  // [count].
-  void (*add_columns)(const W* rows, int64_t r, int64_t count, const W* weight, W* panel, W* sum);
+  // Of `count` (<= 32) columns of products [r][64]: times weight [count] put down as a panel or added to
+  // it; along [count] = their sums over r times the operand panel `up`.
+  void (*add_columns)(const W* products, int64_t r, int64_t count, const W* weight, const Op* up,
+                      bool add, W* panel, W* along);
   // dx [tokens][stride] = product [tokens][64] - offset - (x - mean) * slope, `columns` of them;
   // mean, offset, slope: one a token. x has the stride of dx.
   void (*finish_input)(const W* product, int64_t tokens, int64_t columns, const Op* x,

@@ -51,6 +51,32 @@ inline void combine_two(const W* const (&y)[2], const W* const (&gates)[2], W* c
   }
 }
 
+// The same, and from c's gradient dc those of y, which y becomes, and of the gates, added to dgates:
+// what a term weighs in c is its exponential over the sum.
+template <typename W>
+inline void combine_two_both(W* const (&y)[2], const W* const (&gates)[2], const W* dc, W* c, W* dgates) {
+  W *y0 = y[0], *y1 = y[1], *d0 = dgates, *d1 = dgates + kPanel;
+  const W *g0 = gates[0], *g1 = gates[1];
+  SPECTRALX_LANES {
+    const W first = g0[n] != W(0) ? y0[n] : -std::numeric_limits<W>::infinity();
+    const W second = g1[n] != W(0) ? y1[n] : -std::numeric_limits<W>::infinity();
+    const bool swap = second > first;
+    const W peak = swap ? second : first, other = swap ? first : second;
+    const W of_peak = swap ? g1[n] : g0[n], of_other = swap ? g0[n] : g1[n];
+    const W beside = exponential(other - peak);
+    const W added = of_other * beside;
+    const W total = of_peak + (of_other != W(0) ? added : W(0));
+    const W value = peak + logarithm(total);
+    c[n] = total == W(0) ? static_cast<W>(kLogEpsilon) : value;
+    const W at_peak = dc[n] / total, at_other = at_peak * beside;
+    const W along0 = swap ? at_other : at_peak, along1 = swap ? at_peak : at_other;
+    d0[n] += g0[n] != W(0) ? along0 : W(0);
+    d1[n] += g1[n] != W(0) ? along1 : W(0);
+    y0[n] = g0[n] != W(0) ? g0[n] * along0 : W(0);
+    y1[n] = g1[n] != W(0) ? g1[n] * along1 : W(0);
+  }
+}
+
 template <typename Op>
 void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<Op>* bias,
              const Wide<Op>* gates, Wide<Op>* c) {
@@ -127,27 +153,46 @@ void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<
   }
 }
 
+// Of term e: its rows become their gradient, that of its gate is added to dgate.
+template <typename W>
+inline void combine_gradient(W* y, int64_t r, const W* gate, const W* c, const W* dc, W* dgate) {
+  for (int64_t i = 0; i < r; ++i) {
+    W* row = y + i * kPanel;
+    const W *combined = c + i * kPanel, *grad = dc + i * kPanel;
+    SPECTRALX_LANES {
+      const W per_gate = grad[n] * exponential(row[n] - combined[n]);
+      dgate[n] += gate[n] != W(0) ? per_gate : W(0);
+      row[n] = gate[n] != W(0) ? gate[n] * per_gate : W(0);
+    }
+  }
+}
+
 template <typename Op>
 void combine_backward(Wide<Op>* y, int64_t experts, int64_t r, const Wide<Op>* gates,
                       const Wide<Op>* c, const Wide<Op>* dc, Wide<Op>* dgates,
                       Wide<Op>* dbias) {
-  using W = Wide<Op>;
+  std::fill_n(dgates, experts * kPanel, Wide<Op>(0));
   for (int64_t e = 0; e < experts; ++e) {
-    const W* gate = gates + e * kPanel;
-    W* dgate = dgates + e * kPanel;
-    W along[kPanel] = {};
-    for (int64_t i = 0; i < r; ++i) {
-      W* row = y + (e * r + i) * kPanel;
-      const W *combined = c + i * kPanel, *grad = dc + i * kPanel;
-      SPECTRALX_LANES {
-        const W per_gate = grad[n] * exponential(row[n] - combined[n]);
-        along[n] += gate[n] != W(0) ? per_gate : W(0);
-        row[n] = gate[n] != W(0) ? gate[n] * per_gate : W(0);
-      }
-    }
-    if (dbias) add_lanes(y + e * r * kPanel, r, dbias + e * r);
-    SPECTRALX_LANES dgate[n] = along[n];
+    combine_gradient(y + e * r * kPanel, r, gates + e * kPanel, c, dc, dgates + e * kPanel);
+    add_lanes(y + e * r * kPanel, r, dbias + e * r);
   }
+}
+
+template <typename Op>
+void combine_both(Wide<Op>* y, int64_t top_k, int64_t r, const Wide<Op>* gates, const Wide<Op>* dc,
+                  Wide<Op>* c, Wide<Op>* dgates) {
+  using W = Wide<Op>;
+  if (top_k == 2) {
+    const W* const weights[2] = {gates, gates + kPanel};
+    for (int64_t i = 0; i < r; ++i) {
+      W* const rows[2] = {y + i * kPanel, y + (r + i) * kPanel};
+      combine_two_both(rows, weights, dc + i * kPanel, c + i * kPanel, dgates);
+    }
+    return;
+  }
+  combine<Op>(y, top_k, top_k, r, nullptr, gates, c);
+  for (int64_t term = 0; term < top_k; ++term)
+    combine_gradient(y + term * r * kPanel, r, gates + term * kPanel, c, dc, dgates + term * kPanel);
 }
 
 }  // namespace

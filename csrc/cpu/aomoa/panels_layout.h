@@ -144,6 +144,22 @@ void to_features(const Wide<Op>* panel, int64_t features, Op* rows, int64_t stri
 }
 
 template <typename Op>
+void spread(const Op* operand, int64_t features, Op* rows, int64_t stride) {
+  for (int64_t f = 0; f < features; f += sizeof(Op) == 2 ? 2 : 1) {
+    auto* to = elements(rows + f * stride);
+    fetch_to_write(rows + std::min(f + kFetched, features - 1) * stride, kPanel);
+    if constexpr (sizeof(Op) == 2) {
+      fetch_to_write(rows + std::min(f + kFetched + 1, features - 1) * stride, kPanel);
+      const uint32_t* row = words(operand) + f / 2 * kPanel;
+      SPECTRALX_LANES to[n] = static_cast<uint16_t>(row[n]);
+      SPECTRALX_LANES to[stride + n] = static_cast<uint16_t>(row[n] >> 16);
+    } else {
+      std::copy_n(operand + f * kPanel, kPanel, to);
+    }
+  }
+}
+
+template <typename Op>
 void to_tokens(const Wide<Op>* panel, int64_t features, Op* operand, int64_t width) {
   if constexpr (sizeof(Op) == 2) {
     constexpr int64_t kPairs = kPanel / 2;
@@ -169,7 +185,8 @@ struct Picks {
 // gather_rows for values of 32 bits. Neighbouring columns come from few vectors, so a shuffle of each
 // costs less than a gather.
 template <typename T, typename Use>
-inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, Use use) {
+inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, int64_t first,
+                         int64_t count, Use use) {
   Picks picks[2];
   for (int64_t n = 0; n < kPanel; ++n) {
     if (columns[n] < 0) continue;
@@ -184,7 +201,8 @@ inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, 
     half.lane[i][n % 16] = static_cast<uint32_t>(columns[n] % 16);
     half.taken[i] |= static_cast<uint16_t>(1u << n % 16);
   }
-  for (int64_t i = 0; i < rows; ++i, panels += kPanel) {
+  panels += first * kPanel;
+  for (int64_t i = 0; i < count; ++i, panels += kPanel) {
     T lanes[kPanel];
     for (int64_t h = 0; h < 2; ++h) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,11 +216,12 @@ inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, 
 }
 #endif
 
-// use(row, lanes) for every row of the gathered panel.
+// use(row, lanes) for `count` rows of the gathered panel, from `first` on, counted from there.
 template <typename T, typename Use>
-inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, Use use) {
+inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, int64_t first,
+                        int64_t count, Use use) {
 #ifdef SPECTRALX_SHUFFLES
-  if constexpr (sizeof(T) == 4) return shuffle_rows(panels, columns, rows, use);
+  if constexpr (sizeof(T) == 4) return shuffle_rows(panels, columns, rows, first, count, use);
 #endif
   // The lane of an empty column reads a valid one.
   int64_t offset[kPanel];
@@ -210,7 +229,8 @@ inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, U
     const int64_t column = std::max<int64_t>(columns[n], 0);
     offset[n] = column / kPanel * rows * kPanel + column % kPanel;
   }
-  for (int64_t i = 0; i < rows; ++i, panels += kPanel) {
+  panels += first * kPanel;
+  for (int64_t i = 0; i < count; ++i, panels += kPanel) {
     T lanes[kPanel];
     SPECTRALX_LANES {
       const T value = panels[offset[n]];
@@ -223,21 +243,21 @@ inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, U
 template <typename Op>
 void gather_operand(const Op* panels, const int64_t* columns, int64_t features, Op* operand) {
   if constexpr (sizeof(Op) == 2) {
-    gather_rows(words(panels), columns, features / 2, [&](int64_t i, const uint32_t* lanes) {
+    gather_rows(words(panels), columns, features / 2, 0, features / 2, [&](int64_t i, const uint32_t* lanes) {
       SPECTRALX_LANES words(operand)[i * kPanel + n] = lanes[n];
     });
   } else {
-    gather_rows(panels, columns, features, [&](int64_t i, const Op* lanes) {
+    gather_rows(panels, columns, features, 0, features, [&](int64_t i, const Op* lanes) {
       SPECTRALX_LANES operand[i * kPanel + n] = lanes[n];
     });
   }
 }
 
 template <typename Op>
-void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, bool add,
-            Wide<Op>* panel) {
+void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, int64_t first,
+            int64_t count, bool add, Wide<Op>* panel) {
   using W = Wide<Op>;
-  gather_rows(panels, columns, features, [&](int64_t i, const W* lanes) {
+  gather_rows(panels, columns, features, first, count, [&](int64_t i, const W* lanes) {
     W* to = panel + i * kPanel;
     if (add) {
       SPECTRALX_LANES to[n] += lanes[n];
@@ -247,9 +267,11 @@ void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, bo
   });
 }
 
+// A right operand of rows as they are, as (x - mean) * rstd of their row, or times the weight of their
+// column: what is not null.
 template <typename Op>
-void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
-                 const Wide<Op>* mean, const Wide<Op>* rstd, Op* operand) {
+inline void pack_rows(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
+                      const Wide<Op>* mean, const Wide<Op>* rstd, const Wide<Op>* weight, Op* operand) {
   using W = Wide<Op>;
   if constexpr (sizeof(Op) == 2) {
     for (int64_t t = 0; t < tokens; t += 2) {
@@ -259,20 +281,28 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
       const auto *low = reinterpret_cast<const uint16_t*>(rows + t * stride),
                  *high = paired ? low + stride : low;
       uint32_t* to = words(operand) + t / 2 * kBlock;
-      if (mean == nullptr) {
+      if (mean == nullptr && weight == nullptr) {
         const uint32_t kept = paired ? 0xffffffffu : 0xffffu;
 #pragma omp simd
         for (int64_t n = 0; n < columns; ++n)
           to[n] = (static_cast<uint32_t>(low[n]) | static_cast<uint32_t>(high[n]) << 16) & kept;
       } else {
         // The partner that an odd last token lacks becomes 0.
-        const W m0 = mean[t], m1 = paired ? mean[t + 1] : W(0), s0 = rstd[t],
-                s1 = paired ? rstd[t + 1] : W(0);
         W first[kBlock], second[kBlock];
+        if (weight != nullptr) {
 #pragma omp simd
-        for (int64_t n = 0; n < columns; ++n) {
-          first[n] = (from_bits(low[n]) - m0) * s0;
-          second[n] = paired ? (from_bits(high[n]) - m1) * s1 : W(0);
+          for (int64_t n = 0; n < columns; ++n) {
+            first[n] = from_bits(low[n]) * weight[n];
+            second[n] = paired ? from_bits(high[n]) * weight[n] : W(0);
+          }
+        } else {
+          const W m0 = mean[t], m1 = paired ? mean[t + 1] : W(0), s0 = rstd[t],
+                  s1 = paired ? rstd[t + 1] : W(0);
+#pragma omp simd
+          for (int64_t n = 0; n < columns; ++n) {
+            first[n] = (from_bits(low[n]) - m0) * s0;
+            second[n] = paired ? (from_bits(high[n]) - m1) * s1 : W(0);
+          }
         }
         round_pairs(first, second, columns, to);
       }
@@ -283,9 +313,14 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
       fetch(rows + std::min(t + kFetched, tokens - 1) * stride, columns);
       const Op* from = rows + t * stride;
       Op* to = operand + t * kBlock;
-      const W center = mean ? mean[t] : W(0), scale = mean ? rstd[t] : W(1);
+      if (weight != nullptr) {
 #pragma omp simd
-      for (int64_t n = 0; n < columns; ++n) to[n] = (from[n] - center) * scale;
+        for (int64_t n = 0; n < columns; ++n) to[n] = from[n] * weight[n];
+      } else {
+        const W center = mean ? mean[t] : W(0), scale = mean ? rstd[t] : W(1);
+#pragma omp simd
+        for (int64_t n = 0; n < columns; ++n) to[n] = (from[n] - center) * scale;
+      }
       std::fill(to + columns, to + kBlock, Op(0));
     }
   }
@@ -293,6 +328,18 @@ void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns
   const int64_t all = (tokens + kPanel - 1) / kPanel * kPanel;
   std::memset(static_cast<void*>(operand + written * kBlock), 0,
               sizeof(Op) * (all - written) * kBlock);
+}
+
+template <typename Op>
+void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
+                 const Wide<Op>* mean, const Wide<Op>* rstd, Op* operand) {
+  pack_rows<Op>(rows, tokens, stride, columns, mean, rstd, nullptr, operand);
+}
+
+template <typename Op>
+void pack_scaled(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
+                 const Wide<Op>* weight, Op* operand) {
+  pack_rows<Op>(rows, tokens, stride, columns, nullptr, nullptr, weight, operand);
 }
 
 }  // namespace

@@ -7,26 +7,65 @@ namespace {
 // Sums over features are taken in blocks, which keeps their round-off near that of a tree.
 constexpr int64_t kSumBlock = 32;
 
+typedef float Floats __attribute__((vector_size(64)));  // sixteen lanes
+
+// Adds x, or the square of its distance from center.
+template <bool kSquares, typename V>
+inline void add_term(const V& x, const V& center, V& sum) {
+  if constexpr (kSquares) {
+    sum += (x - center) * (x - center);
+  } else {
+    sum += x;
+  }
+}
+
+// sums [32] over the features of those terms, in blocks; center [32].
+template <bool kSquares, typename Op>
+inline void sum_features(const Op* panel, int64_t features, const Wide<Op>* center, Wide<Op>* sums) {
+  using W = Wide<Op>;
+  if constexpr (sizeof(W) == 4) {
+    Floats total[2] = {}, middle[2];
+    std::memcpy(middle, center, sizeof middle);
+    for (int64_t f0 = 0; f0 < features; f0 += kSumBlock) {
+      const int64_t end = std::min(f0 + kSumBlock, features);
+      Floats part[2] = {};
+      for (int64_t f = f0; f < end; f += sizeof(Op) == 2 ? 2 : 1) {
+        Lanes row[2];
+        std::memcpy(row, panel + f * kPanel, sizeof row);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          if constexpr (sizeof(Op) == 2) {
+            add_term<kSquares>((Floats)(row[h] << 16), middle[h], part[h]);
+            add_term<kSquares>((Floats)(row[h] & 0xffff0000u), middle[h], part[h]);
+          } else {
+            add_term<kSquares>((Floats)row[h], middle[h], part[h]);
+          }
+        }
+      }
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) total[h] += part[h];
+    }
+    std::memcpy(sums, total, sizeof total);
+  } else {
+    std::fill_n(sums, kPanel, W(0));
+    for (int64_t f0 = 0; f0 < features; f0 += kSumBlock) {
+      W part[kPanel] = {};
+      for (int64_t f = f0; f < std::min(f0 + kSumBlock, features); ++f) {
+        SPECTRALX_LANES add_term<kSquares>(panel[f * kPanel + n], center[n], part[n]);
+      }
+      SPECTRALX_LANES sums[n] += part[n];
+    }
+  }
+}
+
 template <typename Op>
 void moments(const Op* panel, int64_t features, Wide<Op> eps, Wide<Op>* mean, Wide<Op>* rstd) {
   using W = Wide<Op>;
-  W total[kPanel] = {}, part[kPanel] = {};
-  const auto fold = [&](int64_t f) {
-    if (f % kSumBlock != kSumBlock - 1 && f != features - 1) return;
-    SPECTRALX_LANES total[n] += part[n];
-    SPECTRALX_LANES part[n] = W(0);
-  };
-  for_features<Op>(panel, features, [&](int64_t f, const W* row) {
-    SPECTRALX_LANES part[n] += row[n];
-    fold(f);
-  });
-  SPECTRALX_LANES mean[n] = total[n] / static_cast<W>(features);
-  SPECTRALX_LANES total[n] = W(0);
-  for_features<Op>(panel, features, [&](int64_t f, const W* row) {
-    SPECTRALX_LANES part[n] += (row[n] - mean[n]) * (row[n] - mean[n]);
-    fold(f);
-  });
-  SPECTRALX_LANES rstd[n] = W(1) / std::sqrt(total[n] / static_cast<W>(features) + eps);
+  W sums[kPanel] = {};
+  sum_features<false>(panel, features, sums, sums);
+  SPECTRALX_LANES mean[n] = sums[n] / static_cast<W>(features);
+  sum_features<true>(panel, features, mean, sums);
+  SPECTRALX_LANES rstd[n] = W(1) / std::sqrt(sums[n] / static_cast<W>(features) + eps);
 }
 
 template <typename Op>
@@ -96,7 +135,6 @@ inline void add_lanes(const W* panel, int64_t features, W* sums) {
   int64_t f = 0;
   if constexpr (sizeof(W) == 4) {
     for (; f + 16 <= features; f += 16) {
-      typedef float Floats __attribute__((vector_size(64)));
       Lanes rows[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
@@ -156,6 +194,17 @@ void norm_backward(Wide<Op>* dz, const Wide<Op>* normed, int64_t features, const
 template <typename Op>
 void add_sums(const Wide<Op>* panel, int64_t features, Wide<Op>* sums) {
   add_lanes(panel, features, sums);
+}
+
+template <typename Op>
+void add_operand_sums(const Op* operand, int64_t features, Wide<Op>* sums) {
+  constexpr int64_t kCount = 16;  // which add_lanes takes at once
+  Wide<Op> wide[kCount * kPanel];
+  for (int64_t f = 0; f < features; f += kCount) {
+    const int64_t count = std::min(kCount, features - f);
+    widen<Op>(operand + f * kPanel, count, wide);
+    add_lanes(wide, count, sums + f);
+  }
 }
 
 template <typename Op>

@@ -5,16 +5,16 @@
 namespace {
 
 template <typename Op>
-void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* beta, Op* folded,
-          Wide<Op>* sum, Wide<Op>* shift) {
+void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* beta, Wide<Op>* sum,
+          Wide<Op>* shift) {
   using W = Wide<Op>;
   constexpr int64_t kLanes = 16;  // sums are joined at the end of the row
   const auto* from = elements(row);
-  const auto* to = elements(folded);
   W total[kLanes] = {}, moved[kLanes] = {};
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t end = std::min(start + kBlock, width);
     W products[kBlock];
+    Op folded[kBlock];
     int64_t i = start;
     for (; i + kLanes <= end; i += kLanes) {
 #pragma omp simd
@@ -29,7 +29,8 @@ void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* b
       products[i - start] = gamma[i] * weight;
       moved[(i - start) % kLanes] += beta[i] * weight;
     }
-    round_row<Op>(products, end - start, folded + start);
+    round_row<Op>(products, end - start, folded);
+    const auto* to = elements(folded) - start;
     // Of what the product will use.
     for (i = start; i + kLanes <= end; i += kLanes) {
 #pragma omp simd
@@ -68,25 +69,28 @@ void finish_down(const Op* down, const Wide<Op>* products, int64_t r, int64_t co
 }
 
 template <typename Op>
-void add_columns(const Wide<Op>* rows, int64_t r, int64_t count, const Wide<Op>* weight,
-                 Wide<Op>* panel, Wide<Op>* sum) {
-  for (int64_t i = 0; i < r; ++i) {
-    const Wide<Op>* from = rows + i * kBlock;
-    Wide<Op>*to = panel + i * kPanel, *total = sum + i * kPanel;
-    fetch(rows + std::min(i + kFetched, r - 1) * kBlock, count);
+void add_columns(const Wide<Op>* products, int64_t r, int64_t count, const Wide<Op>* weight, const Op* up,
+                 bool add, Wide<Op>* panel, Wide<Op>* along) {
+  using W = Wide<Op>;
+  W scale[kPanel] = {}, total[kPanel] = {};
+  std::copy_n(weight, count, scale);
+  if (!add) std::fill_n(panel, r * kPanel, W(0));
+  for_features<Op>(up, r, [&](int64_t i, const W* row) {
+    const W* from = products + i * kBlock;
+    W* to = panel + i * kPanel;
     if (count == kPanel) {
       SPECTRALX_LANES {
-        to[n] = from[n];
-        total[n] += weight[n] * from[n];
+        total[n] += from[n] * row[n];
+        to[n] += scale[n] * from[n];
       }
-      continue;
+      return;
     }
-    std::fill(to + count, to + kPanel, Wide<Op>(0));
-    for (int64_t n = 0; n < count; ++n) {
-      to[n] = from[n];
-      total[n] += weight[n] * from[n];
+    for (int64_t n = 0; n < count; ++n) {  // what lies beyond is anything
+      total[n] += from[n] * row[n];
+      to[n] += scale[n] * from[n];
     }
-  }
+  });
+  std::copy_n(total, count, along);
 }
 
 template <typename Op>
