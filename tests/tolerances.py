@@ -34,8 +34,8 @@ GOLDEN_GRADIENT_QUANTILE = 0.75
 # A bias gradient below this share of its weight's gradient (norms) is zero in exact arithmetic: in
 # the golden files those are under 4e-6 and all others over 1e-3.
 GOLDEN_ZERO_GRADIENT = 1e-4
-# The losses of stage 2's curve go through steps of AdamW, whose first ones are as long as the learning
-# rate whichever way round-off points a small gradient, and through choices of tokens and experts. The
-# reference's own spread between one thread and two is 2.5e-4 of the largest loss, the published code's
-# 9e-5 another sample of it: the larger counts.
+# The losses of stage 2's curve go through steps of AdamW, whose first ones are as long as the
+# learning rate whichever way round-off points a small gradient, and through choices of tokens and
+# experts. The reference's own spread between one thread and two is 2.5e-4 of the largest loss, the
+# published code's 9e-5 another sample of it: the larger counts.
 GOLDEN_CURVE_SPREAD = 2.5e-4
