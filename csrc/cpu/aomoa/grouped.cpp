@@ -154,7 +154,8 @@ void to_terms(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
   using W = Wide<Op>;
   over(chunk.panels, [&](int64_t begin, int64_t end) {
     const Tensor y = l.wide_empty({l.top_k, kBlock, kPanel}), c = l.wide_empty({kBlock, kPanel}),
-                 dc = l.wide_empty({l.rank, kPanel}), dout = l.op_empty({l.out, kPanel}), dg = l.wide_empty({l.top_k, kPanel});
+                 dc = l.wide_empty({l.rank, kPanel}), dout = l.op_empty({l.out, kPanel}),
+                 dg = l.wide_empty({l.top_k, kPanel});
     for (int64_t q = begin; q < end; ++q) {
       to_mixture(l, chunk, in, q, data<Op>(dout), data<W>(dc));
       std::fill_n(data<W>(dg), l.top_k * kPanel, W(0));
@@ -189,7 +190,8 @@ void from_slots(const Backward<Op>& l, const Slots<Wide<Op>>& slots, const SlotT
   const auto& k = l.k;
   const int64_t rank_size = l.rank * kPanel, hidden_size = l.hidden * kPanel;
   over(slots.panels, [&](int64_t begin, int64_t end) {
-    const Tensor dy = l.op_empty({l.rank, kPanel}), dh = l.wide_empty({l.hidden, kPanel}), dh_operand = l.op_empty({l.hidden, kPanel});
+    const Tensor dy = l.op_empty({l.rank, kPanel}), dh = l.wide_empty({l.hidden, kPanel}),
+                 dh_operand = l.op_empty({l.hidden, kPanel});
     for (int64_t p = begin; p < end; ++p) {
       const int64_t weights = slots.expert[p] * l.hidden * l.rank;
       W* sums = data<W>(kept.sums) + p * (l.hidden + l.rank);
