@@ -136,7 +136,7 @@ struct Trail {
   Tensor h_tokens, h_grad_tokens;  // by tokens [A][padded][E h]
   Tensor scores_grad;             // wide [A][scores][padded]
   Tensor clean, raw, gates_grad;  // [A, tokens, E]
-  Tensor sums;                    // [panels][sum_size], grouped [panels][3 r]; each panel's task zeroes its own
+  Tensor sums;                    // [panels][sum_size], grouped [panels][3 r]; zeroed by each panel's task
 
   Trail(const Backward<Op>& l, const Chunk& chunk) : padded(chunk.padded()),
         depth(blocks_of(chunk.tokens, kColumn<Op>) * kColumn<Op>) {
