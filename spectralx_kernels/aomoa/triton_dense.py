@@ -1,7 +1,8 @@
 """Triton functions of AoMoA's backward where every expert runs on every row of a tile.
 
 What the experts of a tile need stays in registers, in tuples by expert: of what a program writes it
-reads back the scores alone, and z's gradient where the rank is long. Tiles and rows as in ``triton_products.py``.
+reads back the scores alone, and z's gradient where the rank is long. Tiles and rows as in
+``triton_products.py``.
 """
 
 # Tuples grow from (), expert by expert.

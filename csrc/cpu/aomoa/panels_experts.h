@@ -33,22 +33,31 @@ void relu_backward(Wide<Op>* dh, const Wide<Op>* h, int64_t features, Wide<Op>* 
 // The taken terms of 32 tokens, slot by slot: the n-th expert a token takes, in order.
 constexpr int64_t kSlots = 4;  // more are taken without slots
 
-// c = log(gates[0] exp(y[0]) + gates[1] exp(y[1])) over the gates that are not 0: of the larger term
-// the exponential is 1. y is -infinity where its gate is 0 for want of an expert.
+// log(g0 exp(y0) + g1 exp(y1)) over the gates that are not 0: of the larger term, y1 where `swapped`, the
+// exponential is 1, of the other it is `beside`. y is -infinity where its gate is 0 for want of an expert.
+template <typename W>
+struct TwoTerms {
+  bool swapped;
+  W beside, total, value;
+
+  inline __attribute__((always_inline)) TwoTerms(W y0, W g0, W y1, W g1) {
+    const W first = g0 != W(0) ? y0 : -std::numeric_limits<W>::infinity();
+    const W second = g1 != W(0) ? y1 : -std::numeric_limits<W>::infinity();
+    swapped = second > first;
+    const W peak = swapped ? second : first, other = swapped ? first : second;
+    const W of_peak = swapped ? g1 : g0, of_other = swapped ? g0 : g1;
+    beside = exponential(other - peak);
+    const W added = of_other * beside;
+    total = of_peak + (of_other != W(0) ? added : W(0));
+    const W sum = peak + logarithm(total);
+    value = total == W(0) ? static_cast<W>(kLogEpsilon) : sum;
+  }
+};
+
 template <typename W>
 inline void combine_two(const W* const (&y)[2], const W* const (&gates)[2], W* c) {
   const W *y0 = y[0], *y1 = y[1], *g0 = gates[0], *g1 = gates[1];
-  SPECTRALX_LANES {
-    const W first = g0[n] != W(0) ? y0[n] : -std::numeric_limits<W>::infinity();
-    const W second = g1[n] != W(0) ? y1[n] : -std::numeric_limits<W>::infinity();
-    const bool swap = second > first;
-    const W peak = swap ? second : first, other = swap ? first : second;
-    const W of_peak = swap ? g1[n] : g0[n], of_other = swap ? g0[n] : g1[n];
-    const W added = of_other * exponential(other - peak);
-    const W total = of_peak + (of_other != W(0) ? added : W(0));
-    const W value = peak + logarithm(total);
-    c[n] = total == W(0) ? static_cast<W>(kLogEpsilon) : value;
-  }
+  SPECTRALX_LANES c[n] = TwoTerms<W>(y0[n], g0[n], y1[n], g1[n]).value;
 }
 
 // The same, and from c's gradient dc those of y, which y becomes, and of the gates, added to dgates:
@@ -58,18 +67,10 @@ inline void combine_two_both(W* const (&y)[2], const W* const (&gates)[2], const
   W *y0 = y[0], *y1 = y[1], *d0 = dgates, *d1 = dgates + kPanel;
   const W *g0 = gates[0], *g1 = gates[1];
   SPECTRALX_LANES {
-    const W first = g0[n] != W(0) ? y0[n] : -std::numeric_limits<W>::infinity();
-    const W second = g1[n] != W(0) ? y1[n] : -std::numeric_limits<W>::infinity();
-    const bool swap = second > first;
-    const W peak = swap ? second : first, other = swap ? first : second;
-    const W of_peak = swap ? g1[n] : g0[n], of_other = swap ? g0[n] : g1[n];
-    const W beside = exponential(other - peak);
-    const W added = of_other * beside;
-    const W total = of_peak + (of_other != W(0) ? added : W(0));
-    const W value = peak + logarithm(total);
-    c[n] = total == W(0) ? static_cast<W>(kLogEpsilon) : value;
-    const W at_peak = dc[n] / total, at_other = at_peak * beside;
-    const W along0 = swap ? at_other : at_peak, along1 = swap ? at_peak : at_other;
+    const TwoTerms<W> terms(y0[n], g0[n], y1[n], g1[n]);
+    c[n] = terms.value;
+    const W at_peak = dc[n] / terms.total, at_other = at_peak * terms.beside;
+    const W along0 = terms.swapped ? at_other : at_peak, along1 = terms.swapped ? at_peak : at_other;
     d0[n] += g0[n] != W(0) ? along0 : W(0);
     d1[n] += g1[n] != W(0) ? along1 : W(0);
     y0[n] = g0[n] != W(0) ? g0[n] * along0 : W(0);
