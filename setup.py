@@ -131,7 +131,8 @@ def extension() -> dict[str, Any]:
     threads = ["-fopenmp"] if sys.platform.startswith("linux") else []
     cxx += threads
     macros: list[tuple[str, str | None]] = [("SPECTRALX_NATIVE", None)] if native else []
-    sources = [ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
+    csrc = ROOT / "csrc"
+    sources = [*sorted(csrc.glob("*.cpp")), *sorted((csrc / "cpu").rglob("*.cpp"))]
     options: dict[str, Any] = {"cxx": cxx}
     if cuda:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
@@ -139,7 +140,7 @@ def extension() -> dict[str, Any]:
             ("SPECTRALX_CUDA", None),
             ("SPECTRALX_ARCHITECTURES", f'"{architectures}"'),
         ]
-        device_code = ROOT / "csrc" / "cuda"
+        device_code = csrc / "cuda"
         sources += sorted([*device_code.rglob("*.cu"), *device_code.rglob("*.cpp")])
         options["nvcc"] = ["-std=c++20", "-lineinfo", *(["-O0", "-G"] if debug else ["-O3"])]
     # Absolute for GCC, which runs wherever ninja does.
@@ -150,7 +151,7 @@ def extension() -> dict[str, Any]:
         define_macros=macros,
         extra_compile_args=options,
         extra_link_args=threads,
-        include_dirs=[str(precompiled), str(ROOT / "csrc")],
+        include_dirs=[str(precompiled), str(csrc)],
     )
 
     class BuildKernels(BuildExtension):

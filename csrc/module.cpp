@@ -1,6 +1,10 @@
 // The extension module spectralx_kernels._C: registers the kernels it is linked with (each file
-// under cpu/ and cuda/ does so in its own TORCH_LIBRARY_IMPL) and tells how it was built.
+// under cpu/ and cuda/ does so in its own TORCH_LIBRARY_IMPL), differentiates the operators declared in
+// Python and tells how it was built.
+#include "autograd.h"
+
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include <string>
@@ -43,4 +47,16 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of spectralx_kernels.";
   m.def("build_info", &build_info, "How this module was built: a dict.");
+  m.def(
+      "differentiate",
+      [](const std::string& name, const std::string& overload, int64_t hidden,
+         const std::vector<int64_t>& constant, const std::vector<int64_t>& outputs,
+         std::optional<int64_t> only_if,
+         const std::map<int64_t, std::vector<int64_t>>& read_for) {
+        spectralx::differentiate(name, overload, {hidden, constant, outputs, only_if, read_for});
+      },
+      "Differentiates spectralx::<name>.<overload> by <name>_backward.<overload>; see _autograd.Kept.",
+      pybind11::arg("name"), pybind11::arg("overload"), pybind11::kw_only(),
+      pybind11::arg("hidden"), pybind11::arg("constant"), pybind11::arg("outputs"),
+      pybind11::arg("only_if"), pybind11::arg("read_for"));
 }

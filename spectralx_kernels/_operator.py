@@ -20,15 +20,15 @@ through the dispatcher.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectralx_kernels import _backends
-from spectralx_kernels._layouts import is_channels_last, stand_in
+from spectralx_kernels._autograd import Kept, differentiate
+from spectralx_kernels._layouts import is_channels_last
 
 _LIBRARY = torch.library.Library("spectralx", "FRAGMENT")
 
@@ -60,18 +60,15 @@ class Saving(NamedTuple):
 
     `forward` is the reference with `hidden` more outputs, the last ones of the schema, which
     callers never see but for the first `shown` of them; those the reference gives too. None of them
-    is differentiable. `kept` lists the outputs that the backward operator is given as ``saved``, or
-    is a function of the operator's inputs that does.
+    is differentiable. `kept` lists the outputs that the backward operator is given as ``saved``;
+    with `only_if`, only in calls in which the input at that position is true.
     """
 
     forward: Callable[..., Any]
     hidden: int
-    kept: tuple[int, ...] | Callable[[Sequence[Any]], tuple[int, ...]]
+    kept: tuple[int, ...]
     shown: int = 0
-
-    def positions(self, inputs: Sequence[Any]) -> tuple[int, ...]:
-        """The outputs kept in a call with these inputs."""
-        return self.kept(inputs) if callable(self.kept) else self.kept
+    only_if: int | None = None
 
 
 _OPERATORS: dict[str, Operator] = {}
@@ -111,8 +108,9 @@ class Operator:
     keep_format : outputs that the reference makes channels_last stay so, and gradients have the
         strides of ``torch.empty_like`` of their inputs. Contiguous otherwise.
     constant : positions of floating-point outputs that have no gradient.
-    unread : from which gradients are wanted, the positions of inputs that backward does not read
-        then. They are not held: backward gets a `stand_in` of each.
+    read_for : of inputs that backward reads for some gradients only, by position, the positions of
+        the inputs whose gradients those are. Where none of them is wanted the input is not held:
+        backward gets one of its shape.
     """
 
     def __init__(
@@ -128,7 +126,7 @@ class Operator:
         keep_format: bool = False,
         prefer: Callable[[Sequence[Any], torch.dtype | None], str | None] | None = None,
         constant: tuple[int, ...] = (),
-        unread: Callable[[Sequence[bool]], tuple[int, ...]] | None = None,
+        read_for: Mapping[int, tuple[int, ...]] | None = None,
     ) -> None:
         self.name = name
         self._prefer = prefer
@@ -140,8 +138,8 @@ class Operator:
         self._differentiable = differentiable
         self.triton_module: str | None = None  # where `add_triton` finds its functions
         self._keep_format = keep_format
-        self._constant = constant
-        self._unread = unread
+        saving = self._saving
+        self._kept = Kept(saving.hidden, constant, saving.kept, saving.only_if, read_for or {})
         qualified = define(name, schema)
         self.op = getattr(torch.ops.spectralx, name).default
         register_default(name, self._forward_kernel)
@@ -155,7 +153,7 @@ class Operator:
             self.backward_op = getattr(torch.ops.spectralx, f"{name}_backward").default
             register_default(f"{name}_backward", self._backward_kernel)
             torch.library.register_fake(backward, self._backward_fake, lib=_LIBRARY)
-            self._register_autograd(qualified, self.backward_op)
+            differentiate(_LIBRARY, name, "", self._kept)
         _OPERATORS[name] = self
 
     def add_triton(
@@ -189,7 +187,7 @@ class Operator:
             self._register_triton(backward_name, module, dtypes, self._backward_kernel)
         else:
             register_default(f"{backward_name}.triton", self._backward_kernel)
-        self._register_autograd(qualified, getattr(torch.ops.spectralx, backward_name).triton)
+        differentiate(_LIBRARY, name, "triton", self._kept)
 
     def _register_triton(
         self, name: str, module: str, dtypes: tuple[torch.dtype, ...], default: Callable[..., Any]
@@ -213,36 +211,6 @@ class Operator:
         return (
             f"(Tensor?[] output_grads, {arguments}, Tensor[] saved, bool[] output_mask) -> Tensor[]"
         )
-
-    def _register_autograd(self, qualified: str, backward_op: Callable[..., Any]) -> None:
-        """Differentiate `qualified` by `backward_op`.
-
-        By hand, as torch.library.register_autograd costs twice the host time of the rest of a call.
-        """
-        _, name = qualified.split("::")
-        packet, _, overload = name.partition(".")
-        forward_op = getattr(getattr(torch.ops.spectralx, packet), overload or "default")
-        below = torch._C._after_autograd_keyset
-
-        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = forward_op.redispatch(keyset & below, *args)
-            self._setup_context(ctx, args, output)
-            return output
-
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return (None, *self._backward(backward_op, ctx, *grads))
-
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function = type(f"{name}_function", (torch.autograd.Function,), methods)
-
-        def differentiable(keyset: Any, *args: Any) -> Any:
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-                return function.apply(keyset, *args)  # type: ignore[attr-defined]
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward_op.redispatch(keyset & below, *args)
-
-        _LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
 
     def backend_of(
         self,
@@ -324,45 +292,6 @@ class Operator:
 
     def _grad_laid_out(self, leaf: Tensor, grad: Tensor) -> Tensor:
         return self._empty_grad(leaf).copy_(grad) if self._keep_format else grad.contiguous()
-
-    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        if self._saving.hidden:
-            ctx.mark_non_differentiable(*output[-self._saving.hidden :])
-        if self._constant:
-            ctx.mark_non_differentiable(*(output[position] for position in self._constant))
-        outputs = (output,) if isinstance(output, Tensor) else output
-        saved = [outputs[position] for position in self._saving.positions(inputs)]
-        ctx.kept = len(saved)
-        unread = self._unread(ctx.needs_input_grad[1:]) if self._unread else ()  # 0: the key set
-        ctx.save_for_backward(
-            *saved,
-            *[
-                stand_in(value) if place in unread else value
-                for place, value in enumerate(inputs)
-                if isinstance(value, Tensor)
-            ],
-        )
-        ctx.tensors = [isinstance(value, Tensor) for value in inputs]
-        ctx.set_materialize_grads(False)
-
-    def _backward(
-        self, backward_op: Callable[..., Any], ctx: Any, *grads: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        # Read once: checkpointing hands each saved tensor out a single time.
-        everything = ctx.saved_tensors
-        saved, tensors = everything[: ctx.kept], iter(everything[ctx.kept :])
-        inputs = [
-            next(tensors) if is_tensor else other
-            for is_tensor, other in zip(ctx.tensors, ctx.others, strict=True)
-        ]
-        mask = [bool(needs) for needs in ctx.needs_input_grad[1:]]  # the first is the key set
-        output_grads = list(grads[: len(grads) - self._saving.hidden])
-        device = next(value.device.type for value in inputs if isinstance(value, Tensor))
-        # The caller may run backward inside its autocast block; the casts are in the graph.
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            computed = iter(backward_op(output_grads, *inputs, list(saved), mask))
-        return tuple(next(computed) if needs else None for needs in mask)
 
     def _backward_kernel(
         self, output_grads: Sequence[Tensor | None], *args: Any

@@ -22,7 +22,7 @@ LINEAR_ADD = Operator(
     "linear_add",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor addend) -> Tensor",
     reference.linear_add,
-    unread=lambda wanted: (3,),  # the addend
+    read_for={3: ()},  # the addend
 )
 FEED_FORWARD = Operator(
     "feed_forward",

@@ -24,17 +24,12 @@ def _prefer(args: Sequence[Any], dtype: torch.dtype | None) -> str | None:
     return "eager"
 
 
-def _unread(wanted: Sequence[bool]) -> tuple[int, ...]:
-    """A frozen weight has no use for x."""
-    return () if wanted[1] else (0,)
-
-
 LINEAR = Operator(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference.linear,
     prefer=_prefer,
-    unread=_unread,
+    read_for={0: (1,)},  # a frozen weight has no use for x
 )
 
 

@@ -21,7 +21,7 @@ CHANNEL_NORM = Operator(
     "float scale) -> Tensor",
     heads_reference.channel_norm,
     keep_format=True,
-    unread=lambda wanted: (1,),  # the addend
+    read_for={1: ()},  # the addend
 )
 CHANNEL_NORM_CONV2D = Operator(
     "channel_norm_conv2d",
