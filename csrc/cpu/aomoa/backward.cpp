@@ -337,19 +337,22 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
     to_input(l, in, grads.x);
   }
 
-  // Views of one tensor: what is returned of them is copied, in the type it is wanted in.
-  const auto copied = [](const Tensor& part, const Tensor& of) {
-    return part.view(of.sizes()).to(of.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
-  };
-  const auto parts = l.sums.split_with_sizes(
-      {l.all_hidden, l.experts * l.rank, l.rank, l.rank, l.rank});
   to_hidden(l, grads);
   to_router(l, grads);
-  grads.norm2_weight = copied(parts[2], arguments.norm2_weight);
-  grads.norm2_bias = copied(parts[3], arguments.norm2_bias);
-  grads.fc1_bias = copied(parts[0], arguments.fc1_bias);
   grads.fc2_weight = l.fc2_grad;
-  grads.fc2_bias = copied(parts[1], arguments.fc2_bias);
+  const auto* sums = data<Wide<Op>>(l.sums);
+  grads.fc1_bias = as_gradient(l, sums, arguments.fc1_bias);
+  grads.fc2_bias = as_gradient(l, sums += l.all_hidden, arguments.fc2_bias);
+  grads.norm2_weight = as_gradient(l, sums += l.experts * l.rank, arguments.norm2_weight);
+  grads.norm2_bias = as_gradient(l, sums + l.rank, arguments.norm2_bias);
+  const auto whole = [&](Tensor& grad, const Tensor& of) {
+    grad = as_gradient(l, data<Wide<Op>>(grad), of);
+  };
+  whole(grads.scaler, arguments.scaler);
+  whole(grads.norm1_weight, arguments.norm1_weight);
+  whole(grads.norm1_bias, arguments.norm1_bias);
+  whole(grads.gate, arguments.gate);
+  whole(grads.gate_noise, arguments.gate_noise);
   return grads;
 }
 

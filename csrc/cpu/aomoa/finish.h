@@ -23,6 +23,26 @@ void finish_up(const Backward<Op>& l, const Wide<Op>* products, int64_t o, const
   }
 }
 
+// Sums as the gradient of `of`: in Op where that is its type.
+template <typename Op>
+Tensor as_gradient(const Backward<Op>& l, const Wide<Op>* sums, const Tensor& of) {
+  using W = Wide<Op>;
+  const int64_t count = of.numel(), whole = count / kPanel * kPanel;
+  if (of.scalar_type() != Layer<Op>::kOp) {
+    const Tensor found = l.wide_empty(of.sizes());
+    std::copy_n(sums, count, data<W>(found));
+    return found;
+  }
+  const Tensor found = l.op_empty(of.sizes());
+  l.k.to_features(sums, whole / kPanel, data<Op>(found), kPanel);
+  W last[kPanel] = {};
+  Op rounded[kPanel];
+  std::copy(sums + whole, sums + count, last);
+  l.k.to_features(last, 1, rounded, kPanel);
+  std::copy_n(rounded, count - whole, data<Op>(found) + whole);
+  return found;
+}
+
 // From the products over all tokens to the gradients of the router, [A, r, E].
 template <typename Op>
 void to_router(const Backward<Op>& l, const Gradients& grads) {
