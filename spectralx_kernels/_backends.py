@@ -81,19 +81,21 @@ def devices_of(backend: str) -> tuple[str, ...]:
     return (DEVICE_OF[backend],)
 
 
-def _flat(args: Sequence[Any]) -> list[torch.Tensor]:
-    values = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else [arg])]
-    return [value for value in values if isinstance(value, torch.Tensor)]
+def _tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for arg in args:
+        for value in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(value, torch.Tensor):
+                yield value
 
 
 def first_tensor(args: Sequence[Any]) -> torch.Tensor:
     """The first tensor among an operator's arguments, lists of tensors among them."""
-    return _flat(args)[0]
+    return next(_tensors(args))
 
 
 def dtype_of(args: Sequence[Any]) -> torch.dtype | None:
     """The dtype of the first floating-point tensor among an operator's arguments."""
-    return next((value.dtype for value in _flat(args) if value.is_floating_point()), None)
+    return next((value.dtype for value in _tensors(args) if value.is_floating_point()), None)
 
 
 def takes(dtypes: tuple[torch.dtype, ...], args: Sequence[Any]) -> bool:
@@ -127,13 +129,18 @@ def available(
     """
     if operator not in _operators:
         raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(_operators)}")
+    return [name for name in _order(device) if _runs(operator, name, device, dtype)]
+
+
+def _order(device: str | None) -> tuple[str, ...]:
     # On an H100 CUDA C++ is at least level and starts a third as long; an operator says where that
     # is not so. On a CPU Triton is only interpreted.
-    order = ("cpp", "eager", "triton") if device == "cpu" else ("cuda", "triton", "cpp", "eager")
-    return [name for name in order if name == "eager" or _runs(operator, name, device, dtype)]
+    return ("cpp", "eager", "triton") if device == "cpu" else ("cuda", "triton", "cpp", "eager")
 
 
 def _runs(operator: str, backend: str, device: str | None, dtype: torch.dtype | None) -> bool:
+    if backend == "eager":
+        return True
     if (operator, backend) not in _kernels:
         return False
     if device is not None and device not in devices_of(backend):
@@ -178,9 +185,11 @@ def choose(
     RuntimeError : the forced backend cannot run this operator on this device or in this dtype.
     """
     forced = backend or _forced or os.environ.get("SPECTRALX_BACKEND")
+    if not forced:  # most calls, each of which asks
+        if prefer is not None and _runs(operator, prefer, device, dtype):
+            return prefer
+        return next(name for name in _order(device) if _runs(operator, name, device, dtype))
     here = available(operator, device, dtype)
-    if not forced:
-        return prefer if prefer in here else here[0]
     check_backend(forced)
     if not backend and not _forced_required and forced not in here:
         return here[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,6 +57,18 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> Non
     if wrong:
         wanted = ", ".join(str(size) for size in expected)
         raise ValueError(f"{name}: got shape {list(found)}, expected [{wanted}]")
+
+
+def check_tensors(
+    tensors: Mapping[str, tuple[Tensor, tuple[int, ...]]], reference_name: str, reference: Tensor
+) -> None:
+    """Each tensor has the shape beside it, and `check_like` of `reference`."""
+    dtype, device = reference.dtype, reference.device
+    for name, (tensor, shape) in tensors.items():
+        if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
+            continue  # most calls, and the time of a short one is that of its checks
+        check_shape(name, tensor, shape)
+        check_like(name, tensor, reference_name, reference)
 
 
 def check_range(name: str, value: int | float, low: float, high: float) -> None:

@@ -14,6 +14,7 @@ from spectralx_kernels._checks import (
     check_like,
     check_range,
     check_shape,
+    check_tensors,
 )
 from spectralx_kernels._operator import Operator, Saving
 from spectralx_kernels.aomoa import reference
@@ -187,13 +188,16 @@ def aomoa(
     hidden = fc1_weight.shape[1]
     d = width // attributes
     shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "weight": (weight, (out_width, width)),
         "scaler": (scaler, (out_width,)),
         "norm1_weight": (norm1_weight, (d,)),
         "norm1_bias": (norm1_bias, (d,)),
         "down": (down, (rank, d)),
         "norm2_weight": (norm2_weight, (rank,)),
         "norm2_bias": (norm2_bias, (rank,)),
+        "gate": (gate, (attributes, rank, experts)),
         "gate_noise": (gate_noise, (attributes, rank, experts)),
+        "fc1_weight": (fc1_weight, (experts, hidden, rank)),
         "fc1_bias": (fc1_bias, (experts, hidden)),
         "fc2_weight": (fc2_weight, (experts, rank, hidden)),
         "fc2_bias": (fc2_bias, (experts, rank)),
@@ -202,11 +206,7 @@ def aomoa(
     if bias is not None:
         shapes["bias"] = (bias, (out_width,))
     tokens = x.numel() // max(width, 1)
-    for name, (tensor, shape) in shapes.items():
-        check_shape(name, tensor, shape)
-        check_like(name, tensor, "x", x)
-    for name, tensor in (("weight", weight), ("gate", gate), ("fc1_weight", fc1_weight)):
-        check_like(name, tensor, "x", x)
+    check_tensors(shapes, "x", x)
     if noise is not None:
         check_shape("noise", noise, (attributes, tokens, experts))
         if noise.dtype == torch.float32:
