@@ -2,7 +2,9 @@
 
 ``fwd`` is evaluation (no gate noise, no autograd); ``fwd+bwd`` is training, with gate noise, and
 differentiates the input and the adapter; the linear layer is frozen. The floor is the frozen
-layer's product and the low-rank ones; the frozen layer alone is noted beside it (`linear_ms`).
+layer's product and the low-rank ones. The frozen layer alone, as torch runs it on the same inputs,
+is noted beside it (`linear_ms`), and its bare products on operands that are read again and again
+(`linear_products_ms`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 from benchmarks import dispatch, floors
 from benchmarks.case import Case, Draw, Setting, Tensors, rotating
@@ -69,7 +72,15 @@ def build(shape: AomoaShape, mode: str, setting: Setting) -> Case:
     elements += frozen["weight"].numel()
     if training:
         elements = 2 * elements + shape.tokens * shape.in_features + adapter
-    alone = [floors.linear(shape)]
+
+    def floor() -> floors.Floor:
+        found = floors.floor_of(floors.aomoa(shape, mode), elements, setting)
+        alone = [floors.linear(shape)]
+        found["linear_products"] = floors.bare_products(
+            floors.frozen(alone) if training else alone, setting
+        )
+        return found
+
     return Case(
         functions={
             "fused": partial(run, aomoa),
@@ -79,8 +90,8 @@ def build(shape: AomoaShape, mode: str, setting: Setting) -> Case:
         inputs=rotating(setting, input_set),
         parameters=trained,
         constants=list(frozen.values()),
-        floor=lambda: floors.floor_of(floors.aomoa(shape, mode), elements, setting),
-        linear=lambda: floors.bare_products(floors.frozen(alone) if training else alone, setting),
+        floor=floor,
+        linear=lambda x, *_: linear(x, frozen["weight"], frozen["bias"]),
     )
 
 

@@ -108,7 +108,8 @@ class Case:
     parameters : name -> further tensors that are differentiated.
     constants : tensors that live on anyway and are not counted as saved for backward.
     floor : makes name -> the bare work that no implementation can avoid; the slowest is the floor.
-    linear : makes the work of the frozen linear layer alone, for an adapted layer.
+    linear : the frozen linear layer alone, of an adapted layer: a function of one input set, run
+        and differentiated as `functions` are, but for `parameters`.
     finish : ends a step (the optimiser); not part of the accuracy check.
     by_part : compare the gradients of each part of a model (the first word of their names) as one
         vector.
@@ -120,7 +121,7 @@ class Case:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     constants: Sequence[Tensor] = ()
     floor: Callable[[], Mapping[str, Callable[[], object]]] = dict
-    linear: Callable[[], Callable[[], object]] | None = None
+    linear: Callable[..., Any] | None = None
     finish: Callable[[], object] | None = None
     by_part: bool = False
     truth: torch.dtype = torch.float64

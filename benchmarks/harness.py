@@ -7,7 +7,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -97,7 +97,8 @@ def measure(
         floor = found.case.floor()
         runs.update({f"floor {part}": _ignore_turn(run) for part, run in floor.items()})
         if found.case.linear is not None:
-            runs["linear"] = _ignore_turn(found.case.linear())
+            alone = Runner(replace(found.case, parameters={}), mode, setting)
+            runs["linear"] = partial(alone, found.case.linear)
     if graphs and mode != STEP:
         whole = {name: run for name, run in runs.items() if name in UNCAPTURED}
         replays, failed = graphs_of({n: run for n, run in runs.items() if n not in whole})

@@ -127,7 +127,7 @@ def _build(shape: Shape, mode: str, setting: Setting) -> Case:
         inputs=rotating(setting, lambda: (draw.normal(16, 32).requires_grad_(mode != FORWARD),)),
         parameters={"weight": weight},
         floor=lambda: {"products": lambda: None, "copy": lambda: sum(range(20000))},
-        linear=lambda: lambda: None,
+        linear=lambda x: x @ weight.detach(),
     )
 
 

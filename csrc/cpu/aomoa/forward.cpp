@@ -43,22 +43,8 @@ void to_scores(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const O
       k.moments(x, l.d, l.eps, moments[0], moments[1]);
       k.normalise(x, l.d, moments[0], moments[1], l.norm1_weight, l.norm1_bias,
                   data<Op>(u));
-      // Between blocks of rows in the second half of the product, memory is asked for the next panel's
-      // tokens: earlier, down would push them out of the L2 cache.
-      const int64_t next = q + 1 < end ? chunk.count(q + 1) : 0;
-      const int64_t blocks = blocks_of(l.rank, kRowBlock), share = blocks_of(2 * next, blocks + 1);
-      const Op* asked = data<Op>(l.x) + chunk.attribute(q + 1) * l.d +
-                        (chunk.first + chunk.start(q + 1)) * l.width;
-      for (int64_t block = 0, t = 0; block < blocks; ++block) {
-        if (block >= blocks / 2) {
-          const int64_t some = std::min(share, next - t);
-          ask(asked + t * l.width, some, l.width, l.d);
-          t += some;
-        }
-        const int64_t row = block * kRowBlock;
-        product(std::min(kRowBlock, l.rank - row), lanes, l.d, data<Op>(l.down) + row * l.d, l.d,
-                data<Op>(u), kPanel, data<W>(z0) + row * kPanel, kPanel, false);
-      }
+      product(l.rank, lanes, l.d, data<Op>(l.down), l.d, data<Op>(u), kPanel, data<W>(z0), kPanel,
+              false);
       k.norm(data<W>(z0), l.rank, l.eps, moments[2]);
       for (int64_t i = 0; i < 3; ++i)
         std::copy(moments[i], moments[i] + n,

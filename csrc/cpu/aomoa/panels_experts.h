@@ -82,6 +82,14 @@ template <typename Op>
 void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<Op>* bias,
              const Wide<Op>* gates, Wide<Op>* c) {
   using W = Wide<Op>;
+  if (experts == 2 && bias == nullptr) {
+    const W* const weights[2] = {gates, gates + kPanel};
+    for (int64_t i = 0; i < r; ++i) {
+      const W* const rows[2] = {y + i * kPanel, y + (r + i) * kPanel};
+      combine_two(rows, weights, c + i * kPanel);
+    }
+    return;
+  }
   constexpr W kNone = -std::numeric_limits<W>::infinity();
   const bool by_slot = top_k <= kSlots && top_k < experts;
   const int64_t terms = by_slot ? top_k : experts;

@@ -10,6 +10,7 @@ void fold(const Op* row, int64_t width, const Wide<Op>* gamma, const Wide<Op>* b
   using W = Wide<Op>;
   constexpr int64_t kLanes = 16;  // sums are joined at the end of the row
   const auto* from = elements(row);
+  fetch(row + width, width);  // the next row: often a page of its own, where no stream goes on
   W total[kLanes] = {}, moved[kLanes] = {};
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t end = std::min(start + kBlock, width);
