@@ -98,15 +98,6 @@ void run_expert(const Layer<Op>& l, int64_t e, const Op* z, Wide<Op>* h, Op* h_o
           kPanel, true);
 }
 
-// The terms of panel q, `count` features of y from `first` on, to y [k][count][32].
-template <typename Op, typename W>
-void gather_terms(const Layer<Op>& l, const Slots<W>& slots, int64_t q, const W* y_slots, int64_t first,
-                   int64_t count, W* y) {
-  for (int64_t s = 0; s < l.top_k; ++s)
-    l.k.gather(y_slots, slots.slot_of.data() + slots.term(q) + s * kPanel, l.rank, first, count, false,
-               y + s * count * kPanel);
-}
-
 // What backward keeps of the slots between its phases.
 template <typename Op>
 struct SlotTrail {
@@ -153,25 +144,14 @@ void to_terms(const Backward<Op>& l, const Chunk& chunk, const Incoming& in,
               const Slots<Wide<Op>>& slots, const SlotTrail<Op>& kept, const Trail<Op>& trail) {
   using W = Wide<Op>;
   over(chunk.panels, [&](int64_t begin, int64_t end) {
-    const Tensor y = l.wide_empty({l.top_k, kBlock, kPanel}), c = l.wide_empty({kBlock, kPanel}),
-                 dc = l.wide_empty({l.rank, kPanel}), dout = l.op_empty({l.out, kPanel}),
-                 dg = l.wide_empty({l.top_k, kPanel});
+    const Tensor terms = l.wide_empty({l.top_k, kBlock, kPanel}), dc = l.wide_empty({l.rank, kPanel}),
+                 dout = l.op_empty({l.out, kPanel}), dg = l.wide_empty({l.top_k, kPanel});
     for (int64_t q = begin; q < end; ++q) {
       to_mixture(l, chunk, in, q, data<Op>(dout), data<W>(dc));
-      std::fill_n(data<W>(dg), l.top_k * kPanel, W(0));
-      for (int64_t i = 0; i < l.rank; i += kBlock) {  // which stay in the L1 cache
-        const int64_t count = std::min(kBlock, l.rank - i);
-        gather_terms(l, slots, q, data<W>(kept.y), i, count, data<W>(y));
-        l.k.combine_both(data<W>(y), l.top_k, count, slots.gates.data() + slots.term(q),
-                         data<W>(dc) + i * kPanel, data<W>(c), data<W>(dg));
-        for (int64_t s = 0; s < l.top_k; ++s)
-          l.k.to_operand(data<W>(y) + s * count * kPanel, count,
-                         data<Op>(kept.terms) + ((q * l.top_k + s) * l.rank + i) * kPanel);
-        l.k.to_features(data<W>(c), count,
-                        data<Op>(trail.c_features) +
-                            (chunk.attribute(q) * l.rank + i) * trail.padded + chunk.start(q),
-                        trail.padded);
-      }
+      l.k.unmix(data<W>(kept.y), slots.slot_of.data() + slots.term(q), l.top_k, l.rank,
+                slots.gates.data() + slots.term(q), data<W>(dc), data<W>(terms),
+                data<Op>(trail.c_features) + chunk.attribute(q) * l.rank * trail.padded + chunk.start(q),
+                trail.padded, data<Op>(kept.terms) + q * l.top_k * l.rank * kPanel, data<W>(dg));
       W* gates_grad = data<W>(trail.gates_grad) +
                       (chunk.attribute(q) * chunk.tokens + chunk.start(q)) * l.experts;
       std::fill_n(gates_grad, chunk.count(q) * l.experts, W(0));
@@ -280,16 +260,10 @@ void mix_grouped(const Layer<Op>& l, const Chunk& chunk, const Tensor& z, const 
     }
   });
   over(chunk.panels, [&](int64_t begin, int64_t end) {
-    const Tensor y = l.wide_empty({l.top_k, kBlock, kPanel}), mixed = l.wide_empty({kBlock, kPanel});
-    for (int64_t q = begin; q < end; ++q) {
-      for (int64_t i = 0; i < l.rank; i += kBlock) {  // which stay in the L1 cache
-        const int64_t count = std::min(kBlock, l.rank - i);
-        gather_terms(l, slots, q, data<W>(y_slots), i, count, data<W>(y));
-        l.k.combine(data<W>(y), l.top_k, l.top_k, count, nullptr, slots.gates.data() + slots.term(q),
-                    data<W>(mixed));
-        l.k.to_operand(data<W>(mixed), count, data<Op>(c) + (q * l.rank + i) * kPanel);
-      }
-    }
+    const Tensor terms = l.wide_empty({l.top_k, kBlock, kPanel});
+    for (int64_t q = begin; q < end; ++q)
+      l.k.mix(data<W>(y_slots), slots.slot_of.data() + slots.term(q), l.top_k, l.rank,
+              slots.gates.data() + slots.term(q), data<W>(terms), data<Op>(c) + q * l.rank * kPanel);
   });
 }
 
@@ -314,8 +288,7 @@ void unmix_grouped(const Backward<Op>& l, const Chunk& chunk, const Incoming& in
   from_slots(l, slots, kept);
   trail.gather_dz = [&l, all, dz = kept.y](int64_t q, W* to) {
     for (int64_t s = 0; s < l.top_k; ++s)
-      l.k.gather(data<W>(dz), all->slot_of.data() + all->term(q) + s * kPanel, l.rank, 0, l.rank, s > 0,
-                 to);
+      l.k.gather(data<W>(dz), all->slot_of.data() + all->term(q) + s * kPanel, l.rank, s > 0, to);
   };
   to_experts(l, chunk, slots, kept);
 }

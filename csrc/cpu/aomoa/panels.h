@@ -66,10 +66,9 @@ struct PanelKernels {
   void (*relu_backward)(W* dh, const W* h, int64_t features, W* dbias);
 
   // Columns of panels [..][features][32] side by side: columns[n] = 32 * panel + lane, or -1 for
-  // zeros. Of operands; of W, `count` features from `first` on, put down or added.
+  // zeros. Of operands; of W, put down or added.
   void (*gather_operand)(const Op* panels, const int64_t* columns, int64_t features, Op* operand);
-  void (*gather)(const W* panels, const int64_t* columns, int64_t features, int64_t first,
-                 int64_t count, bool add, W* panel);
+  void (*gather)(const W* panels, const int64_t* columns, int64_t features, bool add, W* panel);
 
   // c [r][32] = log of the sum over e of gates [E][32] times exp(y [E][r][32] + bias [E][r]), where
   // a token has at most `top_k` gates. y becomes y + bias. The bias may be null.
@@ -79,9 +78,14 @@ struct PanelKernels {
   // gradient are added to dbias [E][r].
   void (*combine_backward)(W* y, int64_t experts, int64_t r, const W* gates, const W* c,
                            const W* dc, W* dgates, W* dbias);
-  // Both of the terms that tokens take, from c's gradient dc: y [k][r][32], without a bias, becomes its
-  // own gradient; c [r][32]; added to dgates [k][32].
-  void (*combine_both)(W* y, int64_t top_k, int64_t r, const W* gates, const W* dc, W* c, W* dgates);
+  // Of 32 tokens whose terms are columns [k][32] of panels y [..][r][32] side by side: the mixture c as an
+  // operand panel. `terms` [k][64][32] is scratch.
+  void (*mix)(const W* y, const int64_t* columns, int64_t top_k, int64_t r, const W* gates, W* terms,
+              Op* c);
+  // From c's gradient dc [r][32] too: c to rows [r][stride], each term's gradient to operand panels
+  // dy [k][r][32], those of the gates to dgates [k][32].
+  void (*unmix)(const W* y, const int64_t* columns, int64_t top_k, int64_t r, const W* gates,
+                const W* dc, W* terms, Op* c, int64_t stride, Op* dy, W* dgates);
 
   // A right operand [tokens, rounded up to 32][64] whose k runs over tokens: `columns` (<= 64)
   // columns of rows [tokens][stride], as (x - mean) * rstd unless mean is null, then zeros.

@@ -82,14 +82,6 @@ template <typename Op>
 void combine(Wide<Op>* y, int64_t experts, int64_t top_k, int64_t r, const Wide<Op>* bias,
              const Wide<Op>* gates, Wide<Op>* c) {
   using W = Wide<Op>;
-  if (experts == 2 && bias == nullptr) {
-    const W* const weights[2] = {gates, gates + kPanel};
-    for (int64_t i = 0; i < r; ++i) {
-      const W* const rows[2] = {y + i * kPanel, y + (r + i) * kPanel};
-      combine_two(rows, weights, c + i * kPanel);
-    }
-    return;
-  }
   constexpr W kNone = -std::numeric_limits<W>::infinity();
   const bool by_slot = top_k <= kSlots && top_k < experts;
   const int64_t terms = by_slot ? top_k : experts;
@@ -187,21 +179,101 @@ void combine_backward(Wide<Op>* y, int64_t experts, int64_t r, const Wide<Op>* g
   }
 }
 
-template <typename Op>
-void combine_both(Wide<Op>* y, int64_t top_k, int64_t r, const Wide<Op>* gates, const Wide<Op>* dc,
-                  Wide<Op>* c, Wide<Op>* dgates) {
-  using W = Wide<Op>;
-  if (top_k == 2) {
-    const W* const weights[2] = {gates, gates + kPanel};
-    for (int64_t i = 0; i < r; ++i) {
-      W* const rows[2] = {y + i * kPanel, y + (r + i) * kPanel};
-      combine_two_both(rows, weights, dc + i * kPanel, c + i * kPanel, dgates);
+// use(i, count) for every 64 features, or `count`, from i on, which stay in the L1 cache: their terms
+// [k][count][32].
+template <typename W, typename Use>
+inline void for_terms(const W* y, const int64_t* columns, int64_t top_k, int64_t r, W* terms, Use use) {
+  for (int64_t i = 0; i < r; i += kBlock) {
+    const int64_t count = std::min(kBlock, r - i);
+    for (int64_t term = 0; term < top_k; ++term) {
+      const Gathered<W> gathered(columns + term * kPanel, r);
+      for (int64_t f = 0; f < count; ++f)
+        gathered.row(y, i + f, terms + (term * count + f) * kPanel);
     }
+    use(i, count);
+  }
+}
+
+// Two terms go from their slots to where they are wanted in registers: the features f and f + 1 at a time,
+// which share words of an operand panel, the last of an odd number alone.
+template <typename Op>
+void mix(const Wide<Op>* y, const int64_t* columns, int64_t top_k, int64_t r, const Wide<Op>* gates,
+         Wide<Op>* terms, Op* c) {
+  using W = Wide<Op>;
+  if (top_k != 2) {
+    for_terms(y, columns, top_k, r, terms, [&](int64_t i, int64_t count) {
+      W mixed[kBlock * kPanel];
+      combine<Op>(terms, top_k, top_k, count, nullptr, gates, mixed);
+      to_operand<Op>(mixed, count, c + i * kPanel);
+    });
     return;
   }
-  combine<Op>(y, top_k, top_k, r, nullptr, gates, c);
-  for (int64_t term = 0; term < top_k; ++term)
-    combine_gradient(y + term * r * kPanel, r, gates + term * kPanel, c, dc, dgates + term * kPanel);
+  const Gathered<W> first(columns, r), second(columns + kPanel, r);
+  const W* const weights[2] = {gates, gates + kPanel};
+  const auto mixture = [&](int64_t f, W* mixed) __attribute__((always_inline)) {
+    W term[2][kPanel];
+    first.row(y, f, term[0]);
+    second.row(y, f, term[1]);
+    combine_two<W>({term[0], term[1]}, weights, mixed);
+  };
+  if constexpr (sizeof(Op) == 2) {
+    for (int64_t f = 0; f < r; f += 2) {
+      W low[kPanel], high[kPanel];
+      mixture(f, low);
+      mixture(f + 1, high);
+      store_pair<Op>(low, high, c, f);
+    }
+  } else {
+    for (int64_t f = 0; f < r; ++f) mixture(f, c + f * kPanel);
+  }
+}
+
+template <typename Op>
+void unmix(const Wide<Op>* y, const int64_t* columns, int64_t top_k, int64_t r,
+           const Wide<Op>* gates, const Wide<Op>* dc, Wide<Op>* terms, Op* c, int64_t stride, Op* dy,
+           Wide<Op>* dgates) {
+  using W = Wide<Op>;
+  std::fill_n(dgates, top_k * kPanel, W(0));
+  if (top_k != 2) {
+    for_terms(y, columns, top_k, r, terms, [&](int64_t i, int64_t count) {
+      W mixed[kBlock * kPanel];
+      combine<Op>(terms, top_k, top_k, count, nullptr, gates, mixed);
+      for (int64_t term = 0; term < top_k; ++term) {
+        W* values = terms + term * count * kPanel;
+        combine_gradient(values, count, gates + term * kPanel, mixed, dc + i * kPanel,
+                         dgates + term * kPanel);
+        to_operand<Op>(values, count, dy + (term * r + i) * kPanel);
+      }
+      to_features<Op>(mixed, count, c + i * stride, stride);
+    });
+    return;
+  }
+  const Gathered<W> first(columns, r), second(columns + kPanel, r);
+  const W* const weights[2] = {gates, gates + kPanel};
+  const auto gradients = [&](int64_t f, W (&term)[2][kPanel]) __attribute__((always_inline)) {
+    W mixed[kPanel];
+    first.row(y, f, term[0]);
+    second.row(y, f, term[1]);
+    combine_two_both<W>({term[0], term[1]}, weights, dc + f * kPanel, mixed, dgates);
+    fetch_to_write(c + std::min(f + kFetched, r - 1) * stride, kPanel);
+    round_row<Op>(mixed, kPanel, c + f * stride);
+  };
+  if constexpr (sizeof(Op) == 2) {
+    for (int64_t f = 0; f < r; f += 2) {
+      W low[2][kPanel], high[2][kPanel];
+      gradients(f, low);
+      gradients(f + 1, high);
+      for (int64_t term = 0; term < 2; ++term)
+        store_pair<Op>(low[term], high[term], dy + term * r * kPanel, f);
+    }
+  } else {
+    for (int64_t f = 0; f < r; ++f) {
+      W term[2][kPanel];
+      gradients(f, term);
+      std::copy_n(term[0], kPanel, dy + f * kPanel);
+      std::copy_n(term[1], kPanel, dy + (r + f) * kPanel);
+    }
+  }
 }
 
 }  // namespace

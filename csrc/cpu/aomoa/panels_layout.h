@@ -174,97 +174,103 @@ void to_tokens(const Wide<Op>* panel, int64_t features, Op* operand, int64_t wid
   }
 }
 
-#ifdef SPECTRALX_SHUFFLES
-// Sixteen lanes that are gathered: the vectors they come from, and which lane of one goes where.
-struct Picks {
-  int64_t count = 0, from[16];  // from: the vector's first lane
-  Lanes lane[16];
-  uint16_t taken[16] = {};  // bits
+// 32 columns of panels [rows][32] as one panel: row i of panels from `panels` on to `lanes`, 0 where there is
+// no column.
+template <typename T>
+class Gathered {
+ public:
+  Gathered(const int64_t* columns, int64_t rows) {
+    for (int64_t n = 0; n < kPanel; ++n) {
+      there_[n] = columns[n] >= 0;
+      const int64_t column = std::max<int64_t>(columns[n], 0);  // an empty lane reads a valid one
+      offset_[n] = column / kPanel * rows * kPanel + column % kPanel;
+    }
+  }
+  void row(const T* panels, int64_t i, T* lanes) const {
+    panels += i * kPanel;
+    SPECTRALX_LANES {
+      const T value = panels[offset_[n]];
+      lanes[n] = there_[n] ? value : T(0);
+    }
+  }
+
+ private:
+  int64_t offset_[kPanel];
+  bool there_[kPanel];
 };
 
-// gather_rows for values of 32 bits. Neighbouring columns come from few vectors, so a shuffle of each
-// costs less than a gather.
-template <typename T, typename Use>
-inline void shuffle_rows(const T* panels, const int64_t* columns, int64_t rows, int64_t first,
-                         int64_t count, Use use) {
-  Picks picks[2];
-  for (int64_t n = 0; n < kPanel; ++n) {
-    if (columns[n] < 0) continue;
-    const int64_t from = columns[n] / kPanel * rows * kPanel + columns[n] % kPanel / 16 * 16;
-    Picks& half = picks[n / 16];
-    int64_t i = 0;
-    while (i < half.count && half.from[i] != from) ++i;
-    if (i == half.count) {
-      half.from[half.count++] = from;
-      half.lane[i] = Lanes{};
+#ifdef SPECTRALX_SHUFFLES
+// Of values of 32 bits. Neighbouring columns come from few vectors, so a shuffle of each costs less than a
+// gather.
+template <typename T>
+  requires(sizeof(T) == 4)
+class Gathered<T> {
+ public:
+  Gathered(const int64_t* columns, int64_t rows) {
+    for (int64_t n = 0; n < kPanel; ++n) {
+      if (columns[n] < 0) continue;
+      const int64_t from = columns[n] / kPanel * rows * kPanel + columns[n] % kPanel / 16 * 16;
+      Half& half = halves_[n / 16];
+      int64_t i = 0;
+      while (i < half.count && half.from[i] != from) ++i;
+      if (i == half.count) {
+        half.from[half.count++] = from;
+        half.lane[i] = Lanes{};
+      }
+      half.lane[i][n % 16] = static_cast<uint32_t>(columns[n] % 16);
+      half.taken[i] |= static_cast<uint16_t>(1u << n % 16);
     }
-    half.lane[i][n % 16] = static_cast<uint32_t>(columns[n] % 16);
-    half.taken[i] |= static_cast<uint16_t>(1u << n % 16);
   }
-  panels += first * kPanel;
-  for (int64_t i = 0; i < count; ++i, panels += kPanel) {
-    T lanes[kPanel];
+  void row(const T* panels, int64_t i, T* lanes) const {
+    panels += i * kPanel;
     for (int64_t h = 0; h < 2; ++h) {
+      const Half& half = halves_[h];
       __m512i sum = _mm512_setzero_si512();
-      for (int64_t j = 0; j < picks[h].count; ++j)
-        sum = _mm512_mask_permutexvar_epi32(sum, picks[h].taken[j], (__m512i)picks[h].lane[j],
-                                            _mm512_loadu_si512(panels + picks[h].from[j]));
+      for (int64_t j = 0; j < half.count; ++j)
+        sum = _mm512_mask_permutexvar_epi32(sum, half.taken[j], (__m512i)half.lane[j],
+                                            _mm512_loadu_si512(panels + half.from[j]));
       _mm512_storeu_si512(lanes + 16 * h, sum);
     }
-    use(i, lanes);
   }
-}
-#endif
 
-// use(row, lanes) for `count` rows of the gathered panel, from `first` on, counted from there.
-template <typename T, typename Use>
-inline void gather_rows(const T* panels, const int64_t* columns, int64_t rows, int64_t first,
-                        int64_t count, Use use) {
-#ifdef SPECTRALX_SHUFFLES
-  if constexpr (sizeof(T) == 4) return shuffle_rows(panels, columns, rows, first, count, use);
+ private:
+  // Sixteen lanes: the vectors they come from, and which lane of one goes where.
+  struct Half {
+    int64_t count = 0, from[16];  // from: the vector's first lane
+    Lanes lane[16];
+    uint16_t taken[16] = {};  // bits
+  };
+  Half halves_[2];
+};
 #endif
-  // The lane of an empty column reads a valid one.
-  int64_t offset[kPanel];
-  for (int64_t n = 0; n < kPanel; ++n) {
-    const int64_t column = std::max<int64_t>(columns[n], 0);
-    offset[n] = column / kPanel * rows * kPanel + column % kPanel;
-  }
-  panels += first * kPanel;
-  for (int64_t i = 0; i < count; ++i, panels += kPanel) {
-    T lanes[kPanel];
-    SPECTRALX_LANES {
-      const T value = panels[offset[n]];
-      lanes[n] = columns[n] < 0 ? T(0) : value;
-    }
-    use(i, lanes);
-  }
-}
 
 template <typename Op>
 void gather_operand(const Op* panels, const int64_t* columns, int64_t features, Op* operand) {
   if constexpr (sizeof(Op) == 2) {
-    gather_rows(words(panels), columns, features / 2, 0, features / 2, [&](int64_t i, const uint32_t* lanes) {
-      SPECTRALX_LANES words(operand)[i * kPanel + n] = lanes[n];
-    });
+    const Gathered<uint32_t> gathered(columns, features / 2);
+    for (int64_t i = 0; i < features / 2; ++i)
+      gathered.row(words(panels), i, words(operand) + i * kPanel);
   } else {
-    gather_rows(panels, columns, features, 0, features, [&](int64_t i, const Op* lanes) {
-      SPECTRALX_LANES operand[i * kPanel + n] = lanes[n];
-    });
+    const Gathered<Op> gathered(columns, features);
+    for (int64_t i = 0; i < features; ++i) gathered.row(panels, i, operand + i * kPanel);
   }
 }
 
 template <typename Op>
-void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, int64_t first,
-            int64_t count, bool add, Wide<Op>* panel) {
+void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, bool add,
+            Wide<Op>* panel) {
   using W = Wide<Op>;
-  gather_rows(panels, columns, features, first, count, [&](int64_t i, const W* lanes) {
+  const Gathered<W> gathered(columns, features);
+  for (int64_t i = 0; i < features; ++i) {
     W* to = panel + i * kPanel;
-    if (add) {
-      SPECTRALX_LANES to[n] += lanes[n];
-    } else {
-      SPECTRALX_LANES to[n] = lanes[n];
+    if (!add) {
+      gathered.row(panels, i, to);
+      continue;
     }
-  });
+    W lanes[kPanel];
+    gathered.row(panels, i, lanes);
+    SPECTRALX_LANES to[n] += lanes[n];
+  }
 }
 
 // A right operand of rows as they are, as (x - mean) * rstd of their row, or times the weight of their
