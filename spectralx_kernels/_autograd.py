@@ -6,7 +6,7 @@ In Python it takes longer than many a kernel; without the extension it is writte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -35,6 +35,11 @@ class Kept(NamedTuple):
     outputs: tuple[int, ...]
     only_if: int | None
     read_for: Mapping[int, tuple[int, ...]]
+
+    def saved(self, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs of a call that its backward is given."""
+        is_kept = self.only_if is None or inputs[self.only_if]
+        return [outputs[place] for place in self.outputs] if is_kept else []
 
 
 def differentiate(library: torch.library.Library, name: str, overload: str, kept: Kept) -> None:
@@ -93,8 +98,7 @@ def _keep(kept: Kept, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     outputs = (output,) if isinstance(output, Tensor) else output
     constant = [outputs[place] for place in kept.constant]
     ctx.mark_non_differentiable(*constant, *outputs[len(outputs) - kept.hidden :])
-    is_kept = kept.only_if is None or inputs[kept.only_if]
-    saved = [outputs[place] for place in kept.outputs] if is_kept else []
+    saved = kept.saved(inputs, outputs)
     wanted = ctx.needs_input_grad[1:]  # the first is the key set
     unread = [
         place

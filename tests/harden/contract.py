@@ -50,7 +50,7 @@ def backward_arguments(entry: Entry, args: list[Any], triton: bool) -> tuple[Any
     saving = operator._saving
     seen = outputs[: len(outputs) - saving.hidden]
     grads = [torch.ones_like(out) if out.is_floating_point() else None for out in seen]
-    saved = [outputs[place] for place in saving.positions(inputs)]
+    saved = operator._kept.saved(inputs, outputs)
     wanted = [
         isinstance(arg, Tensor) and arg.is_floating_point() and place not in entry.constants
         for place, arg in enumerate(inputs)

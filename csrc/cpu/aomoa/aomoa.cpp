@@ -113,10 +113,9 @@ std::vector<Tensor> aomoa_backward(
     if (!grad.has_value()) return std::nullopt;
     return grad->to(type).contiguous();
   };
-  auto dout_or_none = incoming(0, x.scalar_type());
-  const Tensor dout = dout_or_none.has_value()
-                          ? *dout_or_none
-                          : at::zeros({x.size(0), weight.size(0)}, x.options());
+  const auto given = incoming(0, x.scalar_type());
+  const Tensor dout =
+      given.has_value() ? *given : at::zeros({x.size(0), weight.size(0)}, x.options());
   const auto type = product_type(p);
   const bool frozen = type != at::ScalarType::Undefined;
   const Incoming in{frozen ? dout : dout.to(at::kFloat),

@@ -346,7 +346,7 @@ Gradients backward(const Arguments& arguments, const Incoming& in, bool frozen) 
   grads.norm2_weight = as_gradient(l, sums += l.experts * l.rank, arguments.norm2_weight);
   grads.norm2_bias = as_gradient(l, sums + l.rank, arguments.norm2_bias);
   const auto whole = [&](Tensor& grad, const Tensor& of) {
-    grad = as_gradient(l, data<Wide<Op>>(grad), of);
+    if (grad.scalar_type() != of.scalar_type()) grad = as_gradient(l, data<Wide<Op>>(grad), of);
   };
   whole(grads.scaler, arguments.scaler);
   whole(grads.norm1_weight, arguments.norm1_weight);
