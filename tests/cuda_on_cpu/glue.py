@@ -90,7 +90,7 @@ def check_layer(case: str, tokens: int | None, needed: list[bool]) -> bool:
     passed = compare(case, list(outputs), list(reference.aomoa_saving(*w)), 1e-12)
     mask = [isinstance(a, Tensor) and n for a, n in zip(w, needed, strict=True)]
     grads = [out_grad, gates_grad, load_grad]
-    saved = [outputs[position] for position in ops.AOMOA._saving.positions(w)]
+    saved = ops.AOMOA._kept.saved(w, outputs)
     found = call("aomoa_backward", grads, *w, saved, mask)
     expected = ops.AOMOA._backward_kernel(grads, *w, [], mask)
     return compare(f"{case} backward", found, list(expected), 1e-11) and passed
