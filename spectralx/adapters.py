@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectralx_kernels import PatchConv2d
+
 DEFAULT_RANK = 16
 
 
@@ -178,8 +180,8 @@ class LoRAConv2d(ConvAdapter):
         factory: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
         height, width = (_split_side(side) for side in conv.kernel_size)
         inner, outer = (height[0], width[0]), (height[1], width[1])
-        self.down = nn.Conv2d(conv.in_channels, rank, inner, inner, **factory)
-        self.up = nn.Conv2d(rank, conv.out_channels, outer, outer, **factory)
+        self.down = PatchConv2d(conv.in_channels, rank, inner, **factory)
+        self.up = PatchConv2d(rank, conv.out_channels, outer, **factory)
         nn.init.zeros_(self.up.weight)
         if self.up.bias is not None:
             nn.init.zeros_(self.up.bias)

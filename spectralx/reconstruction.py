@@ -18,6 +18,7 @@ from spectralx.backbones.vit import init_linear
 from spectralx_kernels import (
     HyperT,
     Linear,
+    PatchConv2d,
     band_reconstruction_loss,
     masked_patch_loss,
     patchify,
@@ -191,7 +192,7 @@ class MaskedReconstruction(MaskedAutoencoder):
         elif tokenizer == "conv":
             if tokenizer_options:
                 raise ValueError(f"tokenizer_options: got {tokenizer_options}, expected hypert")
-            proj = nn.Conv2d(in_channels, embed_dim, patch_size, patch_size)
+            proj = PatchConv2d(in_channels, embed_dim, patch_size)
             nn.init.xavier_uniform_(proj.weight.data.flatten(1))
         else:
             raise ValueError(f"tokenizer: got {tokenizer!r}, expected 'hypert' or 'conv'")

@@ -18,6 +18,7 @@ from spectralx_kernels import (
     AreAdapter,
     HyperT,
     OfficialNames,
+    PatchConv2d,
     upsample_argmax,
     upsample_cross_entropy,
 )
@@ -155,7 +156,7 @@ class Segmentation(OfficialNames):
                 trainable="all" if trainable == "all" else "official",
             )
         else:
-            proj = nn.Conv2d(in_channels, embed_dim, patch_size, stride=patch_size)
+            proj = PatchConv2d(in_channels, embed_dim, patch_size)
         patch_embed = PatchEmbed(proj)
         self.vit_backbone: DINOv3 | PositionedEncoder
         if family == "dinov3":

@@ -22,7 +22,7 @@ from spectralx_kernels.hypert import (
     residual_halving,
     window_attention,
 )
-from spectralx_kernels.linear import Linear, linear
+from spectralx_kernels.linear import Linear, PatchConv2d, linear, patch_conv2d
 from spectralx_kernels.reconstruction import (
     band_reconstruction_loss,
     band_targets,
@@ -68,6 +68,7 @@ __all__ = [
     "Linear",
     "OfficialNames",
     "OfficialTensor",
+    "PatchConv2d",
     "RoutingStatistics",
     "SpatialSpectralTokenizer",
     "UpsampleConv2d",
@@ -96,6 +97,7 @@ __all__ = [
     "official_inert",
     "official_parameters",
     "official_state_dict",
+    "patch_conv2d",
     "patchify",
     "pixel_head",
     "random_masking",

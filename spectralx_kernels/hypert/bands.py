@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from spectralx_kernels.linear import PatchConv2d
+
 
 def resampling(trained: Sequence[float], new: Sequence[float]) -> Tensor:
     """[trained, new] in float64: the spectrum of the new bands, at the trained wavelengths.
@@ -40,15 +42,14 @@ def resampling(trained: Sequence[float], new: Sequence[float]) -> Tensor:
 
 def resampled_convolution(
     convolution: nn.Conv2d, trained: Sequence[float], new: Tensor
-) -> nn.Conv2d:
-    """`convolution` of the trained bands for the new ones, frozen; wavelengths in one unit."""
+) -> PatchConv2d:
+    """`convolution` of patches of the trained bands for the new ones, frozen; one unit."""
     weight = convolution.weight.detach()  # [M, trained, k, k]
     shares = resampling(trained, new.tolist()).to(weight.device)
-    changed = nn.Conv2d(
+    changed = PatchConv2d(
         len(new),
         convolution.out_channels,
         weight.shape[2:],  # type: ignore[arg-type]
-        stride=convolution.stride,  # type: ignore[arg-type]
         device=weight.device,
         dtype=weight.dtype,
     )

@@ -20,6 +20,7 @@ from spectralx_kernels.hypert.dense import feed_forward, linear_add, norm_linear
 from spectralx_kernels.hypert.positions import position_tables, wavelengths_in_nm
 from spectralx_kernels.hypert.sizes import PATCH, heads_for, patches_of, sides
 from spectralx_kernels.hypert.stem_module import STRIDE, Stem
+from spectralx_kernels.linear import PatchConv2d
 
 MAX_BANDS = 512
 DOWN = 4  # stride of the first convolution of the low-rank path; the second makes up a patch
@@ -343,8 +344,8 @@ class HyperT(nn.Module):
                 f"tokens: got {tokens}, expected {patches}, one for each patch of the low-rank path"
             )
         first, second = min(DOWN, patch_size), max(patch_size // DOWN, 1)
-        self.down = nn.Conv2d(in_channels, low_rank, first, stride=first)
-        self.up = nn.Conv2d(low_rank, embed_dim, second, stride=second)
+        self.down = PatchConv2d(in_channels, low_rank, first)
+        self.up = PatchConv2d(low_rank, embed_dim, second)
         self.scaler = nn.Parameter(torch.ones(embed_dim))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """A linear layer by the products that are fastest on this machine."""
 
-from spectralx_kernels.linear.modules import Linear
-from spectralx_kernels.linear.ops import linear
+from spectralx_kernels.linear.modules import Linear, PatchConv2d
+from spectralx_kernels.linear.ops import linear, patch_conv2d
 
-__all__ = ["Linear", "linear"]
+__all__ = ["Linear", "PatchConv2d", "linear", "patch_conv2d"]

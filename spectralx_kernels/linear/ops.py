@@ -1,4 +1,4 @@
-"""The linear layer's operator: declaration, argument checks, public function."""
+"""Operators of linear layers: declarations, argument checks, public functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralx_kernels._checks import check_floating, check_layer, check_like
+from spectralx_kernels._checks import (
+    check_floating,
+    check_layer,
+    check_like,
+    check_map,
+    check_shape,
+)
 from spectralx_kernels._operator import Operator
 from spectralx_kernels.linear import reference
 
@@ -30,6 +36,13 @@ LINEAR = Operator(
     reference.linear,
     prefer=_prefer,
     read_for={0: (1,)},  # a frozen weight has no use for x
+)
+PATCH_CONV2D = Operator(
+    "patch_conv2d",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference.patch_conv2d,
+    keep_format=True,
+    read_for={0: (1,)},
 )
 
 
@@ -60,4 +73,45 @@ def linear(
     if bias is not None:
         check_like("bias", bias, "x", x)
     out: Tensor = LINEAR(x, weight, bias, backend=backend)
+    return out
+
+
+def patch_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` of patches side by side: its stride is its kernel.
+
+    On a CPU one product of all patches, cut again in backward. oneDNN's convolutions, which torch
+    2.13 takes in bfloat16, give wrong values with AMX for some such strides from 3 on, at 16
+    channels in patches of 4 x 4 or 12 in patches of 16 x 16 for instance, without a word.
+
+    Parameters
+    ----------
+    x : [B, C, H, W], a floating-point dtype; kept for backward where `weight` has a gradient.
+    weight : [O, C, k, l], patches of k x l pixels, and bias : [O] or None.
+    backend : overrides the default backend.
+
+    Returns
+    -------
+    [B, O, H // k, W // l] in the dtype of `x`, on a CPU channels last in memory. Rows and columns
+    of pixels that make up no whole patch are left out.
+
+    Raises
+    ------
+    TypeError, ValueError : an argument of the wrong dtype, device or shape; an image smaller than a
+        patch.
+    """
+    check_map("x", x, "channels")
+    check_like("weight", weight, "x", x)
+    check_shape("weight", weight, ("out", x.shape[1], "height", "width"))
+    tall, wide = weight.shape[2:]
+    if not 0 < tall <= x.shape[2] or not 0 < wide <= x.shape[3]:
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)}, expected patches of 1 x 1 to "
+            f"{x.shape[2]} x {x.shape[3]} pixels as x has"
+        )
+    if bias is not None:
+        check_like("bias", bias, "x", x)
+        check_shape("bias", bias, (weight.shape[0],))
+    out: Tensor = PATCH_CONV2D(x, weight, bias, backend=backend)
     return out

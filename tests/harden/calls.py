@@ -99,6 +99,17 @@ def linear(draw: Draw) -> Sequence[Any]:
     return draw.normal(*_rows(draw), width), draw.normal(out, width), draw.maybe(out)
 
 
+def patch_conv2d(draw: Draw) -> Sequence[Any]:
+    channels, out = draw.size(), draw.size()
+    kernel = draw.size(high=4), draw.size(high=4)
+    height, width = (side * draw.size(high=3) + draw.choice([0, side - 1]) for side in kernel)
+    return (
+        draw.normal(draw.batch(), channels, height, width),
+        draw.normal(out, channels, *kernel),
+        draw.maybe(out),
+    )
+
+
 def feed_forward(draw: Draw) -> Sequence[Any]:
     width, hidden, residual = draw.norm_width(), draw.size(), draw.flag()
     out = width if residual else draw.size()

@@ -18,7 +18,7 @@ from spectralx_kernels.aomoa.ops import AOMOA, GATING
 from spectralx_kernels.hypert.attention import ATTRIBUTE_MATCH, WINDOW_ATTENTION
 from spectralx_kernels.hypert.dense import FEED_FORWARD, LINEAR_ADD, NORM_LINEAR
 from spectralx_kernels.hypert.stem import RESIDUAL_HALVING
-from spectralx_kernels.linear.ops import LINEAR
+from spectralx_kernels.linear.ops import LINEAR, PATCH_CONV2D
 from spectralx_kernels.reconstruction.heads import (
     CHANNEL_NORM,
     CHANNEL_NORM_CONV2D,
@@ -109,6 +109,7 @@ ENTRIES = (
     Entry(NORM_LINEAR, calls.norm_linear),
     Entry(LINEAR_ADD, calls.linear_add),
     Entry(LINEAR, calls.linear),
+    Entry(PATCH_CONV2D, calls.patch_conv2d),
     Entry(FEED_FORWARD, calls.feed_forward),
     Entry(RESIDUAL_HALVING, calls.residual_halving),
     Entry(RANDOM_MASKING, calls.random_masking),

@@ -129,6 +129,7 @@ PUBLIC: dict[str, Public] = {
     "norm_linear": Public(_plain(norm_linear)),
     "linear_add": Public(_plain(linear_add)),
     "linear": Public(_plain(kernels.linear)),
+    "patch_conv2d": Public(_plain(kernels.patch_conv2d)),
     "feed_forward": Public(_plain(feed_forward)),
     "residual_halving": Public(_residual_halving, _halving_arguments),
     "random_masking": Public(_plain(kernels.random_masking)),

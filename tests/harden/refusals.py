@@ -49,6 +49,8 @@ FREE: dict[tuple[str, str], tuple[int, ...] | str] = {
     ("norm_linear", "weight"): (0,),
     ("linear", "x"): "leading",
     ("linear", "weight"): (0,),
+    ("patch_conv2d", "x"): (0, 2, 3),
+    ("patch_conv2d", "weight"): (0, 2, 3),
     ("feed_forward", "x"): "leading",
     ("feed_forward", "fc2_weight"): (0,),
     ("residual_halving", "x"): (0,),

@@ -6,6 +6,7 @@
 
 #include "cpu/aomoa/gating.h"
 #include "cpu/aomoa/layer.h"
+#include "cpu/common/linear.h"
 
 namespace {
 
@@ -61,6 +62,23 @@ at::ScalarType product_type(const Arguments& p) {
   const bool even = p.down.size(1) % 2 == 0 && p.down.size(0) % 2 == 0 &&
                     p.fc1_weight.size(1) % 2 == 0 && p.up.size(0) % 2 == 0;
   return type == at::kBFloat16 && even && multiplies_bfloat16() ? type : at::ScalarType::Undefined;
+}
+
+// The frozen weight's gradient, where one is wanted after all: doutᵀ x, 128 rows a task.
+Tensor frozen_gradient(const Tensor& dout, const Tensor& x) {
+  constexpr int64_t kRows = 128;
+  const Tensor left = dout.detach().t(), right = x.detach();  // threads have a grad mode of their own
+  const Tensor grad = at::empty({dout.size(1), x.size(1)}, x.options());
+  over_products(blocks_of(grad.size(0), kRows), [&](int64_t first, int64_t last) {
+    for (int64_t begin = first * kRows; begin < std::min(last * kRows, grad.size(0)); begin += kRows) {
+      const int64_t count = std::min(kRows, grad.size(0) - begin);
+      const Tensor part = left.narrow(0, begin, count);
+      grad.narrow(0, begin, count).copy_(x.scalar_type() == at::kFloat
+                                             ? linear_layer(part.contiguous(), right.t())
+                                             : at::mm(part, right));
+    }
+  });
+  return grad;
 }
 
 template <typename F>
@@ -140,7 +158,7 @@ std::vector<Tensor> aomoa_backward(
       fc2_bias, up};
   const std::array<Tensor, kTensors> computed = {
       grads.x,
-      output_mask[1] ? at::mm(dout.t(), x) : Tensor(),
+      output_mask[1] ? frozen_gradient(dout, x) : Tensor(),
       output_mask[2] ? dout.sum(0, false, wide) : Tensor(),
       grads.scaler,
       grads.norm1_weight,

@@ -139,7 +139,7 @@ struct Trail {
   Tensor sums;                    // [panels][sum_size], grouped [panels][3 r]; zeroed by each panel's task
 
   Trail(const Backward<Op>& l, const Chunk& chunk) : padded(chunk.padded()),
-        depth(blocks_of(chunk.tokens, kColumn<Op>) * kColumn<Op>) {
+        depth(padded_depth<Op>(chunk.tokens)) {
     normed = l.wide_empty({chunk.panels, l.rank, kPanel});
     c_features = l.op_empty({l.attributes, l.rank, padded});
     z0_grad_features = at::empty_like(c_features);

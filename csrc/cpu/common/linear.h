@@ -3,12 +3,18 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
 #include <optional>
 #include <string_view>
 
 #include "cpu/instruction_sets.h"
+
+#if AT_PARALLEL_OPENMP
+#include <omp.h>
+#endif
 
 namespace spectralx::cpu {
 
@@ -75,6 +81,28 @@ inline at::Tensor turned(const at::Tensor& weight) { return weight.t(); }
 inline at::Tensor weight_gradient(const at::Tensor& dout, const at::Tensor& x) {
   if (dout.scalar_type() != at::kFloat) return at::mm(dout.t(), x);
   return linear_layer(dout.t().contiguous(), x.t());
+}
+
+// While it lives, vendors' products of the calling thread are planned for one thread: they may cut their
+// sums by the number of threads there could be, even where they run on one.
+struct OneThread {
+#if AT_PARALLEL_OPENMP
+  const int before = omp_get_max_threads();
+  OneThread() { omp_set_num_threads(1); }
+  ~OneThread() { omp_set_num_threads(before); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+#endif
+};
+
+// task(first, last) over `count` tasks in parallel, each on one thread with oneDNN's products in it: the
+// number of threads changes no bit.
+template <typename F>
+void over_products(int64_t count, const F& task) {
+  at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    const OneThread one;
+    task(first, last);
+  });
 }
 
 // [rows, width] of [.., width], and back: a layer's rows as `like` has its dimensions.

@@ -10,6 +10,10 @@
 
 #include "cpu/instruction_sets.h"
 
+#if SPECTRALX_X86_TARGETS
+#include <cpuid.h>
+#endif
+
 namespace spectralx::cpu {
 
 namespace {
@@ -54,6 +58,18 @@ bool multiplies_bfloat16() {
 #if SPECTRALX_X86_TARGETS
   static const bool there = multiplies_tiles() && __builtin_cpu_supports("avx512bf16") &&
                             micro_kernels_work<c10::BFloat16>();
+  return there;
+#else
+  return false;
+#endif
+}
+
+bool has_matrix_unit() {
+#if SPECTRALX_X86_TARGETS
+  static const bool there = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;  // leaf 7, bit 22 of d: AMX-BF16
+    return multiplies_bfloat16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1u) != 0;
+  }();
   return there;
 #else
   return false;

@@ -24,6 +24,17 @@ bool multiplies_tiles();
 // Whether this processor multiplies bfloat16 itself; elsewhere float products are faster.
 bool multiplies_bfloat16();
 
+// Whether it does so in a matrix unit (AMX), whose tiles hold 32 of the inner dimension.
+bool has_matrix_unit();
+
+// The inner dimension, k or more, that suits products of Op: whole pairs of bfloat16, or whole tiles of a
+// matrix unit, where 394 takes nine times as long as 416. What is more than k has to be zeros.
+template <typename Op>
+int64_t padded_depth(int64_t k) {
+  const int64_t step = sizeof(Op) != 2 ? 1 : has_matrix_unit() && k > kPanel ? kPanel : 2;
+  return (k + step - 1) / step * step;
+}
+
 void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
              int64_t ldb, float* c, int64_t ldc, bool accumulate);
 void product(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b,

@@ -4,8 +4,8 @@
 //     scores  [keys][32] = K [keys][d] Q^T [d][32]        out^T [e][32] = V^T [e][keys] P [keys][32]
 //
 // Op is the type of the operands of products: float, double or, where the processor multiplies it,
-// bfloat16. Widths and numbers of keys are rounded up to even with zeros, since products of bfloat16
-// take pairs. The last key may stand for several equal ones: padding.
+// bfloat16. Widths and numbers of keys are filled up with zeros to `padded_depth`. The last key may stand
+// for several equal ones: padding.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -22,20 +22,18 @@
 
 namespace spectralx::cpu {
 
-inline int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
-
 // What lies between the products, compiled once for each instruction set (attention_*.cpp).
 template <typename Op>
 struct AttentionKernels {
   using W = Wide<Op>;
   const char* instruction_set;
 
-  // scores [keys][32] become probabilities: as an operand panel of `even(keys)` rows, of which the
+  // scores [keys][32] become probabilities: as an operand panel of `padded_depth(keys)` rows, of which the
   // sum over keys is `sums` [32]. `scale` is of the scores; the last key counts `copies` times.
   void (*softmax)(W* scores, int64_t keys, W scale, W copies, Op* operand, W* sums);
   // Of scores and dp [keys][32], the gradient of the probabilities: probabilities p and the
   // gradient ds of the products before scaling, as rows of operands [keys][32], and ds as an operand
-  // panel of `even(keys)` rows. Lanes from n on are zeros.
+  // panel of `padded_depth(keys)` rows. Lanes from n on are zeros.
   void (*softmax_backward)(W* scores, W* dp, int64_t keys, int64_t n, W scale, W copies, Op* p,
                            Op* ds, Op* ds_operand);
   // to[c * to_row + r] = from[r * row + c].
@@ -52,8 +50,8 @@ const AttentionKernels<Op>& attention_kernels() {
   return best_product_table<AttentionKernels<Op>, Op>();
 }
 
-// Keys and values of one head: [keys][width], zeros to an even width, and their transposes
-// [width][even(keys)]. `shared`: the values are the keys.
+// Keys and values of one head: [keys][width], widths padded, and their transposes
+// [width][padded_depth(keys)]. `shared`: the values are the keys.
 template <typename Op>
 struct Keys {
   int64_t count, width, value_width;
@@ -70,14 +68,14 @@ struct Tile {
   std::vector<W> scores, dp, out, sums;
   std::vector<Op> q, q_panel, p, ds, ds_rows, dout, dout_panel, right;
 
-  // Widths even.
+  // Widths padded.
   Tile(int64_t keys_, int64_t width_, int64_t value_width_, bool backward)
       : keys(keys_), width(width_), value_width(value_width_), scores(keys * kPanel),
         out(std::max(width, value_width) * kPanel), sums(kPanel), q(kPanel * width),
-        q_panel(kPanel * width), p(even(keys) * kPanel) {
+        q_panel(kPanel * width), p(padded_depth<Op>(keys) * kPanel) {
     if (!backward) return;
     dp.resize(keys * kPanel);
-    ds.resize(even(keys) * kPanel);
+    ds.resize(padded_depth<Op>(keys) * kPanel);
     ds_rows.resize(keys * kPanel);
     dout.resize(kPanel * value_width);
     dout_panel.resize(kPanel * value_width);
@@ -88,8 +86,8 @@ struct Tile {
   void forward(const Keys<Op>& keys_of, int64_t n, W scale, W copies, Op* found) {
     score(keys_of, n);
     kernels.softmax(scores.data(), keys, scale, copies, p.data(), sums.data());
-    product(value_width, kPanel, even(keys), keys_of.v_t, even(keys), p.data(), kPanel, out.data(),
-            kPanel, false);
+    const int64_t depth = padded_depth<Op>(keys);
+    product(value_width, kPanel, depth, keys_of.v_t, depth, p.data(), kPanel, out.data(), kPanel, false);
     for (int64_t lane = 0; lane < kPanel; ++lane) sums[lane] = W(1) / sums[lane];
     panels.scale_tokens(out.data(), value_width, sums.data(), out.data());
     panels.unpack(out.data(), n, value_width, nullptr, found, value_width);
@@ -113,8 +111,8 @@ struct Tile {
       product(keys, width, kPanel, ds_rows.data(), kPanel, right.data(), width, dk, width, true);
     }
     if (dq == nullptr) return;
-    product(width, kPanel, even(keys), keys_of.k_t, even(keys), ds.data(), kPanel, out.data(),
-            kPanel, false);
+    const int64_t depth = padded_depth<Op>(keys);
+    product(width, kPanel, depth, keys_of.k_t, depth, ds.data(), kPanel, out.data(), kPanel, false);
     panels.unpack_wide(out.data(), n, width, dq, width);
   }
 

@@ -26,6 +26,7 @@ namespace {
 
 using spectralx::cpu::AttentionKernels;
 using spectralx::cpu::kPanel;
+using spectralx::cpu::padded_depth;
 using spectralx::cpu::Wide;
 
 #define SPECTRALX_LANES _Pragma("omp simd") for (int64_t n = 0; n < kPanel; ++n)
@@ -47,10 +48,11 @@ inline void store_plain(const Wide<Op>* values, int64_t key, Op* rows) {
   SPECTRALX_LANES to[n] = rounded<Op>(values[n]);
 }
 
+// Rows of an operand panel past the last key.
 template <typename Op>
-inline void zero_row(int64_t key, Op* operand) {
+inline void zero_rows(int64_t keys, Op* operand) {
   const Wide<Op> zeros[kPanel] = {};
-  store_row<Op>(zeros, key, operand);
+  for (int64_t key = keys; key < padded_depth<Op>(keys); ++key) store_row<Op>(zeros, key, operand);
 }
 
 // The largest scaled score of each lane; NaN is left to the exponentials.
@@ -91,7 +93,7 @@ void softmax(Wide<Op>* scores, int64_t keys, Wide<Op> scale, Wide<Op> copies, Op
   using W = Wide<Op>;
   exponentials<W>(scores, keys, scale, copies, sums,
                   [&](int64_t key, const W* row) { store_row<Op>(row, key, operand); });
-  if (keys % 2 == 1) zero_row<Op>(keys, operand);
+  zero_rows<Op>(keys, operand);
 }
 
 template <typename Op>
@@ -121,7 +123,7 @@ void softmax_backward(Wide<Op>* scores, Wide<Op>* dp, int64_t keys, int64_t coun
     store_plain<Op>(grad, key, ds);
     store_row<Op>(grad, key, ds_operand);
   }
-  if (keys % 2 == 1) zero_row<Op>(keys, ds_operand);
+  zero_rows<Op>(keys, ds_operand);
 }
 
 template <typename Op>

@@ -33,7 +33,7 @@ struct Match {
         const Tensor& norm_bias_, const Tensor& kv_weight, double norm_eps) {
     TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) > 0, "features: got shape ", x.sizes(),
                       ", expected [batch, positions, width] of at least one position");
-    batch = x.size(0), positions = x.size(1), width = x.size(2), padded = even(width);
+    batch = x.size(0), positions = x.size(1), width = x.size(2);
     TORCH_CHECK_VALUE(queries_.dim() == 2 && queries_.size(1) > 0, "queries: got shape ",
                       queries_.sizes(), ", expected [queries, width]");
     queries = queries_.size(0), inner = queries_.size(1);
@@ -44,6 +44,7 @@ struct Match {
                       "norm_weight, norm_bias: got ", norm_weight_.numel(), " and ",
                       norm_bias_.numel(), " values, expected ", width);
     type = operand_type(x);
+    with_operands(type, [&](auto tag) { padded = padded_depth<decltype(tag)>(width); });
     wide = accumulation_type(x.scalar_type());
     features = x.reshape({batch * positions, width}).contiguous();
     norm_weight = norm_weight_, norm_bias = norm_bias_;
@@ -60,7 +61,7 @@ struct Match {
 
   // Rows [.., F] filled up with zeros to `padded`.
   Tensor filled(const Tensor& values) const {
-    return padded == width ? values.contiguous() : at::constant_pad_nd(values, {0, 1});
+    return padded == width ? values.contiguous() : at::constant_pad_nd(values, {0, padded - width});
   }
   // The first F columns of rows [.., padded].
   Tensor cut(const Tensor& values) const { return values.narrow(-1, 0, width); }
@@ -73,13 +74,13 @@ Keys<Op> keys_of(const Match& m, const Op* rows, const Op* turned) {
   return {m.positions, m.padded, m.padded, rows, turned, rows, turned};
 }
 
-// rows [N][padded] to turned [padded][even(N)].
+// rows [N][padded] to turned [padded][padded_depth(N)].
 template <typename Op>
 void turn(const Match& m, const Op* rows, Op* turned) {
-  const int64_t stride = even(m.positions);
+  const int64_t stride = padded_depth<Op>(m.positions);
   attention_kernels<Op>().transpose(rows, m.positions, m.padded, m.padded, stride, turned);
-  if (stride == m.positions) return;
-  for (int64_t c = 0; c < m.padded; ++c) turned[c * stride + m.positions] = Op(0);
+  for (int64_t c = 0; c < m.padded; ++c)
+    std::fill(turned + c * stride + m.positions, turned + (c + 1) * stride, Op(0));
 }
 
 // found [B, M, padded]: the weighted sums of normed features. As many images at a time as threads.
@@ -89,7 +90,7 @@ void forward(const Match& m, const Tensor& found) {
   const Op* rows = m.rows.const_data_ptr<Op>();
   const Op* folded = m.folded.const_data_ptr<Op>();
   Op* to = found.mutable_data_ptr<Op>();
-  const int64_t image = m.positions * m.padded, turned_image = m.padded * even(m.positions);
+  const int64_t image = m.positions * m.padded, turned_image = m.padded * padded_depth<Op>(m.positions);
   const int64_t group = std::max<int64_t>(1, std::min<int64_t>(m.batch, at::get_num_threads()));
   const Tensor turned = at::empty({group, turned_image}, m.rows.options());
   Op* turned_rows = turned.mutable_data_ptr<Op>();
@@ -128,7 +129,7 @@ void backward(const Match& m, const Tensor& dfound, const Tensor& found, const T
   W* to_folded = dfolded.mutable_data_ptr<W>();
   at::parallel_for(0, m.batch, 1, [&](int64_t begin, int64_t end) {
     Tile<Op> tile(m.positions, m.padded, m.padded, true);
-    std::vector<Op> turned(m.padded * even(m.positions));
+    std::vector<Op> turned(m.padded * padded_depth<Op>(m.positions));
     for (int64_t image = begin; image < end; ++image) {
       const Op* image_rows = rows + image * m.positions * m.padded;
       W* drow = to + image * m.positions * m.padded;

@@ -71,14 +71,14 @@ template <typename Op>
 struct Head {
   using W = Wide<Op>;
   const Sizes& s;
-  int64_t dim, padded;  // width of a head, and rounded up to even
+  int64_t dim, padded;  // width of a head, and as products take it
   Tile<Op> tile;
   std::vector<Op> k, v, turned, found;
   std::vector<W> dk, dv, dq;
 
   Head(const Sizes& sizes, bool backward)
-      : s(sizes), dim(s.dim()), padded(even(dim)), tile(s.most_keys(), padded, padded, backward),
-        k(s.most_keys() * padded), v(k.size()), turned(even(s.most_keys()) * padded),
+      : s(sizes), dim(s.dim()), padded(padded_depth<Op>(dim)), tile(s.most_keys(), padded, padded, backward),
+        k(s.most_keys() * padded), v(k.size()), turned(padded_depth<Op>(s.most_keys()) * padded),
         found(kPanel * padded) {
     if (!backward) return;
     dk.resize(k.size());
@@ -97,7 +97,7 @@ struct Head {
 
   // Keys and values; of which `turned` is the transpose.
   Keys<Op> load(const Op* qkv, const Op* padding, const Window& window, bool turn_keys) {
-    const int64_t keys = window.keys(), queries = window.queries(), stride = even(keys);
+    const int64_t keys = window.keys(), queries = window.queries(), stride = padded_depth<Op>(keys);
     for (int64_t part = 1; part < 3; ++part) {
       Op* to = part == 1 ? k.data() : v.data();
       const int64_t offset = part * s.channels + window.head * dim;
@@ -109,9 +109,8 @@ struct Head {
     tile.keys = keys;
     tile.kernels.transpose(turn_keys ? k.data() : v.data(), keys, padded, padded, stride,
                            turned.data());
-    if (keys % 2 == 1) {
-      for (int64_t c = 0; c < padded; ++c) turned[c * stride + keys] = Op(0);
-    }
+    for (int64_t c = 0; c < padded; ++c)
+      std::fill(turned.begin() + c * stride + keys, turned.begin() + (c + 1) * stride, Op(0));
     return {keys, padded, padded, k.data(), turned.data(), v.data(), turned.data()};
   }
 };

@@ -1,4 +1,4 @@
-// Matrix products of small operands, each on the calling thread when inside a parallel region.
+// Matrix products of small operands, on the calling thread within `over_products`.
 #pragma once
 
 #include "cpu/common/linear.h"

@@ -81,7 +81,7 @@ void backward(const Shape& s, const Axis<A>& rows, const Axis<A>& columns, const
     });
     if (dx.defined()) {
       Tensor part = dx.narrow(0, begin * s.width, count * s.width);
-      at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+      over_products(blocks, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; ++block) {
           const int64_t ins = std::min(kChunk, s.channels - block * kChunk);
           part.narrow(1, block * kChunk, ins)
@@ -91,7 +91,7 @@ void backward(const Shape& s, const Axis<A>& rows, const Axis<A>& columns, const
     }
     if (dweight.defined()) {
       const Tensor across = x.narrow(0, begin * s.width, count * s.width).t().contiguous();
-      at::parallel_for(0, s.chunks(), 1, [&](int64_t first, int64_t last) {
+      over_products(s.chunks(), [&](int64_t first, int64_t last) {
         for (int64_t chunk = first; chunk < last; ++chunk) {
           const int64_t outs = s.chunk(chunk), size = outs * s.taps();
           Tensor part = at::empty({size, across.size(1)}, dz.options());

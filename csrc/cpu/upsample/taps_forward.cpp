@@ -86,7 +86,7 @@ struct Forward {
     const int64_t bands = std::max<int64_t>((s.height + lines - 1) / lines, 1);
     const int64_t band = (s.rows + bands - 1) / bands;
     const int64_t groups = (s.batch + kImages - 1) / kImages, plane = s.height * s.width;
-    at::parallel_for(0, groups * s.chunks(), 1, [&](int64_t first, int64_t last) {
+    over_products(groups * s.chunks(), [&](int64_t first, int64_t last) {
       std::vector<A> buffer;
       for (int64_t task = first; task < last; ++task) {
         const int64_t chunk = task / groups, begin = task % groups * kImages;

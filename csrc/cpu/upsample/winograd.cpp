@@ -109,7 +109,7 @@ Tensor convolution(const Tensor& x, const Tensor& kernel) {
   const Tiles t(x);
   const int64_t outs = kernel.size(1);
   Tensor out = at::empty({t.batch, outs, t.rows, t.columns}, x.options(), kChannelsLast);
-  at::parallel_for(0, t.groups, 1, [&](int64_t begin, int64_t end) {
+  over_products(t.groups, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const Tensor tiles = transformed(t, x, group, false);
       std::array<Tensor, kPlaces> products;
@@ -160,7 +160,7 @@ Tensor winograd_weight_gradient(const Tensor& grad, const Tensor& x) {
         grads[i] = transformed(outs, dy, first + i, true);
       }
     });
-    at::parallel_for(0, kPlaces, 1, [&](int64_t begin, int64_t end) {
+    over_products(kPlaces, [&](int64_t begin, int64_t end) {
       for (int64_t place = begin; place < end; ++place) {
         Tensor sum = total.select(0, place);
         for (int64_t i = 0; i < count; ++i) {

@@ -63,7 +63,7 @@ def test_weighted_halves(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("only", range(4))
 def test_one_gradient_alone(only: int) -> None:
-    """Each gradient is the same whether or not the others are wanted."""
+    """Each gradient is the same whether or not the others are wanted; by C++ to the last bit."""
     for operator, args in (
         (GATHER_NORM_MIX, gathering(2, 7, 5, 9, 4)),
         (ADD_WEIGHTED, weighing(2, 3, 6)),
@@ -81,7 +81,10 @@ def test_one_gradient_alone(only: int) -> None:
                 out = operator(*values, backend=backend)
                 out.backward(draw(*out.shape, seed=5).float())
                 grads.append(values[leaves[only]].grad)
-            assert torch.equal(*grads), (operator.name, backend)
+            if backend == "cpp":
+                assert torch.equal(*grads), operator.name
+            else:  # a library's products may round by where their operands lie
+                torch.testing.assert_close(*grads)
 
 
 @pytest.mark.skipif("cpp" not in _backends.available("match_argmax", "cpu"), reason="no C++ kernel")
