@@ -31,28 +31,50 @@ void to_scores(const Layer<Op>& l, const Chunk& chunk, Chain<Op>& chain, const O
   using W = Wide<Op>;
   const auto& k = l.k;
   const int64_t plane = l.attributes * l.tokens;
+  // Panels of a group share each part of `down`.
+  const Cut cut = cut_of<Op>();
+  const bool parts = cut.panels > 1;
+  const int64_t depth = parts ? cut.depth : l.d, rows = parts ? kRowBlock : l.rank;
   over(chunk.panels, [&](int64_t begin, int64_t end) {
-    const Tensor u = l.op_empty({l.d, kPanel}), z0 = l.wide_empty({l.rank, kPanel}),
+    const Tensor all_u = l.op_empty({cut.panels, l.d, kPanel}),
+                 all_z0 = l.wide_empty({cut.panels, l.rank, kPanel}),
                  z = l.wide_empty({l.rank, kPanel}), scores = l.wide_empty({l.scores, kPanel});
     W moments[3][kPanel];  // mean and rstd of norm1, rstd of norm2
+    const auto keep = [&](int64_t q, int64_t i) {
+      const int64_t token = chunk.attribute(q) * l.tokens + chunk.first + chunk.start(q);
+      std::copy_n(moments[i], chunk.count(q), data<W>(outputs.statistics) + i * plane + token);
+    };
+    const auto to_z0 = [&](int64_t first, int64_t last) {
+      for (int64_t q = first; q < last; ++q) {
+        const int64_t a = chunk.attribute(q), t = chunk.first + chunk.start(q);
+        Op* x = data<Op>(chain.x) + (chunk.block(q) * l.width + a * l.d) * kPanel;
+        k.pack(data<Op>(l.x) + t * l.width + a * l.d, chunk.count(q), l.width, l.d, x);
+        k.moments(x, l.d, l.eps, moments[0], moments[1]);
+        k.normalise(x, l.d, moments[0], moments[1], l.norm1_weight, l.norm1_bias,
+                    data<Op>(all_u) + (q - first) * l.d * kPanel);
+        keep(q, 0);
+        keep(q, 1);
+      }
+      for (int64_t i = 0; i < l.d; i += depth) {
+        for (int64_t row = 0; row < l.rank; row += rows) {
+          for (int64_t q = first; q < last; ++q)
+            product(std::min(rows, l.rank - row), lanes_of(chunk.count(q)), std::min(depth, l.d - i),
+                    data<Op>(l.down) + row * l.d + i, l.d,
+                    data<Op>(all_u) + ((q - first) * l.d + i) * kPanel, kPanel,
+                    data<W>(all_z0) + ((q - first) * l.rank + row) * kPanel, kPanel, i > 0);
+        }
+      }
+    };
     for (int64_t q = begin; q < end; ++q) {
       const int64_t a = chunk.attribute(q), t = chunk.first + chunk.start(q), n = chunk.count(q);
-      const int64_t lanes = lanes_of(n);
-      Op* x = data<Op>(chain.x) + (chunk.block(q) * l.width + a * l.d) * kPanel;
-      k.pack(data<Op>(l.x) + t * l.width + a * l.d, n, l.width, l.d, x);
-      k.moments(x, l.d, l.eps, moments[0], moments[1]);
-      k.normalise(x, l.d, moments[0], moments[1], l.norm1_weight, l.norm1_bias,
-                  data<Op>(u));
-      product(l.rank, lanes, l.d, data<Op>(l.down), l.d, data<Op>(u), kPanel, data<W>(z0), kPanel,
-              false);
-      k.norm(data<W>(z0), l.rank, l.eps, moments[2]);
-      for (int64_t i = 0; i < 3; ++i)
-        std::copy(moments[i], moments[i] + n,
-                  data<W>(outputs.statistics) + i * plane + a * l.tokens + t);
-      k.unpack_wide(data<W>(z0), n, l.rank,
-                    data<W>(outputs.normed) + (t * l.attributes + a) * l.rank,
+      const int64_t lanes = lanes_of(n), place = (q - begin) % cut.panels;
+      if (place == 0) to_z0(q, std::min(q + cut.panels, end));
+      W* z0 = data<W>(all_z0) + place * l.rank * kPanel;
+      k.norm(z0, l.rank, l.eps, moments[2]);
+      keep(q, 2);
+      k.unpack_wide(z0, n, l.rank, data<W>(outputs.normed) + (t * l.attributes + a) * l.rank,
                     l.attributes * l.rank);
-      k.affine(data<W>(z0), l.rank, l.norm2_weight, l.norm2_bias, data<W>(z));
+      k.affine(z0, l.rank, l.norm2_weight, l.norm2_bias, data<W>(z));
       k.to_operand(data<W>(z), l.rank, data<Op>(chain.z) + q * l.rank * kPanel);
       product(l.scores, lanes, l.rank, l.router + a * l.scores * l.rank, l.rank,
               data<W>(z), kPanel, data<W>(scores), kPanel, false);
@@ -99,22 +121,26 @@ template <typename Op>
 void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, const Tensor& out) {
   using W = Wide<Op>;
   const auto& k = l.k;
-  const int64_t per_attribute = blocks_of(l.out, kRowBlock), outs = l.attributes * l.out;
+  const Cut cut = cut_of<Op>();
   const int64_t panels = chunk.blocks, depth = l.weight.defined() ? l.width : 0;
+  int64_t most = cut.rows;  // fewer where tiles would not go round the threads
+  while (most > kRowBlock && l.attributes * blocks_of(l.out, most) * panels < 4 * at::get_num_threads())
+    most /= 2;
+  const int64_t per_attribute = blocks_of(l.out, most), outs = l.attributes * l.out;
   const Op *up = data<Op>(l.up), *c = data<Op>(chain.c), *x = data<Op>(chain.x),
            *weight = depth > 0 ? data<Op>(l.weight) : nullptr;
   over(l.attributes * per_attribute * panels, [&](int64_t begin, int64_t end) {
-    const Tensor all = l.wide_empty({panels, kRowBlock * kPanel});
+    const Tensor all = l.wide_empty({panels, most * kPanel});
     W* tiles = data<W>(all);
     for (int64_t task = begin; task < end;) {
       const int64_t first = task % panels, last = std::min(panels, first + end - task);
       const int64_t block = task / panels;
-      const int64_t a = block / per_attribute, o = block % per_attribute * kRowBlock;
-      const int64_t rows = std::min(kRowBlock, l.out - o), row = a * l.out + o;
+      const int64_t a = block / per_attribute, o = block % per_attribute * most;
+      const int64_t rows = std::min(most, l.out - o), row = a * l.out + o;
       // use(b, lanes, sums) for each tile.
       const auto each = [&](const auto& use) {
         for (int64_t b = first; b < last; ++b)
-          use(b, lanes_of(chunk.count(b)), tiles + b * kRowBlock * kPanel);
+          use(b, lanes_of(chunk.count(b)), tiles + b * most * kPanel);
       };
       each([&](int64_t b, int64_t lanes, W* sums) {
         product(rows, lanes, l.rank, up + o * l.rank, l.rank,
@@ -124,10 +150,10 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
       // The last part of a tile's product, then its output, asked of memory before.
       int64_t i = 0;
       const auto multiply = [&](int64_t b, int64_t lanes, W* sums) {
-        product(rows, lanes, std::min(kDepth<Op>, depth - i), weight + row * l.width + i, l.width,
+        product(rows, lanes, std::min(cut.depth, depth - i), weight + row * l.width + i, l.width,
                 x + (b * l.width + i) * kPanel, kPanel, sums, kPanel, true);
       };
-      for (; i + kDepth<Op> < depth; i += kDepth<Op>) each(multiply);
+      for (; i + cut.depth < depth; i += cut.depth) each(multiply);
       each([&](int64_t b, int64_t lanes, W* sums) {
         const int64_t count = chunk.count(b);
         Op* target = data<Op>(out) + (chunk.first + chunk.start(b)) * outs + row;

@@ -46,9 +46,9 @@ struct TwoTerms {
     swapped = second > first;
     const W peak = swapped ? second : first, other = swapped ? first : second;
     const W of_peak = swapped ? g1 : g0, of_other = swapped ? g0 : g1;
-    beside = exponential(other - peak);
-    const W added = of_other * beside;
-    total = of_peak + (of_other != W(0) ? added : W(0));
+    // Not the least exponential where there is no other term: its products would be denormal.
+    beside = of_other != W(0) ? exponential(other - peak) : W(0);
+    total = of_peak + of_other * beside;
     const W sum = peak + logarithm(total);
     value = total == W(0) ? static_cast<W>(kLogEpsilon) : sum;
   }

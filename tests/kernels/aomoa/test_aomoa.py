@@ -125,13 +125,21 @@ def test_repeats() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_change_no_bit(dtype: torch.dtype) -> None:
-    """More tokens than a chunk, panels that are not full, and wide sums."""
-    args = ladder.cast(arguments(tokens=1030, width=64, out=48, rank=16, hidden=4), dtype)
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"tokens": 1030, "width": 64, "out": 48, "rank": 16, "hidden": 4},
+        {"tokens": 70, "width": 2304, "out": 1024, "rank": 96, "hidden": 4},
+    ],
+    ids=["tokens", "features"],
+)
+def test_threads_change_no_bit(size: dict[str, Any], dtype: torch.dtype) -> None:
+    """More tokens than a chunk, panels that are not full, wide sums; products in several parts."""
+    args = ladder.cast(arguments(**size), dtype)
     threads = torch.get_num_threads()
     runs = []
     try:
-        for count in (1, 2, 5):
+        for count in (1, 2, 5, 7):
             torch.set_num_threads(count)
             runs.append(ladder.run_with_gradients(AOMOA, ladder.cast(args, dtype, grad=True)))
     finally:

@@ -16,7 +16,7 @@ from tests.kernels import ladder
 
 # channels, outputs, kernel, image: 16 at 4 x 4 and 13 at 16 x 16 are wrong in bfloat16 in oneDNN's
 # convolutions on AMX; images that no whole number of patches fills.
-SIZES = [
+SIZES: list[tuple[int, int, Any, tuple[int, int]]] = [
     (16, 12, 4, (8, 12)),
     (13, 24, 16, (32, 48)),
     (5, 3, (2, 3), (7, 11)),
@@ -70,7 +70,8 @@ def test_autocast(size: tuple[Any, ...]) -> None:
 
 def test_compiles_without_a_break() -> None:
     _, x = case(*SIZES[2])
-    patches = PatchConv2d(*SIZES[2][:3], bias=False)
+    channels, outs, kernel, _ = SIZES[2]
+    patches = PatchConv2d(channels, outs, kernel, bias=False)
     assert set(patches.state_dict()) == {"weight"}
     compiled = torch.compile(patches, fullgraph=True, backend="aot_eager")
     expected = F.conv2d(x.float(), patches.weight, stride=patches.stride)
