@@ -42,11 +42,21 @@ pybind11::dict build_info() {
   return info;
 }
 
+// Whether the processor is one that MKL has its fastest kernels for.
+bool is_intel() {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of spectralx_kernels.";
   m.def("build_info", &build_info, "How this module was built: a dict.");
+  m.def("is_intel", &is_intel, "Whether this processor is Intel's.");
   m.def(
       "differentiate",
       [](const std::string& name, const std::string& overload, int64_t hidden,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralx_kernels import _backends
 from spectralx_kernels._checks import (
     check_floating,
     check_layer,
@@ -20,14 +21,20 @@ from spectralx_kernels.linear import reference
 
 # Below as many multiplications torch's own layer is as fast.
 _LEAST = 1 << 22
+# From as many rows on MKL, torch's own in float32, is faster on Intel's processors.
+_MANY_ROWS = 256
+
+
+_extension = _backends.extension()
+_INTEL = _extension is not None and bool(_extension.is_intel())
 
 
 def _prefer(args: Sequence[Any], dtype: torch.dtype | None) -> str | None:
     """torch's own layer for what it multiplies as fast: few values, and all but float32."""
     x, weight = args[:2]
-    if dtype == torch.float32 and x.numel() * weight.shape[0] >= _LEAST:
-        return None
-    return "eager"
+    if dtype != torch.float32 or x.numel() * weight.shape[0] < _LEAST:
+        return "eager"
+    return "eager" if _INTEL and x.numel() >= _MANY_ROWS * x.shape[-1] else None
 
 
 LINEAR = Operator(
@@ -82,8 +89,8 @@ def patch_conv2d(
     """``torch.nn.functional.conv2d`` of patches side by side: its stride is its kernel.
 
     On a CPU one product of all patches, cut again in backward. oneDNN's convolutions, which torch
-    2.13 takes in bfloat16, give wrong values with AMX for some such strides from 3 on, at 16
-    channels in patches of 4 x 4 or 12 in patches of 16 x 16 for instance, without a word.
+    2.13 takes in bfloat16, give wrong values with AMX, without a word, for some of them: 16
+    channels in patches of 4 x 4, 4 to 30 in patches of 16 x 16 where that number is even.
 
     Parameters
     ----------

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectralx_kernels import Linear, linear
+from spectralx_kernels.linear import ops
 from spectralx_kernels.linear.ops import LINEAR, _prefer
 from tests.kernels import ladder
 
@@ -96,10 +97,13 @@ def test_a_row_that_is_not_a_number_stays_alone(backend: str) -> None:
     assert out[[0, 2]].isfinite().all()
 
 
-def test_the_default_backend() -> None:
-    """torch's own layer for little work, and for types that it hands on itself."""
+@pytest.mark.parametrize("intel", [False, True])
+def test_the_default_backend(monkeypatch: pytest.MonkeyPatch, intel: bool) -> None:
+    """torch's own layer for little work, for types that it hands on, on Intel for many rows."""
+    monkeypatch.setattr(ops, "_INTEL", intel)
     x, weight = torch.zeros(256, 128), torch.zeros(128, 128)
-    assert _prefer([x, weight], torch.float32) is None
+    assert _prefer([x, weight], torch.float32) == ("eager" if intel else None)
+    assert _prefer([x.view(128, 256), torch.zeros(128, 256)], torch.float32) is None
     assert _prefer([x[:16], weight], torch.float32) == "eager"
     assert _prefer([x, weight], torch.bfloat16) == "eager"
 

@@ -14,11 +14,11 @@ from spectralx_kernels import PatchConv2d, patch_conv2d
 from spectralx_kernels.linear.ops import PATCH_CONV2D
 from tests.kernels import ladder
 
-# channels, outputs, kernel, image: 16 at 4 x 4 and 13 at 16 x 16 are wrong in bfloat16 in oneDNN's
+# channels, outputs, kernel, image: 16 at 4 x 4 and 12 at 16 x 16 are wrong in bfloat16 in oneDNN's
 # convolutions on AMX; images that no whole number of patches fills.
 SIZES: list[tuple[int, int, Any, tuple[int, int]]] = [
     (16, 12, 4, (8, 12)),
-    (13, 24, 16, (32, 48)),
+    (12, 24, 16, (32, 48)),
     (5, 3, (2, 3), (7, 11)),
     (4, 6, 1, (3, 2)),
 ]
