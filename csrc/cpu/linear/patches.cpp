@@ -2,7 +2,9 @@
 // patches again, so that nothing is kept but the input. See spectralx_kernels/linear/README.md.
 #include "cpu/torch.h"
 
+#include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/common/accumulation.h"
@@ -32,16 +34,48 @@ struct Patches {
 
   int64_t count() const { return batch * height * width; }
   int64_t size() const { return channels * tall * wide; }
+  bool covers(const Tensor& x) const { return height * tall == x.size(2) && width * wide == x.size(3); }
 
-  // The pixels that make up whole patches.
-  Tensor whole(const Tensor& x) const {
-    return x.narrow(2, 0, height * tall).narrow(3, 0, width * wide);
+  // A contiguous map [B, C, H, W] to its patches' rows [B h w, C tall wide], or back. The rows of a line of
+  // patches stay in the cache while the lines of pixels go by.
+  template <bool kBack, typename Bytes>
+  void move(Bytes run, const Tensor& map, const Tensor& rows) const {
+    const int64_t element = map.element_size(), stride = size() * element;
+    auto* pixels = static_cast<char*>(map.mutable_data_ptr());
+    auto* values = static_cast<char*>(rows.mutable_data_ptr());
+    at::parallel_for(0, batch * height, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t line = begin; line < end; ++line) {
+        for (int64_t at = 0; at < channels * tall; ++at) {
+          const int64_t plane = line / height * channels + at / tall, y = line % height * tall + at % tall;
+          char* from = pixels + (plane * map.size(2) + y) * map.size(3) * element;
+          char* to = values + line * width * stride + at * run;
+          for (int64_t x = 0; x < width; ++x, from += run, to += stride)
+            std::memcpy(kBack ? from : to, kBack ? to : from, run);
+        }
+      }
+    });
   }
-  // [B, C, H, W] to [B, h, w, C, tall, wide], a view.
-  Tensor cut(const Tensor& x) const {
-    return whole(x).unflatten(3, {width, wide}).unflatten(2, {height, tall}).permute({0, 2, 4, 1, 3, 5});
+  // By the bytes of a patch's line, known to the compiler where they are few.
+  template <bool kBack>
+  void moved(const Tensor& map, const Tensor& rows) const {
+    const int64_t run = wide * map.element_size();
+    if (run == 8) return move<kBack>(std::integral_constant<int64_t, 8>(), map, rows);
+    if (run == 16) return move<kBack>(std::integral_constant<int64_t, 16>(), map, rows);
+    if (run == 32) return move<kBack>(std::integral_constant<int64_t, 32>(), map, rows);
+    if (run == 64) return move<kBack>(std::integral_constant<int64_t, 64>(), map, rows);
+    move<kBack>(run, map, rows);
   }
-  Tensor rows(const Tensor& x) const { return cut(x).reshape({count(), size()}); }
+  Tensor rows(const Tensor& x) const {
+    const Tensor found = at::empty({count(), size()}, x.options());
+    moved<false>(x.contiguous(), found);
+    return found;
+  }
+  // Back to the shape and strides of x; pixels of no whole patch get 0.
+  Tensor unite(const Tensor& rows, const Tensor& x) const {
+    const Tensor map = covers(x) ? at::empty(x.sizes(), x.options()) : at::zeros(x.sizes(), x.options());
+    moved<true>(map, rows);
+    return x.is_contiguous() ? map : at::empty_like(x).copy_(map);
+  }
   // [B h w, O] to [B, O, h, w], channels last.
   Tensor map(const Tensor& rows) const {
     return rows.view({batch, height, width, outs}).permute({0, 3, 1, 2});
@@ -66,12 +100,8 @@ std::vector<Tensor> patch_conv2d_backward(const c10::List<Optional>& output_grad
                                         : at::zeros({patches.count(), patches.outs}, x.options());
   std::vector<Tensor> wanted;
   if (mask[0]) {
-    const bool covered = patches.whole(x).sizes() == x.sizes();  // else pixels of no patch, without gradient
-    const Tensor dx = covered ? at::empty_like(x) : at::zeros_like(x);
     const Tensor rows = input_gradient(grad, turned(matrix(weight)));
-    patches.cut(dx).copy_(rows.view({patches.batch, patches.height, patches.width, patches.channels,
-                                     patches.tall, patches.wide}));
-    wanted.push_back(dx);
+    wanted.push_back(patches.unite(rows.contiguous(), x));
   }
   if (mask[1]) {
     const Tensor dweight = weight_gradient(grad, patches.rows(x)).view(weight.sizes());
