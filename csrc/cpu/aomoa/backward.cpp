@@ -247,7 +247,7 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
   using W = Wide<Op>;
   const auto& k = l.k;
   const int64_t outs = l.attributes * l.out, per_attribute = blocks_of(l.d, kBlock);
-  const int64_t depth = l.weight.defined() ? outs : 0, part = kDepth<Op>;
+  const int64_t depth = l.weight.defined() ? outs : 0;
   const Op *x = data<Op>(l.x), *dout = data<Op>(in.out), *z0_grad = data<Op>(l.z0_grad);
   Op* dx = data<Op>(x_grad);
   over(l.attributes * per_attribute, [&](int64_t begin, int64_t end) {
@@ -276,10 +276,10 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
         });
         int64_t o = 0;
         const auto multiply = [&](int64_t t, int64_t rows, W* sums) {
-          product(rows, kBlock, std::min(part, depth - o), dout + t * outs + o, outs,
+          product(rows, kBlock, std::min(kDepth<Op>, depth - o), dout + t * outs + o, outs,
                   frozen + o * kBlock, kBlock, sums, kBlock, true);
         };
-        for (; o + part < depth; o += part) each(multiply);
+        for (; o + kDepth<Op> < depth; o += kDepth<Op>) each(multiply);
         each([&](int64_t t, int64_t rows, W* sums) {
           const int64_t row = a * l.tokens + t;
           ask(x + t * l.width + at, rows, l.width, columns);

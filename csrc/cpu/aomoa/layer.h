@@ -67,7 +67,11 @@ bool groups_experts(int64_t experts, int64_t top_k);
 template <typename Op>
 constexpr int64_t kColumn = sizeof(Op) == 2 ? 2 : 1;
 
-// How long products are cut, so that operands stay in the cache while the tiles that share them are gone
+// Inner dimension of a part of a long product: 4 KiB a row.
+template <typename Op>
+constexpr int64_t kDepth = 4096 / sizeof(Op);
+
+// How long products of forward are cut, so that operands stay in the cache while the tiles that share them are gone
 // through. Processors with a matrix unit have 2 MiB of L2 cache a core: there a panel meets more rows of a
 // weight. The unit is done with a panel before the next part of a weight has come: in bfloat16 several
 // panels share one.
@@ -76,8 +80,6 @@ struct Cut {
   int64_t rows;    // of the frozen weight that a panel's part meets
   int64_t panels;  // that go through `down` together
 };
-template <typename Op>
-constexpr int64_t kDepth = 4096 / sizeof(Op);
 template <typename Op>
 Cut cut_of() {
   if (has_matrix_unit()) return {1024, 128, sizeof(Op) == 2 ? 4 : 1};

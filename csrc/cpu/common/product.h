@@ -28,7 +28,8 @@ bool multiplies_bfloat16();
 bool has_matrix_unit();
 
 // The inner dimension, k or more, that suits products of Op: whole pairs of bfloat16, or whole tiles of a
-// matrix unit, where 394 takes nine times as long as 416. What is more than k has to be zeros.
+// matrix unit, where 394 takes nine times as long as 416. What is more than k has to be zeros, in one operand
+// at least, and finite in the other.
 template <typename Op>
 int64_t padded_depth(int64_t k) {
   const int64_t step = sizeof(Op) != 2 ? 1 : has_matrix_unit() && k > kPanel ? kPanel : 2;
