@@ -111,6 +111,8 @@ class Operator:
     read_for : of inputs that backward reads for some gradients only, by position, the positions of
         the inputs whose gradients those are. Where none of them is wanted the input is not held:
         backward gets one of its shape.
+    uncast : positions of tensors that C++ kernels on the CPU round as they read them: autocast
+        leaves those alone there, and holds no copy for backward.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Operator:
         prefer: Callable[[Sequence[Any], torch.dtype | None], str | None] | None = None,
         constant: tuple[int, ...] = (),
         read_for: Mapping[int, tuple[int, ...]] | None = None,
+        uncast: tuple[int, ...] = (),
     ) -> None:
         self.name = name
         self._prefer = prefer
@@ -138,6 +141,7 @@ class Operator:
         self._differentiable = differentiable
         self.triton_module: str | None = None  # where `add_triton` finds its functions
         self._keep_format = keep_format
+        self._uncast = uncast
         saving = self._saving
         self._kept = Kept(saving.hidden, constant, saving.kept, saving.only_if, read_for or {})
         qualified = define(name, schema)
@@ -223,14 +227,19 @@ class Operator:
         prefer = self._prefer(args, dtype) if self._prefer else None
         return _backends.choose(self.name, device, backend, dtype, prefer)
 
-    def as_autocast(self, args: Sequence[Any], device: str) -> list[Any]:
+    def as_autocast(
+        self, args: Sequence[Any], device: str, uncast: tuple[int, ...] = ()
+    ) -> list[Any]:
         """`args` as autocast of `device` has them: floating point in its dtype, but for float64."""
         dtype = self._autocast_to or torch.get_autocast_dtype(device)
         return [
             arg.to(dtype)
-            if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+            if isinstance(arg, Tensor)
+            and arg.is_floating_point()
+            and arg.dtype != torch.float64
+            and place not in uncast
             else arg
-            for arg in args
+            for place, arg in enumerate(args)
         ]
 
     def decider(self) -> Callable[..., Any]:
@@ -254,7 +263,7 @@ class Operator:
             run = self._dispatch_triton
         if not autocast:
             return run(*args)
-        cast = self.as_autocast(args, device)
+        cast = self.as_autocast(args, device, self._uncast if chosen == "cpp" else ())
         with torch.autocast(device, enabled=False):
             return run(*cast)
 

@@ -61,6 +61,7 @@ AOMOA = Operator(
     saving=Saving(reference.aomoa_saving, hidden=2, kept=(1, 3, 4)),
     fake=_aomoa_fake,
     prefer=_prefer,
+    uncast=(1,),  # the frozen weight, which is most of what the layer reads
 )
 AOMOA.add_triton("spectralx_kernels.aomoa.triton")
 

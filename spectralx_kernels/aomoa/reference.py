@@ -104,6 +104,7 @@ def aomoa(
     c = combine_experts(y.to(wide), gates).to(x.dtype)
 
     adapted = F.linear(c, up).transpose(0, 1).flatten(1)  # [T, A * out / A]
+    weight = weight.to(x.dtype)  # float32 under autocast, where kernels round as they read it
     return F.linear(x, weight, bias) + scaler * adapted, gates, load
 
 

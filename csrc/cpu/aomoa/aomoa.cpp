@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> aomoa(
   Outputs outputs;
   if (type == at::ScalarType::Undefined) {
     outputs = forward<float>(p, false);
-    outputs.out = outputs.out.add_(at::linear(x, weight, bias)).to(x.scalar_type());
+    outputs.out = outputs.out.add_(at::linear(x, weight.to(x.scalar_type()), bias)).to(x.scalar_type());
   } else {
     outputs = with_product_type(type, [&](auto tag) { return forward<decltype(tag)>(p, true); });
   }
@@ -149,7 +149,7 @@ std::vector<Tensor> aomoa_backward(
     grads = with_product_type(type, [&](auto tag) { return backward<decltype(tag)>(p, in, true); });
   } else {
     grads = backward<float>(p, in, false);
-    if (in.want_x) grads.x.add_(at::mm(dout, weight));
+    if (in.want_x) grads.x.add_(at::mm(dout, weight.to(dout.scalar_type())));
   }
 
   const std::array<Tensor, kTensors> inputs = {

@@ -259,8 +259,11 @@ void to_input(const Backward<Op>& l, const Incoming& in, const Tensor& x_grad) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t a = task % l.attributes, i = task / l.attributes * kBlock;
       const int64_t columns = width(l.d, i), at = a * l.d + i;
-      if (depth > 0)
+      if (l.wide) {
+        k.pack_wide(data<W>(l.weight) + at, outs, l.width, columns, frozen);
+      } else if (depth > 0) {
         k.pack_tokens(data<Op>(l.weight) + at, outs, l.width, columns, nullptr, nullptr, frozen);
+      }
       if (task == begin || a == 0)
         k.pack_scaled(data<Op>(l.down) + i, l.rank, l.d, columns, l.norm1_weight + i, folded);
       for (int64_t first = 0; first < l.tokens; first += kChunk) {

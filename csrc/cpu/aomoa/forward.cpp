@@ -128,9 +128,10 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
     most /= 2;
   const int64_t per_attribute = blocks_of(l.out, most), outs = l.attributes * l.out;
   const Op *up = data<Op>(l.up), *c = data<Op>(chain.c), *x = data<Op>(chain.x),
-           *weight = depth > 0 ? data<Op>(l.weight) : nullptr;
+           *weight = depth > 0 && !l.wide ? data<Op>(l.weight) : nullptr;
   over(l.attributes * per_attribute * panels, [&](int64_t begin, int64_t end) {
-    const Tensor all = l.wide_empty({panels, most * kPanel});
+    const Tensor all = l.wide_empty({panels, most * kPanel}),
+                 rounded = l.op_empty({l.wide ? most : 0, cut.depth});
     W* tiles = data<W>(all);
     for (int64_t task = begin; task < end;) {
       const int64_t first = task % panels, last = std::min(panels, first + end - task);
@@ -150,10 +151,20 @@ void to_output(const Layer<Op>& l, const Chunk& chunk, const Chain<Op>& chain, c
       // The last part of a tile's product, then its output, asked of memory before.
       int64_t i = 0;
       const auto multiply = [&](int64_t b, int64_t lanes, W* sums) {
-        product(rows, lanes, std::min(cut.depth, depth - i), weight + row * l.width + i, l.width,
+        const Op* part = l.wide ? data<Op>(rounded) : weight + row * l.width + i;
+        product(rows, lanes, std::min(cut.depth, depth - i), part, l.wide ? cut.depth : l.width,
                 x + (b * l.width + i) * kPanel, kPanel, sums, kPanel, true);
       };
-      for (; i + cut.depth < depth; i += cut.depth) each(multiply);
+      const auto take_part = [&] {
+        for (int64_t r = 0; r < rows && l.wide; ++r)
+          k.round(data<W>(l.weight) + (row + r) * l.width + i, std::min(cut.depth, depth - i),
+                  data<Op>(rounded) + r * cut.depth);
+      };
+      for (; i + cut.depth < depth; i += cut.depth) {
+        take_part();
+        each(multiply);
+      }
+      take_part();
       each([&](int64_t b, int64_t lanes, W* sums) {
         const int64_t count = chunk.count(b);
         Op* target = data<Op>(out) + (chunk.first + chunk.start(b)) * outs + row;

@@ -48,7 +48,7 @@ struct Incoming {
   bool want_x, want_noise;
 };
 
-// Op float, double, bfloat16: x, weight, out and their gradients in Op, the rest in any type. With
+// Op float, double, bfloat16: x, out and their gradients in Op, the rest in any type. With
 // `frozen` false the frozen layer is left out: of the output and of the gradient of x.
 template <typename Op>
 Outputs forward(const Arguments& arguments, bool frozen);
@@ -108,7 +108,8 @@ struct Layer {
   static constexpr at::ScalarType kWide = c10::CppTypeToScalarType<W>::value;
 
   const PanelKernels<Op>& k = panel_kernels<Op>();
-  Tensor x, weight;                       // of Op; weight undefined without the frozen layer
+  Tensor x, weight;                       // of Op, weight wide where `wide`; undefined without the frozen layer
+  bool wide = false;                      // products of the frozen layer round its weight as they take it
   Tensor down, fc1, fc2, up;              // of Op: [r, d], [E h, r], [E, r, h], [o, r]
   // Wide, in place where they are stored so, else in `converted`; bias null without one.
   const W *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias, *fc1_bias, *fc2_bias, *scaler, *bias;
@@ -126,7 +127,8 @@ struct Layer {
         grouped(groups_experts(experts, top_k)) {
     const auto operand = [](const Tensor& t) { return t.to(kOp).contiguous(); };
     x = operand(p.x);
-    if (frozen) weight = operand(p.weight);
+    wide = frozen && p.weight.scalar_type() == kWide && kWide != kOp;
+    if (frozen) weight = wide ? p.weight.contiguous() : operand(p.weight);
     down = operand(p.down);
     fc1 = operand(p.fc1_weight);
     fc2 = operand(p.fc2_weight);

@@ -36,6 +36,8 @@ struct PanelKernels {
   void (*unpack)(const W* panel, int64_t n, int64_t features, const W* bias, Op* rows,
                  int64_t stride);
   void (*unpack_wide)(const W* panel, int64_t n, int64_t features, W* rows, int64_t stride);
+  // `count` values as Op holds them.
+  void (*round)(const W* values, int64_t count, Op* to);
   // An operand panel to W.
   void (*widen)(const Op* operand, int64_t features, W* panel);
   // A panel to an operand panel, and to features [features][stride] of operands.
@@ -91,6 +93,8 @@ struct PanelKernels {
   // columns of rows [tokens][stride], as (x - mean) * rstd unless mean is null, then zeros.
   void (*pack_tokens)(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
                       const W* mean, const W* rstd, Op* operand);
+  // The same of rows of W as they are.
+  void (*pack_wide)(const W* rows, int64_t tokens, int64_t stride, int64_t columns, Op* operand);
   // The same, each column times its weight.
   void (*pack_scaled)(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
                       const W* weight, Op* operand);

@@ -273,6 +273,13 @@ void gather(const Wide<Op>* panels, const int64_t* columns, int64_t features, bo
   }
 }
 
+// Zeros to the rows of a right operand from `written` on to whole panels of tokens.
+template <typename Op>
+inline void clear_rows(int64_t written, int64_t tokens, Op* operand) {
+  const int64_t all = (tokens + kPanel - 1) / kPanel * kPanel;
+  std::memset(static_cast<void*>(operand + written * kBlock), 0, sizeof(Op) * (all - written) * kBlock);
+}
+
 // A right operand of rows as they are, as (x - mean) * rstd of their row, or times the weight of their
 // column: what is not null.
 template <typename Op>
@@ -330,16 +337,32 @@ inline void pack_rows(const Op* rows, int64_t tokens, int64_t stride, int64_t co
       std::fill(to + columns, to + kBlock, Op(0));
     }
   }
-  const int64_t written = sizeof(Op) == 2 ? tokens + tokens % 2 : tokens;
-  const int64_t all = (tokens + kPanel - 1) / kPanel * kPanel;
-  std::memset(static_cast<void*>(operand + written * kBlock), 0,
-              sizeof(Op) * (all - written) * kBlock);
+  clear_rows(sizeof(Op) == 2 ? tokens + tokens % 2 : tokens, tokens, operand);
 }
 
 template <typename Op>
 void pack_tokens(const Op* rows, int64_t tokens, int64_t stride, int64_t columns,
                  const Wide<Op>* mean, const Wide<Op>* rstd, Op* operand) {
   pack_rows<Op>(rows, tokens, stride, columns, mean, rstd, nullptr, operand);
+}
+
+template <typename Op>
+void pack_wide(const Wide<Op>* rows, int64_t tokens, int64_t stride, int64_t columns, Op* operand) {
+  using W = Wide<Op>;
+  if constexpr (sizeof(Op) == 2) {
+    static constexpr W kZeros[kBlock] = {};
+    for (int64_t t = 0; t < tokens; t += 2) {
+      fetch(rows + std::min(t + kFetched, tokens - 1) * stride, columns);
+      fetch(rows + std::min(t + kFetched + 1, tokens - 1) * stride, columns);
+      const W* low = rows + t * stride;
+      uint32_t* to = words(operand) + t / 2 * kBlock;
+      round_pairs(low, t + 1 < tokens ? low + stride : kZeros, columns, to);
+      std::fill(to + columns, to + kBlock, 0u);
+    }
+    clear_rows(tokens + tokens % 2, tokens, operand);
+  } else {
+    pack_tokens<Op>(rows, tokens, stride, columns, nullptr, nullptr, operand);
+  }
 }
 
 template <typename Op>

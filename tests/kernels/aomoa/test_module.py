@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spectralx_kernels import AoMoALinear, use_backend
+from benchmarks.memory import SavedBytes
+from spectralx_kernels import AoMoALinear, _backends, use_backend
 from spectralx_kernels.aomoa.ops import AOMOA
 from tests.kernels.aomoa.running import assert_close, assert_same_bits, run
 from tests.kernels.aomoa.test_aomoa import layer
@@ -88,6 +89,30 @@ def test_compiled_layer_draws_noise_and_takes_any_batch() -> None:
     compiled(x).square().sum().backward()
     assert made.gate_noise.grad is not None
     assert made.gate_noise.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("width", "out", "tokens"), [(2304, 48, 35), (40, 208, 70), (4, 4, 1)])
+def test_autocast_rounds_the_frozen_weight_as_it_is_read(
+    width: int, out: int, tokens: int, dtype: torch.dtype
+) -> None:
+    """Every bit is that of a weight in autocast's type, and no copy of it is held for backward."""
+    made = layer(width, out, rank=2, hidden=2)
+    narrow = copy.deepcopy(made)
+    narrow.linear.to(dtype)
+    x, noise = torch.randn(tokens, width), torch.randn(2, tokens, 4)
+    found = []
+    for each in (made, narrow):
+        leaf = x.clone().requires_grad_()
+        known = [leaf, *each.parameters()]
+        with torch.autocast("cpu", dtype=dtype), SavedBytes(known) as saved:
+            result = each(leaf, noise)
+        result.float().square().sum().backward()
+        grads = [leaf.grad, *(p.grad for p in each.parameters() if p.requires_grad)]
+        found.append([result.detach(), *(grad for grad in grads if grad is not None)])
+        if _backends.available("aomoa", "cpu")[0] == "cpp":
+            assert saved.bytes < max(2 * width * out, 10_000)
+    assert all(map(torch.equal, *found))
 
 
 def test_compiles_under_autocast() -> None:
