@@ -24,13 +24,12 @@ _LEAST = 1 << 22
 # From as many rows on MKL, torch's own in float32, is faster on Intel's processors.
 _MANY_ROWS = 256
 
-
 _extension = _backends.extension()
 _INTEL = _extension is not None and bool(_extension.is_intel())
 
 
 def _prefer(args: Sequence[Any], dtype: torch.dtype | None) -> str | None:
-    """torch's own layer for what it multiplies as fast: few values, and all but float32."""
+    """torch's own layer for what it multiplies as fast: see README.md."""
     x, weight = args[:2]
     if dtype != torch.float32 or x.numel() * weight.shape[0] < _LEAST:
         return "eager"

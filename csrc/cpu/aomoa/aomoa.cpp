@@ -67,15 +67,12 @@ at::ScalarType product_type(const Arguments& p) {
 // The frozen weight's gradient, where one is wanted after all: doutᵀ x, 128 rows a task.
 Tensor frozen_gradient(const Tensor& dout, const Tensor& x) {
   constexpr int64_t kRows = 128;
-  const Tensor left = dout.detach().t(), right = x.detach();  // threads have a grad mode of their own
+  const Tensor left = dout.detach(), right = x.detach();  // threads have a grad mode of their own
   const Tensor grad = at::empty({dout.size(1), x.size(1)}, x.options());
   over_products(blocks_of(grad.size(0), kRows), [&](int64_t first, int64_t last) {
     for (int64_t begin = first * kRows; begin < std::min(last * kRows, grad.size(0)); begin += kRows) {
       const int64_t count = std::min(kRows, grad.size(0) - begin);
-      const Tensor part = left.narrow(0, begin, count);
-      grad.narrow(0, begin, count).copy_(x.scalar_type() == at::kFloat
-                                             ? linear_layer(part.contiguous(), right.t())
-                                             : at::mm(part, right));
+      grad.narrow(0, begin, count).copy_(weight_gradient(left.narrow(1, begin, count), right));
     }
   });
   return grad;

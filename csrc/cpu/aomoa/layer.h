@@ -71,10 +71,10 @@ constexpr int64_t kColumn = sizeof(Op) == 2 ? 2 : 1;
 template <typename Op>
 constexpr int64_t kDepth = 4096 / sizeof(Op);
 
-// How long products of forward are cut, so that operands stay in the cache while the tiles that share them are gone
-// through. Processors with a matrix unit have 2 MiB of L2 cache a core: there a panel meets more rows of a
-// weight. The unit is done with a panel before the next part of a weight has come: in bfloat16 several
-// panels share one.
+// How long products of forward are cut, so that operands stay in the cache while the tiles that share them
+// are gone through. Processors with a matrix unit have 2 MiB of L2 cache a core: there a panel meets more
+// rows of a weight. The unit is done with a panel before the next part of a weight has come: in bfloat16
+// several panels share one.
 struct Cut {
   int64_t depth;   // inner dimension of a part
   int64_t rows;    // of the frozen weight that a panel's part meets
